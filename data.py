@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -25,6 +26,22 @@ CLASSES = (
     "malignant_calcification",
     "benign_calcification",
 )
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row of the manifest: a lesion, or an image without one (`finding` empty)."""
+
+    image_path: str  # absolute
+    patient_id: str
+    laterality: str  # L, R
+    view: str  # CC, MLO, ...
+    finding: str = ""  # mass, calcification, distortion, asymmetry
+    pathology: str = ""  # normal, benign, malignant; "" = unknown
+    bbox: tuple[float, float, float, float] | None = None  # row0, col0, row1, col1, stored pixels
+    mask_path: str = ""  # absolute
+    spacing_mm: tuple[float, float] | None = None  # (row, col); overrides the header
+    split: str = ""  # train, val, test; "" = prepare decides
 
 
 # --- Patch values ---
