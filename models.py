@@ -1,0 +1,474 @@
+"""§2 Proposed Contextual GAN Architecture: generator, discriminator, losses; §3 the classifier.
+
+Images are (N, 1, H, W) in [-1, 1]. A patch of side S passes through log2(S / 4) blocks, six for the
+paper's 256 px; smaller presets drop blocks and keep everything else.
+"""
+
+import contextlib
+import math
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+from torchvision.models.resnet import Bottleneck, ResNet
+
+from data import read_json, sha256, to_float
+
+LEAK = 0.2  # the paper names no slope; Q4
+INIT_STD = 0.02  # the paper names no initialisation; Q4
+BORDER_PX = 10  # at 256 px: §2 "Border cropping", G11
+REAL, FAKE, BENIGN, NORMAL = range(4)  # §2 "Semi-supervised training loss", D2
+CLASS_WEIGHTS = (1.0, 1.0, 0.2, 0.2)  # §2 "scaled by a factor of 0.2", L3
+
+
+# --- §2 Layers shared by the generator and the discriminator ---
+
+
+def conv(c_in: int, c_out: int, kernel: int, stride: int = 1, pad: int = 0, sn: bool = True):
+    """Convolution with N(0, 0.02) weights, zero bias and spectral normalisation (G16, Q12)."""
+    layer = nn.Conv2d(
+        in_channels=c_in, out_channels=c_out, kernel_size=kernel, stride=stride, padding=pad
+    )
+    nn.init.normal_(layer.weight, std=INIT_STD)
+    nn.init.zeros_(layer.bias)
+    return spectral_norm(layer) if sn else layer
+
+
+def leaky_relu(x: Tensor) -> Tensor:
+    return F.leaky_relu(x, negative_slope=LEAK)
+
+
+def up2(x: Tensor) -> Tensor:
+    """Double the resolution by nearest neighbour (G9, T4)."""
+    return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
+def down2(x: Tensor) -> Tensor:
+    """Halve the resolution by averaging 2 x 2 pixels (T6, Q11)."""
+    return F.avg_pool2d(x, kernel_size=2)
+
+
+class SelfAttention(nn.Module):
+    """gamma * attention(x) + x over all positions; the identity at the start (G7, Q7).
+
+    Source: §2 "Self-attention module"; form of Zhang et al. 2018, arXiv version 1.
+    """
+
+    def __init__(self, channels: int, sn: bool = True):
+        super().__init__()
+        inner = max(1, channels // 8)
+        self.f = conv(channels, inner, kernel=1, sn=sn)
+        self.g = conv(channels, inner, kernel=1, sn=sn)
+        self.h = conv(channels, channels, kernel=1, sn=sn)
+        self.gamma = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        f, g, h = (layer(x).flatten(2) for layer in (self.f, self.g, self.h))  # (N, c, H*W)
+        attention = torch.softmax(f.transpose(1, 2) @ g, dim=1)  # over source positions
+        return self.gamma * (h @ attention).view_as(x) + x
+
+
+def block_count(patch_size: int) -> int:
+    """Blocks that halve `patch_size` down to 4 px: six at 256 px (Q1)."""
+    blocks = int(math.log2(patch_size / 4)) if patch_size >= 32 else 0
+    if blocks < 3 or 4 * 2**blocks != patch_size:
+        raise ValueError(f"patch size: found {patch_size}; expected 32, 64, 128, 256 or 512")
+    return blocks
+
+
+# --- §2 Generator ---
+
+
+class Generator(nn.Module):
+    """U-net that writes a lesion into a patch, or removes one (G1-G13).
+
+    patch_size: side S of the input patch
+    base: filters of the first block, doubled per block
+    center: channels of the 4 x 4 centre, reached by a 1 x 1 convolution that the text does not
+        name but its "4x4x2048" needs; None leaves that layer out. Deviation: Q1.
+    sn: spectral normalisation of every convolution (G16)
+    """
+
+    def __init__(
+        self, patch_size: int = 256, base: int = 16, center: int | None = 2048, sn: bool = True
+    ):
+        super().__init__()
+        self.patch_size, self.blocks = patch_size, block_count(patch_size)
+        widths = [base * 2**i for i in range(self.blocks)]  # 16 ... 512
+        outs = [*widths[-2::-1], base]  # 256, 128, 64, 32, 16, 16: the mirror image; Q6
+        before = [4 + widths[-1], *(2 * w for w in outs[:-1])]  # with the skip, without the noise
+        self.encoder = nn.ModuleList(
+            conv(c_in + 1, c_out, kernel=3, stride=2, pad=1, sn=sn)
+            for c_in, c_out in zip([1, *widths[:-1]], widths, strict=True)
+        )
+        self.encoder_attention = SelfAttention(widths[2], sn)  # at S / 8
+        self.widen = conv(widths[-1], center, kernel=1, sn=sn) if center else None
+        self.compress = conv(center or widths[-1], 4, kernel=4, sn=sn)
+        self.decoder = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    conv(c_in + 1, c_out, kernel=3, pad=1, sn=sn),
+                    conv(c_out, c_out, kernel=3, pad=1, sn=sn),
+                ]
+            )
+            for c_in, c_out in zip(before, outs, strict=True)
+        )
+        self.decoder_attention = SelfAttention(outs[self.blocks - 4], sn)  # at S / 8
+        self.to_lesion_half = conv(outs[-2], 1, kernel=1, sn=sn)  # §2 "Progressive growing"
+        self.to_lesion = conv(outs[-1], 1, kernel=1, sn=sn)
+
+    def forward(
+        self, x: Tensor, z: Tensor | None = None, size: int | None = None, alpha: float = 1.0
+    ) -> Tensor:
+        """(N, 1, S, S), noise scalars (N, 2 * blocks) -> (N, 3, s, s) lesion, input, combined.
+
+        z: uniform in [-1, 1], one scalar per block (G5, Q2); drawn when None
+        size: current side s of the output, S or S / 2 (None = S)
+        alpha: weight of the new S layer while it fades in (T4)
+        """
+        size = size or self.patch_size
+        assert x.shape[1:] == (1, self.patch_size, self.patch_size), x.shape
+        assert size in (self.patch_size, self.patch_size // 2), size
+        if z is None:
+            z = torch.empty(len(x), 2 * self.blocks, device=x.device).uniform_(-1, 1)
+        noise = iter(z[:, :, None, None, None].unbind(1))  # each (N, 1, 1, 1)
+
+        def with_noise(*maps: Tensor) -> Tensor:  # constant over space, own value per sample (G4)
+            h = maps[0]
+            return torch.cat([*maps, next(noise).to(h).expand(-1, -1, *h.shape[2:])], dim=1)
+
+        h, skips = x, []
+        for i, layer in enumerate(self.encoder):
+            h = leaky_relu(layer(with_noise(h)))  # (N, base * 2**i, S / 2**(i + 1), ...)
+            if i == 2:
+                h = self.encoder_attention(h)
+            skips.append(h)
+        if self.widen is not None:
+            h = leaky_relu(self.widen(h))  # (N, center, 4, 4)
+        h = self.compress(h)  # (N, 4, 1, 1): the embedding of G8
+        h = F.interpolate(h, size=skips[-1].shape[2:], mode="nearest")  # Q5
+        half = None
+        for i, (first, second) in enumerate(self.decoder):
+            if i == self.blocks - 1:  # the layer appended for S; its input ends the S / 2 stage
+                if alpha < 1 or size < self.patch_size:
+                    half = self.to_lesion_half(h)  # (N, 1, S / 2, S / 2)
+                if size < self.patch_size:
+                    break
+            h = up2(with_noise(h, skips[-1 - i]))
+            h = F.relu(second(F.relu(first(h))))
+            if i == self.blocks - 4:
+                h = self.decoder_attention(h)
+        if size < self.patch_size:
+            y, x = half, down2(x)
+        else:
+            y = self.to_lesion(h)  # (N, 1, S, S)
+            if half is not None:
+                y = torch.lerp(up2(half), y, alpha)
+        lesion = crop_border(y.float()).clamp(-1, 1)  # G11; blend -> crop -> clamp, Q8
+        combined = (x + lesion).clamp(-1, 1)  # G12; Q9
+        return torch.cat([lesion, x, combined], dim=1)  # G13
+
+
+def crop_border(y: Tensor) -> Tensor:
+    """Zero the frame of 10 px at 256 px, floor(10 s / 256) at side s (G11, Q8)."""
+    b = BORDER_PX * y.shape[-1] // 256
+    return F.pad(y[..., b : y.shape[-2] - b, b : y.shape[-1] - b], (b, b, b, b))
+
+
+# --- §2 Discriminator ---
+
+
+class Discriminator(nn.Module):
+    """The encoder with 8 x the filters and max pooling; logits of [real, fake, benign, normal].
+
+    It sees one channel, a real or a combined patch (Q10), and no noise (Q3). D1-D3.
+    """
+
+    def __init__(
+        self, patch_size: int = 256, base: int = 128, center: int | None = 16384, sn: bool = True
+    ):
+        super().__init__()
+        self.patch_size, self.blocks = patch_size, block_count(patch_size)
+        widths = [base * 2**i for i in range(self.blocks)]  # 128 ... 4096
+        self.encoder = nn.ModuleList(
+            conv(c_in, c_out, kernel=3, pad=1, sn=sn)
+            for c_in, c_out in zip([1, *widths[:-1]], widths, strict=True)
+        )
+        self.attention = SelfAttention(widths[2], sn)  # at S / 8
+        self.widen = conv(widths[-1], center, kernel=1, sn=sn) if center else None
+        self.head = conv(center or widths[-1], 4, kernel=4, sn=sn)
+        self.from_image_half = conv(1, widths[0], kernel=1, sn=sn)  # §2 "Progressive growing"
+
+    def forward(self, x: Tensor, size: int | None = None, alpha: float = 1.0) -> Tensor:
+        """(N, 1, s, s) -> (N, 4) logits, float32; size and alpha as in the generator (T6)."""
+        size = size or self.patch_size
+        assert x.shape[1:] == (1, size, size), (x.shape, size)
+        assert size in (self.patch_size, self.patch_size // 2), size
+        for i, layer in enumerate(self.encoder):
+            if i == 0 and size < self.patch_size:
+                h = leaky_relu(self.from_image_half(x))  # (N, base, S / 2, S / 2)
+                continue
+            # Pooling before LeakyReLU equals after it, and keeps less for the backward pass (Q4).
+            h = leaky_relu(F.max_pool2d(layer(x if i == 0 else h), kernel_size=2))
+            if i == 0 and alpha < 1:
+                h = torch.lerp(leaky_relu(self.from_image_half(down2(x))), h, alpha)
+            if i == 2:
+                h = self.attention(h)
+        if self.widen is not None:
+            h = leaky_relu(self.widen(h))  # (N, center, 4, 4)
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            return self.head(h.float()).flatten(1)  # (N, 4)
+
+
+# --- §2 Semi-supervised training loss ---
+
+
+def four_way_loss(logits: Tensor, target: int) -> Tensor:
+    """Cross entropy of one sub-batch against one of [real, fake, benign, normal] (scalar).
+
+    logits: (N, 4), unbounded. Source: §2 "Semi-supervised training loss" (L1). Open point: Q13.
+    """
+    return F.cross_entropy(logits, logits.new_full((len(logits),), target, dtype=torch.long))
+
+
+def discriminator_loss(real: Tensor, fake: Tensor, benign: Tensor, normal: Tensor) -> Tensor:
+    """Four sub-batches of logits, benign and normal weighted 0.2; without the penalty (L3)."""
+    return sum(
+        weight * four_way_loss(logits, target)
+        for target, (weight, logits) in enumerate(
+            zip(CLASS_WEIGHTS, (real, fake, benign, normal), strict=True)
+        )
+    )
+
+
+def generator_loss(fake: Tensor) -> Tensor:
+    """-log p_real of what D makes of the generated patches (L5, Q14)."""
+    return four_way_loss(fake, REAL)
+
+
+def real_logit(logits: Tensor) -> Tensor:
+    """logit(p_real): unlike the raw logit blind to a common shift of all four (Q17)."""
+    return logits[:, REAL] - logits[:, FAKE:].logsumexp(dim=1)
+
+
+def gradient_penalty(
+    D: Callable[[Tensor], Tensor],
+    x_real: Tensor,
+    lam: float = 10.0,
+    k: float = 1.0,
+    delta: Tensor | None = None,
+) -> Tensor:
+    """lambda * E[(||grad_x D(x + delta)|| - k)^2], delta ~ U(0, 1) per pixel (L4, Q15-Q17).
+
+    delta: (N, 1, H, W) noise to use instead of a fresh draw
+    """
+    return lam * (gradient_norm(D, x_real, delta) - k).square().mean()
+
+
+def gradient_norm(
+    D: Callable[[Tensor], Tensor], x_real: Tensor, delta: Tensor | None = None
+) -> Tensor:
+    """||grad_x logit(p_real)|| at x + delta of each sample, differentiable, in float32 (N,)."""
+    x = (x_real + (torch.rand_like(x_real) if delta is None else delta)).detach()
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(real_logit(D(x)).sum(), x, create_graph=True)
+    # Under the root: a plain norm has no gradient where the gradient is exactly zero (Q17).
+    return (gradient.float().square().sum(dim=(1, 2, 3)) + 1e-12).sqrt()
+
+
+# --- §3 Patch Classifier Training ---
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std; Q31
+
+
+class PatchClassifier(ResNet):
+    """ResNet-50 (He et al.) on one-channel patches with a two-way head [no cancer, cancer] (C1).
+
+    width, blocks: 64 and (3, 4, 6, 3) are ResNet-50; smaller ones serve the CPU presets.
+    """
+
+    def __init__(self, width: int = 64, blocks: tuple[int, ...] = (3, 4, 6, 3)):
+        self.width = width
+        super().__init__(Bottleneck, list(blocks), num_classes=2)
+        self.fc = nn.Linear(8 * width * Bottleneck.expansion, 2)
+        mean, std = (torch.tensor(v)[:, None, None] for v in IMAGENET)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
+        return super()._make_layer(block, planes * self.width // 64, blocks, stride, dilate)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(N, 1, S, S) in [-1, 1] -> (N, 32 * width) after global average pooling (F4)."""
+        x = ((x + 1) / 2 - self.mean) / self.std  # (N, 3, S, S): replicated, normalised; Q31
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.avgpool(x).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 1, S, S) in [-1, 1] -> (N, 2) logits."""
+        return self.fc(self.features(x))
+
+
+def classifier(
+    width: int = 64, blocks: tuple[int, ...] = (3, 4, 6, 3), weights: str = "imagenet"
+) -> PatchClassifier:
+    """The classifier with its first weights: "imagenet" (C1), "none", or a file of them.
+
+    The head is always new. Raises ValueError when the weights cannot be had or do not fit.
+    """
+    model = PatchClassifier(width, blocks)
+    if weights == "none":
+        return model
+    if weights == "imagenet":
+        if width != 64 or tuple(blocks) != (3, 4, 6, 3):
+            raise ValueError(
+                f"--weights imagenet: found a ResNet of width {width} and blocks {tuple(blocks)}; "
+                "the ImageNet weights fit ResNet-50 (preset paper) only; give --weights none or a "
+                "file"
+            )
+        try:
+            source = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
+            state = source.get_state_dict(progress=False, check_hash=True)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"--weights imagenet: the weights could not be loaded ({error}); "
+                "give --weights FILE (torchvision's ResNet-50 weights) or --weights none"
+            ) from None
+    else:
+        state = read_torch(Path(weights))
+        state = state.get("model", state)
+    state = {k: v for k, v in state.items() if not k.startswith("fc.")}
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except (RuntimeError, AttributeError) as error:
+        raise ValueError(f"{weights}: weights of another network ({error})") from None
+    if unexpected or set(missing) != {"fc.weight", "fc.bias"}:
+        raise ValueError(
+            f"{weights}: expected the weights of a torchvision ResNet; "
+            f"missing {missing[:3]}, unexpected {unexpected[:3]}"
+        )
+    return model
+
+
+@torch.inference_mode()
+def classifier_scores(
+    model: PatchClassifier,
+    patches: np.ndarray,
+    device: torch.device,
+    batch: int = 64,
+    features: bool = False,
+) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+    """uint16 (N, S, S) -> p(cancer) (N,), with `features` also the pooled features (N, F)."""
+    model.eval()
+    scores, pooled = [], []
+    for start in range(0, len(patches), batch):
+        x = torch.from_numpy(to_float(patches[start : start + batch]))[:, None].to(device)
+        h = model.features(x)
+        scores.append(model.fc(h).softmax(dim=1)[:, 1].cpu().numpy())
+        if features:
+            pooled.append(h.cpu().numpy())
+    if features:
+        return np.concatenate(scores), np.concatenate(pooled)
+    return np.concatenate(scores)
+
+
+# --- Devices, checkpoints ---
+
+CHECKPOINT_FORMAT = "mamgan 1"
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """auto: the GPU when there is one. Under torchrun each process takes its own."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: found no usable GPU; give --device cpu or auto")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def read_torch(path: Path) -> dict:
+    """A file of tensors and primitives. Raises ValueError when it is missing, cut or foreign."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: truncated or not a checkpoint ({reason})") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: expected a dictionary, found {type(state).__name__}")
+    return state
+
+
+def load_checkpoint(run: Path) -> dict:
+    """The state in `run/checkpoint.pt`. Raises ValueError that names the last good one.
+
+    While a run goes on, the state before the last lies beside it as `checkpoint-previous.pt`.
+    """
+    path, previous = run / "checkpoint.pt", run / "checkpoint-previous.pt"
+    if not path.exists() and previous.exists():  # killed between the two renames of a save
+        path = previous
+    try:
+        state = read_torch(path)
+        if state.get("format") != CHECKPOINT_FORMAT:
+            raise ValueError(f"{path}: not a checkpoint of this program")
+        return state
+    except ValueError as error:
+        advice = "delete the run and train again"
+        if previous.exists() and path != previous:
+            with contextlib.suppress(ValueError):
+                step = read_torch(previous).get("step")
+                advice = f"the last good one is {previous} (step {step}): rename it to {path.name}"
+        raise ValueError(f"{error}; {advice}") from None
+
+
+def load_generator(run: Path, device: torch.device) -> tuple[Generator, dict, str]:
+    """The trained generator of a finished run: (G in eval mode, config, hash of its weights)."""
+    config = finished_config(run, "train-gan")
+    G = Generator(config["patch_size"], config["g_base"], config["g_center"], config["sn_g"])
+    load_weights(G, load_checkpoint(run)["chosen"], run)
+    return G.to(device).eval(), config, weights_hash(G)
+
+
+def load_classifier(run: Path, device: torch.device) -> tuple[PatchClassifier, dict]:
+    """The classifier with its best weights (C7) of a finished run: (model in eval mode, config)."""
+    config = finished_config(run, "train-cls")
+    model = PatchClassifier(config["width"], tuple(config["blocks"]))
+    load_weights(model, load_checkpoint(run)["best"], run)
+    return model.to(device).eval(), config
+
+
+def finished_config(run: Path, command: str) -> dict:
+    """The configuration of a finished run of `command`."""
+    facts = read_json(run / "config.json")
+    if facts.get("command") != command:
+        raise ValueError(f"{run}: made by {facts.get('command')!r}; expected a run of {command!r}")
+    if not facts.get("complete"):
+        raise ValueError(f"{run}: not finished; run the same {command} command again")
+    return facts["config"]
+
+
+def load_weights(module: nn.Module, state: dict, run: Path) -> None:
+    try:
+        module.load_state_dict(state)
+    except (RuntimeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{run}: the checkpoint holds another network ({reason})") from None
+
+
+def weights_hash(module: nn.Module) -> str:
+    """sha256 over names, shapes and values of all weights and buffers: names a network."""
+    parts = []
+    for name, value in sorted(module.state_dict().items()):
+        parts += [f"{name} {tuple(value.shape)} {value.dtype}".encode()]
+        parts += [value.detach().cpu().contiguous().numpy().tobytes()]
+    return sha256(*parts)
