@@ -1,0 +1,442 @@
+"""Tiny synthetic mammograms, written as real DICOM files: data for the demo and the tests.
+
+No anatomy is copied from anybody. Lengths are in mm, `shade` is the displayed brightness (0 air,
+1 white), every image is a function of (seed, patient, laterality, view).
+"""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.uid import (
+    DigitalMammographyXRayImageStorageForPresentation,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLSLossless,
+    RLELossless,
+    generate_uid,
+)
+from scipy import fft, ndimage
+from scipy.interpolate import PchipInterpolator
+
+import data
+
+FORMAT = 1  # raised when the same seed gives other bytes
+COLUMNS = (
+    *("image_path", "patient_id", "laterality", "view", "finding", "pathology"),
+    *("row0", "col0", "row1", "col1", "mask_path"),
+)
+IMAGES = (("L", "CC"), ("R", "CC"), ("L", "MLO"), ("R", "MLO"))  # of one patient
+# Finding and pathology of patients 0..19, then again: 7 normal, 5 + 4 malignant, 2 + 2 benign.
+# Every class comes early, so that a handful of patients already has them all.
+MM, MC, BM, BC, NO = (
+    *(("mass", "malignant"), ("calcification", "malignant")),
+    *(("mass", "benign"), ("calcification", "benign"), ("", "normal")),
+)
+CASES = (MM, NO, MC, BM, NO, BC, MM, NO, MC, NO, MM, MC, NO, BM, MM, NO, BC, MC, NO, MM)
+SPACINGS = (0.25, 0.28, 0.3, 0.33, 0.36)  # mm; real detectors have 0.05-0.1, too many pixels here
+SYNTAXES = (
+    *(ExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, RLELossless),
+    ImplicitVRLittleEndian,
+)
+BITS = (12, 14, 16)
+VOIS = ("LINEAR", "LUT", "LINEAR_EXACT", "SIGMOID")
+
+
+@dataclass(frozen=True)
+class Lesion:
+    finding: str
+    pathology: str
+    laterality: str
+    depth: float  # mm behind the nipple
+    across: float  # mm below the nipple's height
+    size: float  # mm across
+    contrast: float  # shade added
+
+
+@dataclass(frozen=True)
+class Patient:
+    spacing: float  # mm
+    depth: float  # chest wall to nipple, mm
+    half: float  # half of the breast's height, mm
+    density: float  # -1 fatty .. 1 dense
+    lesion: Lesion | None
+
+
+def patient(seed: int, number: int) -> Patient:
+    """What the four images of one patient share."""
+    rng = np.random.default_rng([seed, number])
+    finding, pathology = CASES[number % len(CASES)]
+    depth, half = rng.uniform(66, 92), rng.uniform(56, 72)
+    spacing, density = rng.choice(SPACINGS), rng.uniform(-1, 1)
+    size = rng.uniform(8, 14) if finding == "mass" else rng.uniform(7, 13)
+    contrast = rng.uniform(0.16, 0.26) if finding == "mass" else rng.uniform(0.28, 0.42)
+    place = (rng.uniform(0.3, 0.65) * depth, rng.uniform(-0.4, 0.4) * half)
+    side = "LR"[rng.integers(2)]
+    lesion = Lesion(finding, pathology, side, *place, size, contrast) if finding else None
+    return Patient(float(spacing), depth, half, density, lesion)
+
+
+# --- Normal anatomy ---
+
+
+def power_law(rng, shape, spacing, beta=3.0, stretch=1.0, angle=0.0, longest=40.0) -> np.ndarray:
+    """Gaussian field, unit variance, power ~ 1 / f^beta, drawn out `stretch`-fold along `angle`.
+
+    Mammograms have beta near 3 (Burgess 1999); flat for structures longer than `longest` mm.
+    """
+    fy, fx = fft.fftfreq(shape[0], spacing)[:, None], fft.rfftfreq(shape[1], spacing)
+    along, over = fx * np.cos(angle) + fy * np.sin(angle), fy * np.cos(angle) - fx * np.sin(angle)
+    amplitude = (stretch * along**2 + over**2 / stretch + longest**-2) ** (-beta / 4)
+    amplitude[0, 0] = 0
+    white = rng.standard_normal((2, *amplitude.shape))
+    field = fft.irfft2(amplitude * (white[0] + 1j * white[1]), shape)
+    return field / field.std()
+
+
+def strands(field: np.ndarray, spacing: float, width: float) -> np.ndarray:
+    """Thin curved lines, 0..1: where a smooth random field crosses zero. `width` in mm."""
+    slope = np.hypot(*np.gradient(field, spacing))
+    return np.exp(-((field / (width * slope + 1e-9)) ** 2))
+
+
+def smoothstep(x: np.ndarray) -> np.ndarray:
+    x = np.clip(x, 0, 1)
+    return x * x * (3 - 2 * x)
+
+
+def outline(rng, who: Patient, view: str, y: np.ndarray) -> tuple[np.ndarray, float]:
+    """Distance from the chest wall to the skin at each height, and the nipple's height (mm)."""
+    tall = y[-1] + y[0]
+    if view == "CC":
+        nipple = tall / 2 + rng.uniform(-4, 4)
+        t = np.abs(y - nipple) / who.half
+        x = (1 - np.clip(t, 0, 1) ** rng.uniform(1.9, 2.3)) ** rng.uniform(0.6, 0.8)
+    else:  # from the axilla over the nipple to the fold beneath the breast
+        nipple = tall * rng.uniform(0.56, 0.62)
+        top, fold = rng.uniform(0.5, 0.62), rng.uniform(0.12, 0.2)
+        knots = np.array([-0.01, 0.3, 0.7, 1.0]) * nipple
+        below = nipple + np.array([0.3, 0.58, 0.8, 1.01]) * (tall - nipple)
+        x = PchipInterpolator(
+            [*knots, *below], [top, top + 0.12, 0.93, 1.0, 0.93, 0.62, fold + 0.04, fold]
+        )(y)
+    x = ndimage.gaussian_filter1d(x, 4 / (y[1] - y[0]), mode="nearest") * who.depth
+    return x + 3.5 * np.exp(-(((y - nipple) / 3.2) ** 4)), float(nipple)
+
+
+@dataclass
+class Anatomy:
+    shade: np.ndarray
+    inside: np.ndarray  # bool, the breast with what muscle the view shows
+    skin: np.ndarray  # mm from the skin, 0 outside
+    muscle: np.ndarray  # mm from the edge of the pectoral muscle, negative in it; +inf in CC
+    nipple: tuple[float, float]  # mm from the top, mm from the chest wall
+
+
+def anatomy(rng, who: Patient, view: str) -> Anatomy:
+    """A breast without lesion, chest wall on the left."""
+    s = who.spacing
+    tall = 2 * who.half + (14 if view == "CC" else 26)
+    shape = tuple(8 * int(np.ceil(mm / s / 8)) for mm in (tall, who.depth + rng.uniform(10, 24)))
+    y, x = (np.arange(shape[0]) + 0.5) * s, (np.arange(shape[1]) + 0.5) * s
+    edge, nipple_y = outline(rng, who, view, y)
+    nipple = nipple_y, float(edge.max())
+    y, x = y[:, None], x[None, :]
+    inside = x < edge[:, None]
+    skin = ndimage.distance_transform_edt(inside) * s
+    angle = 0.0 if view == "CC" else rng.uniform(0.35, 0.6)  # MLO: the ducts fan downwards
+
+    # Fibroglandular tissue: a ragged cone behind the nipple that fades into fat.
+    behind = (nipple[1] - x) / who.depth
+    across = (y - nipple[0]) / who.half + (0 if view == "CC" else 0.45) * behind
+    reach = 1 - ((behind - 0.38) / 0.46) ** 2 - (across / (0.42 + 0.22 * who.density)) ** 2
+    cloud = power_law(rng, shape, s, 3.4, 1.6, angle, 60.0)
+    region = smoothstep(0.35 + 0.55 * reach + 0.22 * cloud) * smoothstep((skin - 3) / 8)
+    lobules = power_law(rng, shape, s, 2.9, 1.8, angle, 30.0)
+    gland = region / (1 + np.exp(-1.7 * lobules - 0.9 * who.density - 0.2))
+
+    # Cooper's ligaments and ducts, broken up; a few vessels.
+    patchy = smoothstep(0.5 + 0.5 * power_law(rng, shape, s, 3.0))
+    net = strands(power_law(rng, shape, s, 3.6, 2.4, angle, 14.0), s, 0.35)
+    net += 0.8 * strands(power_law(rng, shape, s, 3.4, 1.5, angle, 9.0), s, 0.25)
+    fine = power_law(rng, shape, s, 2.4, 1.5, angle, 10.0)
+
+    thick = np.sqrt(1 - (1 - np.clip(skin / rng.uniform(9, 13), 0, 1)) ** 2)  # compressed edge
+    tissue = 0.27 + 0.05 * cloud * region + 0.33 * gland + 0.02 * fine * (0.6 + gland)
+    tissue += 0.1 * net * patchy * (1 - 0.5 * gland)
+    tissue += 0.12 * vessels(rng, shape, s, nipple)
+    muscle = np.full(shape, np.inf)
+    if view == "MLO":
+        top, low = rng.uniform(0.62, 0.82) * edge[0], rng.uniform(0.55, 0.72) * tall
+        bow = rng.uniform(1, 5) * np.sin(np.pi * np.clip(y / low, 0, 1))
+        muscle = (x - top * (1 - y / low) - bow) * low / np.hypot(top, low)
+        fibres = power_law(rng, shape, s, 2.8, 3.0, np.arctan2(low, -top), 12.0)
+        flesh = 0.56 + 0.1 * (1 - y / low) + 0.025 * fibres
+        tissue += (flesh - 0.8 * tissue) * smoothstep(0.5 - muscle / 2.5)
+    shade = thick * tissue + 0.16 * np.exp(-(((skin - 0.9) / 0.7) ** 2))
+    spot = ((y - nipple[0]) / 4) ** 2 + ((x - nipple[1] + 3.5) / 3.2) ** 2
+    shade += 0.2 * np.exp(-(spot**2))
+    return Anatomy(np.where(inside, shade, 0), inside, skin, muscle, nipple)
+
+
+def vessels(rng, shape, spacing, nipple) -> np.ndarray:
+    """Tubes that wind from the chest wall towards the nipple, 0..1."""
+    axis = np.ones(shape, bool)
+    for _ in range(rng.integers(1, 4)):
+        t = np.linspace(0, 1, 400)
+        start = nipple[0] + rng.uniform(-45, 45)
+        row = start + (nipple[0] - start) * t**2 * 0.7
+        row += np.cumsum(ndimage.gaussian_filter1d(rng.normal(0, 1.2, t.size), 12))
+        at = np.stack([row, t * nipple[1] * rng.uniform(0.5, 0.85)]) / spacing
+        rows, cols = at.astype(int)
+        keep = (rows >= 0) & (rows < shape[0]) & (cols < shape[1])
+        axis[rows[keep], cols[keep]] = False
+    away = ndimage.distance_transform_edt(axis) * spacing
+    return np.sqrt(np.clip(1 - (away / rng.uniform(0.7, 1.2)) ** 2, 0, 1))
+
+
+# --- Lesions: each gives (shade added, annotated area), centred on (0, 0) mm ---
+
+
+def mass(rng, lesion: Lesion, y, x, spacing) -> tuple[np.ndarray, np.ndarray]:
+    """Malignant: irregular, ill-defined, mostly spiculated. Benign: oval, smooth, well-defined."""
+    malignant = lesion.pathology == "malignant"
+    turn = rng.uniform(0, 2 * np.pi)
+    y, x = y * np.cos(turn) - x * np.sin(turn), y * np.sin(turn) + x * np.cos(turn)
+    if not malignant:
+        y = y * rng.uniform(1.15, 1.6)
+    theta, rho = np.arctan2(y, x), np.hypot(y, x)
+    k = np.arange(2, 10)[:, None, None]
+    wave = rng.normal(0, 0.2 if malignant else 0.03, k.shape) / k ** (0.5 if malignant else 1)
+    core = (0.36 if malignant else 0.5) * lesion.size
+    margin = core * (1 + np.sum(wave * np.cos(k * theta + rng.uniform(0, 6.3, k.shape)), axis=0))
+    body = np.sqrt(np.clip(1 - (rho / margin) ** 2, 0, 1))
+    blur = rng.uniform(0.5, 0.8) if malignant else 0.25
+    body = ndimage.gaussian_filter(body, blur / spacing)
+    if malignant:
+        n = rng.integers(10, 17)
+        at = (np.arange(n) + rng.uniform(-0.4, 0.4, n))[:, None, None] * 2 * np.pi / n
+        bend = rng.normal(0, 0.25, at.shape) * (rho / core - 1)
+        length = core * rng.uniform(1.4, 2.3, at.shape)
+        off = np.angle(np.exp(1j * (theta - at - bend))) * rho
+        fade = np.clip(1 - rho / length, 0, 1)
+        width = 0.25 + 0.7 * fade
+        spicules = np.exp(-((off / width) ** 2)) * np.sqrt(fade) * (np.abs(off) < 3)
+        body = np.maximum(body, rng.uniform(0.55, 0.9) * spicules.max(axis=0))
+        body *= 1 + 0.12 * power_law(rng, body.shape, spacing, 2.5, longest=5.0)
+    area = body > 0.25
+    labels, _ = ndimage.label(area)
+    return lesion.contrast * body, labels == labels[tuple(n // 2 for n in labels.shape)]
+
+
+def calcifications(rng, lesion: Lesion, y, x, spacing) -> tuple[np.ndarray, np.ndarray]:
+    """Malignant: many grains of all shapes and brightness. Benign: fewer, round, alike."""
+    malignant = lesion.pathology == "malignant"
+    n = int(rng.integers(12, 25) if malignant else rng.integers(6, 11))
+    turn, slim = rng.uniform(0, np.pi), rng.uniform(0.4, 0.75) if malignant else 0.9
+    added = np.zeros(y.shape)
+    common = rng.uniform(0.55, 0.8)
+    for _ in range(n):
+        r, phi = 0.45 * lesion.size * np.sqrt(rng.uniform()), rng.uniform(0, 2 * np.pi)
+        a, b = r * np.cos(phi), slim * r * np.sin(phi)
+        row, col = a * np.cos(turn) - b * np.sin(turn), a * np.sin(turn) + b * np.cos(turn)
+        grain = rng.uniform(0.4, 1.0) if malignant else common
+        bright = rng.uniform(0.45, 1.15) if malignant else 1.0
+        for _ in range(rng.integers(1, 4) if malignant else 1):
+            angle, long = rng.uniform(0, np.pi), rng.uniform(1.2, 2.4) if malignant else 1.0
+            u = (y - row) * np.cos(angle) + (x - col) * np.sin(angle)
+            v = (x - col) * np.cos(angle) - (y - row) * np.sin(angle)
+            off = np.hypot(u / long, v) * np.sqrt(long)
+            disc = np.clip((grain / 2 - off) / spacing + 0.5, 0, 1)
+            added = np.maximum(added, lesion.contrast * bright * disc)
+            row, col = row + rng.normal(0, 0.3), col + rng.normal(0, 0.3)
+    haze = 0.03 * np.exp(-((np.hypot(y, x) / (0.4 * lesion.size)) ** 2)) * malignant
+    near = ndimage.distance_transform_edt(added < 0.3 * lesion.contrast) * spacing < 1.5
+    return added + haze, ndimage.binary_closing(near, iterations=int(2 / spacing))
+
+
+def add_lesion(rng, lesion: Lesion, breast: Anatomy, spacing: float) -> np.ndarray:
+    """Put the lesion into `breast.shade`; gives its mask.
+
+    It goes as near to where the patient has it as leaves a patch around it that is tissue.
+    """
+    shape = breast.shade.shape
+    y, x = (np.arange(n)[i] + 0.5 for i, n in zip(((..., None), (None, ...)), shape, strict=True))
+    y, x = y * spacing, x * spacing
+    room = 15.0  # mm
+    free = (breast.skin > room) & (breast.muscle > 10) & (x > room)
+    free &= (y > room) & (y < shape[0] * spacing - room)
+    away = (y - breast.nipple[0] - lesion.across) ** 2 + (x - breast.nipple[1] + lesion.depth) ** 2
+    row, col = np.unravel_index(np.argmin(np.where(free, away, np.inf)), shape)
+    reach = int(np.ceil(room / spacing))
+    at = np.s_[row - reach : row + reach + 1, col - reach : col + reach + 1]
+    grid = (np.arange(-reach, reach + 1) * spacing,) * 2
+    draw = mass if lesion.finding == "mass" else calcifications
+    added, area = draw(rng, lesion, *np.meshgrid(*grid, indexing="ij"), spacing)
+    breast.shade[at] += added
+    mask = np.zeros(shape, bool)
+    mask[at] = area
+    return mask
+
+
+def render(seed: int, number: int, laterality: str, view: str) -> tuple:
+    """Shade (H, W), air below 0; lesion mask (all False without one); Anatomy, not mirrored."""
+    who = patient(seed, number)
+    rng = np.random.default_rng([seed, number, "LR".index(laterality), ("CC", "MLO").index(view)])
+    breast = anatomy(rng, who, view)
+    mask = np.zeros(breast.shade.shape, bool)
+    if who.lesion and who.lesion.laterality == laterality:
+        mask = add_lesion(rng, who.lesion, breast, who.spacing)
+    shade = np.minimum(breast.shade, 0.97)
+    shade = np.where(breast.inside, shade + rng.normal(0, 0.006, shade.shape), -0.02)
+    if laterality == "R":  # the chest wall is on the right
+        shade, mask = shade[:, ::-1], mask[:, ::-1]
+    marker = Image.new("L", (40, 12))
+    ImageDraw.Draw(marker).text((0, 0), f"{laterality} {view}", fill=255)
+    lead = np.asarray(marker)[:, : 40 if view == "MLO" else 34] > 128
+    corner = np.s_[6:18, -46 : -46 + lead.shape[1]] if laterality == "L" else np.s_[6:18, 6:]
+    spot = shade[corner][:, : lead.shape[1]]
+    if (spot < 0).all():
+        spot[lead] = 0.9
+    return shade, mask, breast
+
+
+# --- DICOM ---
+
+
+def code(value: str, scheme: str, meaning: str) -> Dataset:
+    item = Dataset()
+    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, scheme, meaning
+    return item
+
+
+def store(ds: Dataset, shade: np.ndarray, bits: int, voi: str, inverse: bool) -> None:
+    """Stored values that VOI transformation and, in MONOCHROME1, inversion turn into shade."""
+    output = 1 - shade if inverse else shade
+    top = 2**bits - 1
+    center, width = round(0.47 * top), round(0.8 * top)
+    if voi == "LUT":  # an S-shaped curve over part of the range, 12 bits out
+        first, n = top // 16, 3000 * (top + 1) // 4096
+        s = np.linspace(-2.2, 2.2, n)
+        curve = np.rint((np.tanh(s) / np.tanh(2.2) + 1) / 2 * 4095).astype(np.uint16)
+        stored = first + np.interp(np.clip(output, 0, 1) * 4095, curve, np.arange(n))
+        item = Dataset()
+        item.LUTDescriptor, item.LUTExplanation = [n, first, 12], "Phantom tone curve"
+        item.add_new("LUTData", "OW", curve.astype("<u2").tobytes())
+        ds.VOILUTSequence = [item]
+    else:
+        ds.WindowCenter, ds.WindowWidth, ds.VOILUTFunction = center, width, voi
+        ds.WindowCenterWidthExplanation = "NORMAL"
+        if voi == "SIGMOID":  # PS3.3 C.11.2.1.3.1
+            p = np.clip(output, 0.01, 0.99)
+            stored = center + width / 4 * np.log(p / (1 - p))
+        elif voi == "LINEAR":
+            stored = center - 0.5 + (output - 0.5) * (width - 1)
+        else:
+            stored = center + (output - 0.5) * width
+    pixels = np.rint(np.clip(stored, 0, top)).astype("<u2")
+    ds.Rows, ds.Columns = pixels.shape
+    ds.SamplesPerPixel, ds.PixelRepresentation = 1, 0
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, bits, bits - 1
+    ds.PhotometricInterpretation = "MONOCHROME1" if inverse else "MONOCHROME2"
+    ds.PresentationLUTShape = "INVERSE" if inverse else "IDENTITY"
+    ds.add_new("PixelData", "OW", pixels.tobytes())
+
+
+def dicom(seed: int, number: int, laterality: str, view: str, shade, spacing) -> bytes:
+    """A whole DICOM file. How it is stored goes round by image, so that a few patients show all."""
+
+    def uid(*what: object) -> str:
+        return generate_uid(entropy_srcs=["phantom", str(FORMAT), str(seed), *map(str, what)])
+
+    index = len(IMAGES) * number + IMAGES.index((laterality, view)) + seed
+    syntax = SYNTAXES[index % len(SYNTAXES)]
+    ds = FileDataset("", {}, preamble=bytes(128), file_meta=FileMetaDataset())
+    ds.SpecificCharacterSet = "ISO_IR 100"
+    ds.ImageType = ["DERIVED", "PRIMARY"]
+    ds.SOPClassUID = DigitalMammographyXRayImageStorageForPresentation
+    ds.SOPInstanceUID = uid(number, laterality, view)
+    ds.StudyInstanceUID, ds.SeriesInstanceUID = uid(number), uid(number, "series")
+    for keyword in (
+        *("StudyDate", "StudyTime", "ContentDate", "ContentTime", "AccessionNumber", "StudyID"),
+        *("ReferringPhysicianName", "PatientBirthDate", "PatientSex", "DetectorType"),
+        *("AcquisitionContextSequence", "PatientOrientation"),
+    ):
+        setattr(ds, keyword, None)
+    ds.PatientID, ds.PatientName = f"P{number:04d}", f"Phantom^{number:04d}"
+    ds.Modality, ds.Manufacturer = "MG", "Phantom"
+    ds.PresentationIntentType = "FOR PRESENTATION"
+    ds.SeriesNumber, ds.InstanceNumber = 1, IMAGES.index((laterality, view)) + 1
+    ds.ImageLaterality, ds.BodyPartExamined, ds.OrganExposed = laterality, "BREAST", "BREAST"
+    ds.AnatomicRegionSequence = [code("T-04000", "SRT", "Breast")]
+    mlo = view == "MLO"
+    name = (
+        ("R-10226", "SRT", "medio-lateral oblique") if mlo else ("R-10242", "SRT", "cranio-caudal")
+    )
+    ds.ViewCodeSequence = [code(*name)]
+    ds.ViewCodeSequence[0].ViewModifierCodeSequence = []
+    ds.PatientOrientation = ["AP"[laterality == "L"], "F" if mlo else "LR"[laterality == "R"]]
+    ds.PositionerType, ds.BreastImplantPresent = "MAMMOGRAPHIC", "NO"
+    ds.ImagerPixelSpacing = [f"{spacing:.3g}"] * 2
+    ds.PixelIntensityRelationship, ds.PixelIntensityRelationshipSign = "LOG", 1
+    ds.RescaleIntercept, ds.RescaleSlope, ds.RescaleType = 0, 1, "US"
+    ds.BurnedInAnnotation, ds.LossyImageCompression = "NO", "00"
+    ds.DerivationDescription = "Synthetic phantom, no patient"
+    inverse = bool(index // 2 % 2)
+    store(ds, shade, BITS[index % len(BITS)], VOIS[index // 4 % len(VOIS)], inverse)
+    if inverse:
+        ds.PixelIntensityRelationshipSign = -1
+    ds.file_meta.TransferSyntaxUID = syntax
+    if syntax.is_compressed:
+        ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        ds.compress(syntax, generate_instance_uid=False)
+    buffer = io.BytesIO()
+    ds.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+# --- The data set ---
+
+
+def write_phantoms(out: Path, patients: int = 60, seed: int = 0) -> Path:
+    """Four DICOM files a patient, lesion masks (PNG) and `manifest.csv`, whose path is returned.
+
+    Called again after an interruption it goes on: a file that is there is whole and is kept.
+    """
+    rows = []
+    with (
+        data.claim_folder(out, "phantoms", {"format": FORMAT, "patients": patients, "seed": seed}),
+        data.progress(patients * len(IMAGES), "phantoms") as advance,
+    ):
+        for number in range(patients):
+            for laterality, view in IMAGES:
+                rows.append(write_image(out, seed, number, laterality, view))
+                advance()
+        data.write_table(out / "manifest.csv", COLUMNS, rows)
+        data.finish_folder(out)
+    return out / "manifest.csv"
+
+
+def write_image(out: Path, seed: int, number: int, laterality: str, view: str) -> tuple:
+    """One image and its row of the manifest. The mask comes first: the DICOM file seals both."""
+    name = f"P{number:04d}_{laterality}_{view}"
+    image, mask = out / f"{name}.dcm", out / f"{name}_mask.png"
+    who = patient(seed, number)
+    has_lesion = who.lesion is not None and who.lesion.laterality == laterality
+    if not (image.exists() and (mask.exists() or not has_lesion)):
+        shade, lesion, _ = render(seed, number, laterality, view)
+        if has_lesion:
+            with data.replace_file(mask) as file:
+                Image.fromarray(lesion.astype(np.uint8) * 255).save(file, format="PNG")
+        with data.replace_file(image) as file:
+            file.write(dicom(seed, number, laterality, view, shade, who.spacing))
+    about = (image.name, f"P{number:04d}", laterality, view)
+    if not has_lesion:
+        return (*about, "", "normal", "", "", "", "", "")
+    row, col = ndimage.find_objects((np.asarray(Image.open(mask)) > 0).astype(int))[0]
+    box = row.start, col.start, row.stop, col.stop
+    return (*about, who.lesion.finding, who.lesion.pathology, *box, mask.name)
