@@ -1,0 +1,525 @@
+"""One mammogram in and out: DICOM and other images -> display values and back (Q19, F7).
+
+`stored` are the integers of the file, `display` is float32 in [-1, 1] with air low: modality LUT ->
+VOI LUT or window -> inversion -> a fixed linear map, PS3.3 C.11 (C.x and CID n: DICOM standard).
+"""
+
+import functools
+import hashlib
+import logging
+import math
+import os
+import struct
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pydicom
+from PIL import Image
+from pydicom import Dataset, uid
+from pydicom.pixels import get_decoder
+from pydicom.pixels.utils import as_pixel_options
+
+MAX_PIXELS = 200_000_000  # a header that claims more is refused before anything is decoded
+MODALITIES = ("MG", "CR", "DX", "RG", "SC")  # mammography and what film digitisers write
+FOR_PROCESSING = (
+    "1.2.840.10008.5.1.4.1.1.1.2.1",  # digital mammography X-ray image, for processing
+    "1.2.840.10008.5.1.4.1.1.1.1.1",  # digital X-ray image, for processing
+)
+SPECIMEN_CODES = ("127457009", "G-8310")  # tissue specimen from breast, CID 4014, SCT and SRT
+
+# Transfer syntax -> (plug-in of pydicom, package to install). Of several plug-ins we name the one
+# that refuses damaged data.
+DECODERS = {
+    uid.JPEGBaseline8Bit: ("pillow", "pillow"),
+    uid.JPEGExtended12Bit: ("pylibjpeg", "pylibjpeg-libjpeg"),
+    uid.JPEGLossless: ("pylibjpeg", "pylibjpeg-libjpeg"),
+    uid.JPEGLosslessSV1: ("pylibjpeg", "pylibjpeg-libjpeg"),
+    uid.JPEGLSLossless: ("pyjpegls", "pyjpegls"),
+    uid.JPEGLSNearLossless: ("pyjpegls", "pyjpegls"),
+    uid.JPEG2000Lossless: ("pylibjpeg", "pylibjpeg-openjpeg"),
+    uid.JPEG2000: ("pylibjpeg", "pylibjpeg-openjpeg"),
+    uid.RLELossless: ("pylibjpeg", "pylibjpeg-rle"),
+}
+NATIVE = (uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.ExplicitVRBigEndian)
+
+# All that is ever read of a DICOM file: no name, no identifier but two UIDs (which only leave
+# hashed), no date, no free text enters the program.
+KEYWORDS = (
+    *("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "Modality", "PresentationIntentType"),
+    *("ImageType", "BodyPartExamined", "AnatomicRegionSequence", "ViewCodeSequence"),
+    *("SpecimenDescriptionSequence", "NumberOfFrames", "SamplesPerPixel"),
+    *("PhotometricInterpretation", "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit"),
+    *("PixelRepresentation", "PlanarConfiguration", "PixelPaddingValue", "PixelPaddingRangeLimit"),
+    *("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "VOILUTSequence"),
+    *("WindowCenter", "WindowWidth", "VOILUTFunction", "PresentationLUTShape"),
+    *("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing"),
+    *("EstimatedRadiographicMagnificationFactor", "Laterality", "ImageLaterality", "ViewPosition"),
+    *("PatientOrientation", "BurnedInAnnotation", "LossyImageCompression"),
+    *("LossyImageCompressionRatio", "LossyImageCompressionMethod"),
+)
+
+# pydicom logs the traceback of every decoder that fails; NotUsable says it in one line.
+logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow then warns above it, which read_mammogram turns around
+
+
+class NotUsable(ValueError):
+    """Why a file is left out, without its name: the `reason` of excluded.csv."""
+
+
+@dataclass(eq=False)
+class Mammogram:
+    """`windowing` and `spacing_source` say in words what was used."""
+
+    path: Path
+    stored: np.ndarray  # (H, W) uint8, uint16, int8 or int16
+    display: np.ndarray = field(repr=False)  # (H, W) float32 in [-1, 1], air low
+    spacing_mm: tuple[float, float] | None
+    spacing_source: str
+    windowing: str
+    ds: Dataset | None  # KEYWORDS and file_meta only; None when the file is no DICOM
+    table: "DisplayTable" = field(repr=False)
+
+    @functools.cached_property
+    def image_uid(self) -> str:
+        """16 hex digits over stored pixels and shape: the same image under two names is found."""
+        digest = hashlib.sha256(repr((self.stored.shape, self.stored.dtype.str)).encode())
+        digest.update(np.ascontiguousarray(self.stored))
+        return digest.hexdigest()[:16]
+
+    def restore(self, display: np.ndarray, where: np.ndarray | None = None) -> np.ndarray:
+        """New stored integers for new display values: the inverse of the display pipeline.
+
+        A pixel outside `where` (bool (H, W), e.g. weights > 0), or whose display value is the one
+        it had, keeps its stored integer bit for bit. Of several integers with the nearest display
+        value a pixel takes the one closest to its own.
+        Raises ValueError where the pipeline has no inverse (a LUT that rises and falls).
+        """
+        assert display.shape == self.stored.shape and np.isfinite(display).all()
+        changed = display != self.display
+        if where is not None:
+            changed &= where
+        restored = self.stored.copy()
+        try:
+            restored[changed] = self.table.invert(display[changed], self.stored[changed])
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}; write the display image instead") from None
+        return restored
+
+
+def read_mammogram(path: Path) -> Mammogram:
+    """A 2-D mammogram for presentation from DICOM (told by content), PNG, PGM, TIFF or JPEG.
+
+    Raises NotUsable with one clear reason for any other or damaged file, OSError when the file
+    cannot be opened.
+    """
+    path = Path(path)
+    with open(path, "rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        head = file.read(132)
+        file.seek(0)
+        if head[128:] == b"DICM":
+            return _read_dicom(path, file)
+        return _read_raster(path, file)
+
+
+def _third_party(what: str, error: Exception) -> NotUsable:
+    """A decoder's exception as one short line."""
+    text = " ".join(str(error).split())[:200]
+    return NotUsable(f"{what} ({type(error).__name__}{': ' * bool(text)}{text})")
+
+
+# --- DICOM: header, exclusions ---
+
+
+def _read_dicom(path: Path, file) -> Mammogram:
+    ds = _read_header(path, file)
+    _exclude(ds)
+    stored = _read_pixels(ds, file)
+    table = dicom_table(ds)
+    spacing_mm, spacing_source = _spacing(ds)
+    return Mammogram(
+        path=path,
+        stored=stored,
+        display=table.apply(stored),
+        spacing_mm=spacing_mm,
+        spacing_source=spacing_source,
+        windowing=table.text,
+        ds=ds,
+        table=table,
+    )
+
+
+def _read_header(path: Path, file) -> Dataset:
+    """KEYWORDS of the file, each decoded; leaves `file` at the PixelData element."""
+    try:
+        meta = pydicom.filereader.read_file_meta_info(path)
+        syntax = uid.UID(meta.get("TransferSyntaxUID") or "")
+    except Exception as error:  # damaged files make pydicom raise almost anything
+        raise _third_party("DICOM file meta information is damaged", error) from None
+    if syntax not in NATIVE and syntax not in DECODERS:  # deflated: inflating could fill the memory
+        found = f"is {syntax.name}" if syntax else "is absent"
+        raise NotUsable(f"TransferSyntaxUID {found}; expected a plain or a JPEG or RLE syntax")
+    try:
+        ds = pydicom.dcmread(
+            file, stop_before_pixels=True, defer_size="1 MB", specific_tags=list(KEYWORDS)
+        )
+        for element in ds.iterall():  # pydicom decodes an element when it is asked for
+            element.value  # noqa: B018
+    except Exception as error:
+        raise _third_party("DICOM header is damaged", error) from None
+    return ds
+
+
+def _integer(ds: Dataset, keyword: str, default: int | None = None) -> int:
+    value = ds.get(keyword)
+    if value is None or value == "":
+        value = default
+    if value is None:
+        raise NotUsable(f"{keyword} is absent")
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise NotUsable(f"{keyword} is not one number") from None
+
+
+def _exclude(ds: Dataset) -> None:
+    """Raise NotUsable, naming the attribute that decides, unless this is a 2-D mammogram."""
+
+    def need(ok: bool, keyword: str, expected: str) -> None:
+        if not ok:
+            value = ds.get(keyword)
+            found = "absent" if value is None or value == "" else repr(value)[:80]
+            raise NotUsable(f"{keyword} is {found}; expected {expected}")
+
+    sop_class = uid.UID(str(ds.get("SOPClassUID") or ""))
+    processing = str(ds.get("PresentationIntentType") or "").upper() == "FOR PROCESSING"
+    need(not processing, "PresentationIntentType", "FOR PRESENTATION")
+    if sop_class in FOR_PROCESSING or "Tomosynthesis" in sop_class.name:
+        raise NotUsable(f"SOPClassUID is {sop_class.name}; expected a 2-D image for presentation")
+    frames = _integer(ds, "NumberOfFrames", 1)
+    if frames > 1:
+        raise NotUsable(f"NumberOfFrames is {frames}; expected 1 (tomosynthesis or a loop)")
+    image_type = [str(v).upper() for v in _values(ds, "ImageType")]
+    sliced = "TOMOSYNTHESIS" in image_type and "GENERATED_2D" not in image_type
+    need(not sliced, "ImageType", "a 2-D image, not tomosynthesis")
+    need(str(ds.get("Modality") or "") in MODALITIES, "Modality", f"one of {', '.join(MODALITIES)}")
+    body_part = str(ds.get("BodyPartExamined") or "BREAST").upper()
+    need("BREAST" in body_part and "SPECIMEN" not in body_part, "BodyPartExamined", "BREAST")
+    need(not ds.get("SpecimenDescriptionSequence"), "SpecimenDescriptionSequence", "no specimen")
+    for keyword in ("AnatomicRegionSequence", "ViewCodeSequence"):
+        for item in ds.get(keyword) or ():
+            if str(item.get("CodeValue", "")) in SPECIMEN_CODES:
+                raise NotUsable(f"{keyword} is tissue specimen from breast; expected a mammogram")
+    if "Rows" not in ds:
+        raise NotUsable(f"no image: Rows is absent (SOP class {sop_class.name or 'absent'})")
+    monochrome = ds.get("PhotometricInterpretation") in ("MONOCHROME1", "MONOCHROME2")
+    need(monochrome, "PhotometricInterpretation", "MONOCHROME1 or MONOCHROME2")
+    need(_integer(ds, "SamplesPerPixel", 1) == 1, "SamplesPerPixel", "1")
+    rows, columns = _integer(ds, "Rows"), _integer(ds, "Columns")
+    _check_size(rows, columns)
+    allocated, stored = _integer(ds, "BitsAllocated"), _integer(ds, "BitsStored")
+    need(allocated in (8, 16), "BitsAllocated", "8 or 16")
+    need(1 < stored <= allocated, "BitsStored", f"2 to {allocated}")
+    need(_integer(ds, "HighBit", stored - 1) == stored - 1, "HighBit", f"{stored - 1}")
+    need(_integer(ds, "PixelRepresentation") in (0, 1), "PixelRepresentation", "0 or 1")
+
+
+def _check_size(rows: int, columns: int) -> None:
+    if rows < 1 or columns < 1:
+        raise NotUsable(f"size is {rows} x {columns} pixels; expected at least 1 x 1")
+    if rows * columns > MAX_PIXELS:
+        raise NotUsable(
+            f"header claims {rows} x {columns} pixels, more than {MAX_PIXELS // 10**6} megapixels"
+        )
+
+
+def _values(ds: Dataset, keyword: str) -> list:
+    """The values of an element of any multiplicity, none when it is absent or empty."""
+    value = ds.get(keyword)
+    if value is None or value == "":
+        return []
+    return [value] if isinstance(value, str | bytes | int | float) else list(value)
+
+
+def _spacing(ds: Dataset) -> tuple[tuple[float, float] | None, str]:
+    """(row, col) spacing in the breast and its source; (None, "") rather than a guess.
+
+    PixelSpacing is calibrated where a projection image has it; ImagerPixelSpacing is that of the
+    detector, larger by the magnification (PS3.3 10.7.1.3).
+    """
+    for keyword in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing"):
+        spacing = [float(v) for v in _values(ds, keyword)]
+        if len(spacing) != 2 or not all(1e-3 < v < 10 for v in spacing):
+            continue
+        factor = _values(ds, "EstimatedRadiographicMagnificationFactor")
+        if keyword == "ImagerPixelSpacing" and len(factor) == 1 and 1 < float(factor[0]) < 10:
+            spacing = [v / float(factor[0]) for v in spacing]
+            keyword += f" / magnification {float(factor[0]):g}"
+        return (spacing[0], spacing[1]), keyword
+    return None, ""
+
+
+# --- DICOM: pixels ---
+
+
+def _read_pixels(ds: Dataset, file) -> np.ndarray:
+    """(rows, columns) integers as stored, in native byte order; `file` stands at PixelData."""
+    syntax = ds.file_meta.TransferSyntaxUID
+    rows, columns, bits = ds.Rows, ds.Columns, ds.BitsAllocated
+    order = "<" if syntax.is_little_endian else ">"
+    element = file.read(8)
+    if len(element) < 8:
+        raise NotUsable("PixelData is absent")
+    group, number, length = struct.unpack(f"{order}HHL", element)
+    if (group, number) != (0x7FE0, 0x0010):
+        raise NotUsable("PixelData is absent (the file holds floating point pixels)")
+    vr = "OW"
+    if not syntax.is_implicit_VR:
+        vr = element[4:6].decode("latin-1")
+        length = int.from_bytes(file.read(4), "little" if order == "<" else "big")
+    if syntax in NATIVE:
+        found = min(length, os.fstat(file.fileno()).st_size - file.tell())
+        expected = rows * columns * bits // 8
+        if found < expected:
+            raise NotUsable(f"PixelData is cut off: {found} bytes; expected {expected}")
+        plugin, package = "", "pydicom"
+    else:
+        start = file.tell()
+        shape = _codestream_shape(file.read(1 << 20), syntax)
+        file.seek(start)
+        if shape and shape != (rows, columns):  # a decoder would make room for what it finds there
+            raise NotUsable(
+                f"PixelData is an image of {shape[0]} x {shape[1]} pixels; "
+                f"Rows and Columns say {rows} x {columns}"
+            )
+        plugin, package = DECODERS[syntax]
+        if plugin not in get_decoder(syntax).available_plugins:
+            raise NotUsable(f"TransferSyntaxUID is {syntax.name}; to read it: pip install {package}")
+    options = as_pixel_options(
+        ds, transfer_syntax_uid=syntax, pixel_keyword="PixelData", pixel_vr=vr, number_of_frames=1
+    )
+    try:
+        stored, _ = get_decoder(syntax).as_array(
+            file, index=0, raw=True, decoding_plugin=plugin, **options
+        )
+    except Exception as error:  # four decoder packages, each with its own kinds
+        what = f"PixelData could not be decoded as {syntax.name} by {package}"
+        raise _third_party(what, error) from None
+    kind = "ui"[ds.PixelRepresentation]
+    stored = np.ascontiguousarray(stored, dtype=f"={kind}{bits // 8}")
+    assert stored.shape == (rows, columns)
+    return stored
+
+
+def _codestream_shape(head: bytes, syntax: uid.UID) -> tuple[int, int] | None:
+    """(rows, columns) that a JPEG, JPEG-LS or JPEG 2000 stream claims; None for RLE."""
+    if syntax == uid.RLELossless:
+        return None
+    try:
+        if syntax in (uid.JPEG2000, uid.JPEG2000Lossless):
+            at = head.index(b"\xff\x4f\xff\x51") + 8  # SOC and SIZ, ISO 15444-1 A.5.1
+            x1, y1, x0, y0 = struct.unpack(">4L", head[at : at + 16])
+            return y1 - y0, x1 - x0
+        at = head.index(b"\xff\xd8\xff") + 2  # SOI, then segments up to SOF, ISO 10918-1 B.2.2
+        while not (0xC0 <= head[at + 1] <= 0xCF or head[at + 1] == 0xF7) or head[at + 1] == 0xC4:
+            at += 1 if head[at + 1] == 0xFF else 2 + int.from_bytes(head[at + 2 : at + 4], "big")
+        rows, columns = struct.unpack(">2H", head[at + 5 : at + 9])
+        return rows, columns
+    except (ValueError, IndexError, struct.error):
+        raise NotUsable(f"PixelData holds no {syntax.name} image") from None
+
+
+# --- Display pipeline, PS3.3 C.11: one table over all stored values ---
+
+
+@dataclass(frozen=True)
+class DisplayTable:
+    """The whole display pipeline as one look-up, exact and fast for integers of up to 16 bits."""
+
+    values: np.ndarray  # stored values that can occur and are not padding, ascending
+    display: np.ndarray  # float32 by bit pattern of the stored value
+    text: str
+
+    def apply(self, stored: np.ndarray) -> np.ndarray:
+        """(H, W) integers -> (H, W) float32 in [-1, 1]."""
+        pattern = _unsigned(stored)
+        display = np.empty(stored.shape, np.float32)
+        for row in range(0, len(stored), 64):  # numpy widens indices to 8 bytes: not all at once
+            np.take(self.display, pattern[row : row + 64], out=display[row : row + 64])
+        return display
+
+    def invert(self, display: np.ndarray, stored: np.ndarray) -> np.ndarray:
+        """The stored values nearest to `display`; among equals the ones nearest to `stored`."""
+        values, levels = self.values, self.display[_unsigned(self.values)]
+        if levels[0] > levels[-1]:
+            values, levels = values[::-1], levels[::-1]
+        if levels[0] == levels[-1] or (np.diff(levels) < 0).any():
+            raise ValueError(f"the display pipeline ({self.text}) cannot be inverted")
+        levels, first = np.unique(levels, return_index=True)
+        last = np.append(first[1:], len(values)) - 1
+        nearest = np.searchsorted((levels[1:] + levels[:-1].astype(np.float64)) / 2, display)
+        ends = values[first[nearest]], values[last[nearest]]
+        return np.clip(stored, np.minimum(*ends), np.maximum(*ends))
+
+
+def _unsigned(stored: np.ndarray) -> np.ndarray:
+    return stored.view(f"u{stored.dtype.itemsize}")
+
+
+def dicom_table(ds: Dataset) -> DisplayTable:
+    """Modality LUT -> VOI LUT or window -> inversion -> [-1, 1] of a header that passed _exclude.
+
+    Fixed bounds (Q19): the range of the VOI LUT or window, else that of the bit depth.
+    Raises NotUsable when a LUT or window is not valid.
+    """
+    signed, bits = ds.PixelRepresentation, ds.BitsStored
+    text = []
+    dtype = np.dtype(f"{'ui'[signed]}{ds.BitsAllocated // 8}")
+    pattern = np.arange(2**ds.BitsAllocated, dtype=f"u{dtype.itemsize}").view(dtype)
+    x = pattern.astype(np.float64)
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    occurs = (x >= low) & (x <= high)
+
+    if ds.get("ModalityLUTSequence"):
+        x, high = _apply_lut(ds, "ModalityLUTSequence", x, low < 0)
+        low = 0
+        text.append("modality LUT")
+    elif "RescaleSlope" in ds or "RescaleIntercept" in ds:
+        slope, intercept = _number(ds, "RescaleSlope", 1.0), _number(ds, "RescaleIntercept", 0.0)
+        if slope == 0:
+            raise NotUsable("RescaleSlope is 0")
+        x = x * slope + intercept
+        low, high = sorted((low * slope + intercept, high * slope + intercept))
+        if (slope, intercept) != (1, 0):
+            text.append(f"rescale {slope:g} {intercept:g}")
+
+    centers, widths = _values(ds, "WindowCenter"), _values(ds, "WindowWidth")
+    if ds.get("VOILUTSequence"):
+        x, top = _apply_lut(ds, "VOILUTSequence", x, low < 0)
+        y = x * (2 / top) - 1
+        text.append(f"VOI LUT 1 of {len(ds.VOILUTSequence)}")
+    elif centers and widths:
+        center, width = _number(ds, "WindowCenter"), _number(ds, "WindowWidth")
+        function = str(ds.get("VOILUTFunction") or "LINEAR").upper()
+        y = window(x, center, width, function)
+        text.append(f"window {center:g} {width:g} {function}, 1 of {len(centers)}")
+    else:
+        y = (x - low) * (2 / (high - low)) - 1
+        text.append(f"no window, bit depth {low:g} to {high:g}")
+
+    shape = str(ds.get("PresentationLUTShape") or "").upper()
+    if ds.PhotometricInterpretation == "MONOCHROME1" or shape == "INVERSE":
+        y = -y  # [-1, 1] is the window: inverting here is inverting about it, and only here
+        text.append("inverted")
+    padding = _values(ds, "PixelPaddingValue")
+    if padding:
+        ends = [padding[0], (_values(ds, "PixelPaddingRangeLimit") or padding)[0]]
+        ends = [int(v) - 2**16 if signed and int(v) >= 2**15 else int(v) for v in ends]
+        padded = (pattern >= min(ends)) & (pattern <= max(ends))
+        y = np.where(padded, -1, y)
+        occurs &= ~padded
+        text.append(f"padding {min(ends)} to {max(ends)} is air")
+    display = np.clip(y, -1, 1).astype(np.float32)
+    return DisplayTable(np.sort(pattern[occurs]), display, "; ".join(text))
+
+
+def window(x: np.ndarray, center: float, width: float, function: str) -> np.ndarray:
+    """C.11.2.1.2 and C.11.2.1.3 with the output range [-1, 1]."""
+    if function == "LINEAR" and width >= 1:
+        center, width = center - 0.5, width - 1
+        if width == 0:
+            return np.where(x <= center, -1.0, 1.0)
+    elif function not in ("LINEAR_EXACT", "SIGMOID") or width <= 0:
+        raise NotUsable(
+            f"WindowWidth is {width:g} with VOILUTFunction {function[:16]!r}; expected at least 1 "
+            "with LINEAR or more than 0 with LINEAR_EXACT or SIGMOID"
+        )
+    y = 2 * (x - center) / width
+    # tanh(v / 2) = 2 / (1 + exp(-v)) - 1, without its overflow
+    return np.tanh(y) if function == "SIGMOID" else np.clip(y, -1, 1)
+
+
+def _number(ds: Dataset, keyword: str, default: float | None = None) -> float:
+    """The first value of a decimal string. Raises NotUsable when it is not a finite number."""
+    value = (_values(ds, keyword) or [default])[0]
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise NotUsable(f"{keyword} is not a finite number")
+    return number
+
+
+def _apply_lut(ds: Dataset, keyword: str, x: np.ndarray, signed: bool) -> tuple[np.ndarray, int]:
+    """x through the first LUT of the sequence (C.11.1.1, C.11.2.1.1), and the LUT's top value."""
+    item = ds[keyword].value[0]
+    descriptor = _values(item, "LUTDescriptor")
+    data = item.get("LUTData")
+    if len(descriptor) != 3 or data is None:
+        raise NotUsable(f"{keyword} has no complete LUT")
+    count = (int(descriptor[0]) & 0xFFFF) or 65536  # 65536 does not fit its 16 bits
+    first, bits = int(descriptor[1]), int(descriptor[2])
+    if signed and first >= 2**15:  # two's complement, whatever the VR says
+        first -= 2**16
+    if not 1 < bits <= 16:
+        raise NotUsable(f"{keyword} says {bits} bits an entry; expected 8 or 10 to 16")
+    if isinstance(data, bytes):
+        order = "<" if ds.file_meta.TransferSyntaxUID.is_little_endian else ">"
+        words = np.frombuffer(data[: len(data) // 2 * 2], f"{order}u2")
+    else:
+        words = np.array(_values(item, "LUTData"), dtype="<u2")
+    if bits <= 8 and len(words) == (count + 1) // 2 < count:  # two entries a word, low byte first
+        words = words.astype("<u2").view(np.uint8)
+    top = 2**bits - 1
+    if len(words) < count or words[:count].max() > top:
+        raise NotUsable(f"{keyword}: its data do not fit its descriptor {descriptor}")
+    at = np.clip(np.rint(x) - first, 0, count - 1).astype(np.int64)
+    return words[at].astype(np.float64), top
+
+
+# --- Other images ---
+
+
+def _read_raster(path: Path, file) -> Mammogram:
+    """8- or 16-bit greyscale PNG, PGM, TIFF or JPEG; the bounds are those of the bit depth."""
+    try:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = Image.open(file, formats=("PNG", "PPM", "TIFF", "JPEG"))
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise NotUsable(f"header claims more than {MAX_PIXELS // 10**6} megapixels") from None
+    except Image.UnidentifiedImageError:
+        raise NotUsable("neither DICOM nor PNG, PGM, TIFF or JPEG") from None
+    except Exception as error:  # damaged files make Pillow raise almost anything
+        raise _third_party("image is damaged", error) from None
+    _check_size(image.height, image.width)
+    if image.mode not in ("L", "I;16", "I;16L", "I;16B"):
+        raise NotUsable(f"{image.format} of mode {image.mode}; expected 8- or 16-bit greyscale")
+    try:
+        frames = getattr(image, "n_frames", 1)
+        white_is_zero = image.format == "TIFF" and image.tag_v2.get(262) == 0
+        stored = np.asarray(image)
+    except Exception as error:
+        raise _third_party(f"{image.format} is damaged", error) from None
+    if frames > 1:
+        raise NotUsable(f"{image.format} holds {frames} images; expected 1")
+    stored = np.ascontiguousarray(stored, dtype=f"=u{stored.dtype.itemsize}")
+    values = np.arange(2 ** (8 * stored.itemsize), dtype=stored.dtype)
+    display = np.linspace(-1, 1, len(values))
+    text = f"no window, bit depth 0 to {values[-1]}"
+    if white_is_zero and stored.itemsize == 2:  # Pillow has inverted 8-bit ones already
+        display, text = -display, f"{text}; inverted"
+    table = DisplayTable(values, display.astype(np.float32), text)
+    return Mammogram(
+        path=path,
+        stored=stored,
+        display=table.apply(stored),
+        spacing_mm=None,
+        spacing_source="",
+        windowing=text,
+        ds=None,
+        table=table,
+    )
