@@ -73,8 +73,8 @@ def patient(seed: int, number: int) -> Patient:
     finding, pathology = CASES[number % len(CASES)]
     depth, half = rng.uniform(66, 92), rng.uniform(56, 72)
     spacing, density = rng.choice(SPACINGS), rng.uniform(-1, 1)
-    size = rng.uniform(8, 14) if finding == "mass" else rng.uniform(7, 13)
-    contrast = rng.uniform(0.16, 0.26) if finding == "mass" else rng.uniform(0.28, 0.42)
+    size = rng.uniform(8, 14)
+    contrast = rng.uniform(0.16, 0.28) if finding == "mass" else rng.uniform(0.28, 0.42)
     place = (rng.uniform(0.3, 0.65) * depth, rng.uniform(-0.4, 0.4) * half)
     side = "LR"[rng.integers(2)]
     lesion = Lesion(finding, pathology, side, *place, size, contrast) if finding else None
@@ -115,7 +115,7 @@ def outline(rng, who: Patient, view: str, y: np.ndarray) -> tuple[np.ndarray, fl
     if view == "CC":
         nipple = tall / 2 + rng.uniform(-4, 4)
         t = np.abs(y - nipple) / who.half
-        x = (1 - np.clip(t, 0, 1) ** rng.uniform(1.9, 2.3)) ** rng.uniform(0.6, 0.8)
+        x = (1 - np.clip(t, 0, 1) ** rng.uniform(1.9, 2.4)) ** rng.uniform(0.5, 0.66)
     else:  # from the axilla over the nipple to the fold beneath the breast
         nipple = tall * rng.uniform(0.56, 0.62)
         top, fold = rng.uniform(0.5, 0.62), rng.uniform(0.12, 0.2)
@@ -124,8 +124,8 @@ def outline(rng, who: Patient, view: str, y: np.ndarray) -> tuple[np.ndarray, fl
         x = PchipInterpolator(
             [*knots, *below], [top, top + 0.12, 0.93, 1.0, 0.93, 0.62, fold + 0.04, fold]
         )(y)
-    x = ndimage.gaussian_filter1d(x, 4 / (y[1] - y[0]), mode="nearest") * who.depth
-    return x + 3.5 * np.exp(-(((y - nipple) / 3.2) ** 4)), float(nipple)
+    x = ndimage.gaussian_filter1d(x, 2.5 / (y[1] - y[0]), mode="nearest") * who.depth
+    return x + 3.2 * np.exp(-(((y - nipple) / 3.8) ** 4)), float(nipple)
 
 
 @dataclass
@@ -148,35 +148,45 @@ def anatomy(rng, who: Patient, view: str) -> Anatomy:
     y, x = y[:, None], x[None, :]
     inside = x < edge[:, None]
     skin = ndimage.distance_transform_edt(inside) * s
-    angle = 0.0 if view == "CC" else rng.uniform(0.35, 0.6)  # MLO: the ducts fan downwards
+    # Ducts and ligaments fan out from the nipple: textures are drawn in polar coordinates there.
+    hub = x - nipple[1] - 12
+    polar = np.arctan2(y - nipple[0], -hub) * 60 + 95, np.hypot(y - nipple[0], hub)
+
+    def fan(texture: np.ndarray) -> np.ndarray:
+        wavy = [(mm + 2 * bend) / s for mm in polar]
+        return ndimage.map_coordinates(texture, wavy, order=1, mode="nearest")
+
+    canvas = fft.next_fast_len(int(190 / s)), fft.next_fast_len(int(140 / s), real=True)
+    bend = power_law(rng, shape, s, 5.0, longest=30.0)
 
     # Fibroglandular tissue: a ragged cone behind the nipple that fades into fat.
     behind = (nipple[1] - x) / who.depth
     across = (y - nipple[0]) / who.half + (0 if view == "CC" else 0.45) * behind
     reach = 1 - ((behind - 0.38) / 0.46) ** 2 - (across / (0.42 + 0.22 * who.density)) ** 2
-    cloud = power_law(rng, shape, s, 3.4, 1.6, angle, 60.0)
+    cloud = power_law(rng, shape, s, 3.4, longest=60.0)
     region = smoothstep(0.35 + 0.55 * reach + 0.22 * cloud) * smoothstep((skin - 3) / 8)
-    lobules = power_law(rng, shape, s, 2.9, 1.8, angle, 30.0)
-    gland = region / (1 + np.exp(-1.7 * lobules - 0.9 * who.density - 0.2))
+    lobules = fan(power_law(rng, canvas, s, 3.0, 2.2, longest=30.0))
+    gland = region / (1 + np.exp(-1.6 * lobules - 0.9 * who.density - 0.2))
 
     # Cooper's ligaments and ducts, broken up; a few vessels.
-    patchy = smoothstep(0.5 + 0.5 * power_law(rng, shape, s, 3.0))
-    net = strands(power_law(rng, shape, s, 3.6, 2.4, angle, 14.0), s, 0.35)
-    net += 0.8 * strands(power_law(rng, shape, s, 3.4, 1.5, angle, 9.0), s, 0.25)
-    fine = power_law(rng, shape, s, 2.4, 1.5, angle, 10.0)
+    patchy = smoothstep(0.4 + 0.6 * power_law(rng, shape, s, 3.0, longest=20.0))
+    net = strands(power_law(rng, canvas, s, 5.0, 10.0, longest=30.0), s, 0.4)
+    net += 0.7 * strands(power_law(rng, canvas, s, 5.0, 3.0, 0.5, longest=20.0), s, 0.35)
+    fine = power_law(rng, shape, s, 2.8, longest=12.0)
 
     thick = np.sqrt(1 - (1 - np.clip(skin / rng.uniform(9, 13), 0, 1)) ** 2)  # compressed edge
-    tissue = 0.27 + 0.05 * cloud * region + 0.33 * gland + 0.02 * fine * (0.6 + gland)
-    tissue += 0.1 * net * patchy * (1 - 0.5 * gland)
-    tissue += 0.12 * vessels(rng, shape, s, nipple)
+    tissue = 0.33 + 0.03 * cloud + 0.33 * gland + 0.02 * fine * (0.5 + gland)
+    tissue += 0.1 * fan(net) * patchy * (1 - 0.6 * gland)
+    tissue += 0.09 * vessels(rng, shape, s, nipple)
     muscle = np.full(shape, np.inf)
     if view == "MLO":
         top, low = rng.uniform(0.62, 0.82) * edge[0], rng.uniform(0.55, 0.72) * tall
         bow = rng.uniform(1, 5) * np.sin(np.pi * np.clip(y / low, 0, 1))
         muscle = (x - top * (1 - y / low) - bow) * low / np.hypot(top, low)
-        fibres = power_law(rng, shape, s, 2.8, 3.0, np.arctan2(low, -top), 12.0)
-        flesh = 0.56 + 0.1 * (1 - y / low) + 0.025 * fibres
-        tissue += (flesh - 0.8 * tissue) * smoothstep(0.5 - muscle / 2.5)
+        fibres = power_law(rng, shape, s, 3.4, 4.0, np.arctan2(low, -top), 15.0)
+        flesh = 0.46 + 0.12 * np.clip(1 - y / low, 0, 1) + 0.014 * fibres
+        flesh = flesh - muscle.clip(-15, 0) / 150
+        tissue += (flesh - 0.75 * tissue) * smoothstep(0.5 - muscle / 3)
     shade = thick * tissue + 0.16 * np.exp(-(((skin - 0.9) / 0.7) ** 2))
     spot = ((y - nipple[0]) / 4) ** 2 + ((x - nipple[1] + 3.5) / 3.2) ** 2
     shade += 0.2 * np.exp(-(spot**2))
@@ -185,18 +195,21 @@ def anatomy(rng, who: Patient, view: str) -> Anatomy:
 
 def vessels(rng, shape, spacing, nipple) -> np.ndarray:
     """Tubes that wind from the chest wall towards the nipple, 0..1."""
-    axis = np.ones(shape, bool)
+    tube = np.zeros(shape)
+    t = np.linspace(0, 1, 600)
     for _ in range(rng.integers(1, 4)):
-        t = np.linspace(0, 1, 400)
-        start = nipple[0] + rng.uniform(-45, 45)
-        row = start + (nipple[0] - start) * t**2 * 0.7
-        row += np.cumsum(ndimage.gaussian_filter1d(rng.normal(0, 1.2, t.size), 12))
-        at = np.stack([row, t * nipple[1] * rng.uniform(0.5, 0.85)]) / spacing
-        rows, cols = at.astype(int)
-        keep = (rows >= 0) & (rows < shape[0]) & (cols < shape[1])
-        axis[rows[keep], cols[keep]] = False
-    away = ndimage.distance_transform_edt(axis) * spacing
-    return np.sqrt(np.clip(1 - (away / rng.uniform(0.7, 1.2)) ** 2, 0, 1))
+        start, end = nipple[0] + rng.uniform(-50, 50), nipple[0] + rng.uniform(-18, 18)
+        row = start + (end - start) * t**1.5
+        for k in range(1, 6):
+            row += rng.normal(0, 5) / k**1.5 * np.sin(2 * np.pi * k * t + rng.uniform(0, 6.3))
+        at = (np.stack([row, t * nipple[1] * rng.uniform(0.5, 0.85)]) / spacing).astype(int)
+        at = at[:, ((at >= 0) & (at < np.array(shape)[:, None])).all(axis=0)]
+        axis = np.ones(shape, bool)
+        axis[tuple(at)] = False
+        away, nearest = ndimage.distance_transform_edt(axis, return_indices=True)
+        taper = rng.uniform(0.7, 1.1) * (1 - 0.7 * nearest[1] / at[1].max())
+        tube = np.maximum(tube, taper * np.sqrt(np.clip(1 - (away * spacing / taper) ** 2, 0, 1)))
+    return tube
 
 
 # --- Lesions: each gives (shade added, annotated area), centred on (0, 0) mm ---
@@ -211,8 +224,8 @@ def mass(rng, lesion: Lesion, y, x, spacing) -> tuple[np.ndarray, np.ndarray]:
         y = y * rng.uniform(1.15, 1.6)
     theta, rho = np.arctan2(y, x), np.hypot(y, x)
     k = np.arange(2, 10)[:, None, None]
-    wave = rng.normal(0, 0.2 if malignant else 0.03, k.shape) / k ** (0.5 if malignant else 1)
-    core = (0.36 if malignant else 0.5) * lesion.size
+    wave = rng.normal(0, 0.15 if malignant else 0.03, k.shape) / k ** (0.5 if malignant else 1)
+    core = (0.38 if malignant else 0.5) * lesion.size
     margin = core * (1 + np.sum(wave * np.cos(k * theta + rng.uniform(0, 6.3, k.shape)), axis=0))
     body = np.sqrt(np.clip(1 - (rho / margin) ** 2, 0, 1))
     blur = rng.uniform(0.5, 0.8) if malignant else 0.25
@@ -225,8 +238,8 @@ def mass(rng, lesion: Lesion, y, x, spacing) -> tuple[np.ndarray, np.ndarray]:
         off = np.angle(np.exp(1j * (theta - at - bend))) * rho
         fade = np.clip(1 - rho / length, 0, 1)
         width = 0.25 + 0.7 * fade
-        spicules = np.exp(-((off / width) ** 2)) * np.sqrt(fade) * (np.abs(off) < 3)
-        body = np.maximum(body, rng.uniform(0.55, 0.9) * spicules.max(axis=0))
+        spicules = np.exp(-((off / width) ** 2)) * np.sqrt(fade) * rng.uniform(0.3, 1, at.shape)
+        body = np.maximum(body, rng.uniform(0.4, 1.0) * spicules.max(axis=0))
         body *= 1 + 0.12 * power_law(rng, body.shape, spacing, 2.5, longest=5.0)
     area = body > 0.25
     labels, _ = ndimage.label(area)
@@ -236,7 +249,7 @@ def mass(rng, lesion: Lesion, y, x, spacing) -> tuple[np.ndarray, np.ndarray]:
 def calcifications(rng, lesion: Lesion, y, x, spacing) -> tuple[np.ndarray, np.ndarray]:
     """Malignant: many grains of all shapes and brightness. Benign: fewer, round, alike."""
     malignant = lesion.pathology == "malignant"
-    n = int(rng.integers(12, 25) if malignant else rng.integers(6, 11))
+    n = int(rng.integers(11, 22) if malignant else rng.integers(6, 11))
     turn, slim = rng.uniform(0, np.pi), rng.uniform(0.4, 0.75) if malignant else 0.9
     added = np.zeros(y.shape)
     common = rng.uniform(0.55, 0.8)
@@ -244,16 +257,16 @@ def calcifications(rng, lesion: Lesion, y, x, spacing) -> tuple[np.ndarray, np.n
         r, phi = 0.45 * lesion.size * np.sqrt(rng.uniform()), rng.uniform(0, 2 * np.pi)
         a, b = r * np.cos(phi), slim * r * np.sin(phi)
         row, col = a * np.cos(turn) - b * np.sin(turn), a * np.sin(turn) + b * np.cos(turn)
-        grain = rng.uniform(0.4, 1.0) if malignant else common
-        bright = rng.uniform(0.45, 1.15) if malignant else 1.0
-        for _ in range(rng.integers(1, 4) if malignant else 1):
-            angle, long = rng.uniform(0, np.pi), rng.uniform(1.2, 2.4) if malignant else 1.0
+        grain = 0.4 + 0.5 * rng.uniform() ** 2 if malignant else common
+        bright = rng.uniform(0.5, 1.3) if malignant else 1.0
+        for _ in range(rng.integers(1, 3) if malignant else 1):
+            angle, long = rng.uniform(0, np.pi), rng.uniform(1.0, 2.6) if malignant else 1.0
             u = (y - row) * np.cos(angle) + (x - col) * np.sin(angle)
             v = (x - col) * np.cos(angle) - (y - row) * np.sin(angle)
             off = np.hypot(u / long, v) * np.sqrt(long)
             disc = np.clip((grain / 2 - off) / spacing + 0.5, 0, 1)
             added = np.maximum(added, lesion.contrast * bright * disc)
-            row, col = row + rng.normal(0, 0.3), col + rng.normal(0, 0.3)
+            row, col = row + rng.normal(0, 0.25), col + rng.normal(0, 0.25)
     haze = 0.03 * np.exp(-((np.hypot(y, x) / (0.4 * lesion.size)) ** 2)) * malignant
     near = ndimage.distance_transform_edt(added < 0.3 * lesion.contrast) * spacing < 1.5
     return added + haze, ndimage.binary_closing(near, iterations=int(2 / spacing))
@@ -270,6 +283,7 @@ def add_lesion(rng, lesion: Lesion, breast: Anatomy, spacing: float) -> np.ndarr
     room = 15.0  # mm
     free = (breast.skin > room) & (breast.muscle > 10) & (x > room)
     free &= (y > room) & (y < shape[0] * spacing - room)
+    assert free.any()
     away = (y - breast.nipple[0] - lesion.across) ** 2 + (x - breast.nipple[1] + lesion.depth) ** 2
     row, col = np.unravel_index(np.argmin(np.where(free, away, np.inf)), shape)
     reach = int(np.ceil(room / spacing))
@@ -329,6 +343,7 @@ def store(ds: Dataset, shade: np.ndarray, bits: int, voi: str, inverse: bool) ->
         item.add_new("LUTData", "OW", curve.astype("<u2").tobytes())
         ds.VOILUTSequence = [item]
     else:
+        width //= 1 + (voi == "SIGMOID")
         ds.WindowCenter, ds.WindowWidth, ds.VOILUTFunction = center, width, voi
         ds.WindowCenterWidthExplanation = "NORMAL"
         if voi == "SIGMOID":  # PS3.3 C.11.2.1.3.1
