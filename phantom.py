@@ -55,7 +55,7 @@ class Lesion:
     depth: float  # mm behind the nipple
     across: float  # mm below the nipple's height
     size: float  # mm across
-    contrast: float  # shade added
+    contrast: float  # shade added over fat
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def patient(seed: int, number: int) -> Patient:
     depth, half = rng.uniform(66, 92), rng.uniform(56, 72)
     spacing, density = rng.choice(SPACINGS), rng.uniform(-1, 1)
     size = rng.uniform(8, 14)
-    contrast = rng.uniform(0.16, 0.28) if finding == "mass" else rng.uniform(0.28, 0.42)
+    contrast = rng.uniform(0.16, 0.28) if finding == "mass" else rng.uniform(0.34, 0.48)
     place = (rng.uniform(0.3, 0.65) * depth, rng.uniform(-0.4, 0.4) * half)
     side = "LR"[rng.integers(2)]
     lesion = Lesion(finding, pathology, side, *place, size, contrast) if finding else None
@@ -272,14 +272,25 @@ def calcifications(rng, lesion: Lesion, y, x, spacing) -> tuple[np.ndarray, np.n
     return added + haze, ndimage.binary_closing(near, iterations=int(2 / spacing))
 
 
+def lone_grains(rng, breast: Anatomy, spacing: float) -> np.ndarray:
+    """Shade of the single round calcifications that most breasts have and nobody annotates."""
+    grains = np.zeros(breast.shade.shape)
+    rows, cols = np.ogrid[: grains.shape[0], : grains.shape[1]]
+    where = np.argwhere(breast.skin > 6)
+    for row, col in where[rng.integers(len(where), size=rng.poisson(0.8))]:
+        away = np.hypot(rows - row, cols - col) * spacing
+        disc = np.clip((rng.uniform(0.25, 0.45) - away) / spacing + 0.5, 0, 1)
+        grains = np.maximum(grains, rng.uniform(0.7, 0.95) * disc)
+    return grains
+
+
 def add_lesion(rng, lesion: Lesion, breast: Anatomy, spacing: float) -> np.ndarray:
     """Put the lesion into `breast.shade`; gives its mask.
 
     It goes as near to where the patient has it as leaves a patch around it that is tissue.
     """
     shape = breast.shade.shape
-    y, x = (np.arange(n)[i] + 0.5 for i, n in zip(((..., None), (None, ...)), shape, strict=True))
-    y, x = y * spacing, x * spacing
+    y, x = (axis * spacing for axis in np.ogrid[: shape[0], : shape[1]])
     room = 15.0  # mm
     free = (breast.skin > room) & (breast.muscle > 10) & (x > room)
     free &= (y > room) & (y < shape[0] * spacing - room)
@@ -291,7 +302,7 @@ def add_lesion(rng, lesion: Lesion, breast: Anatomy, spacing: float) -> np.ndarr
     grid = (np.arange(-reach, reach + 1) * spacing,) * 2
     draw = mass if lesion.finding == "mass" else calcifications
     added, area = draw(rng, lesion, *np.meshgrid(*grid, indexing="ij"), spacing)
-    breast.shade[at] += added
+    breast.shade[at] += added * (1 - breast.shade[at]) / 0.65  # dense tissue hides lesions
     mask = np.zeros(shape, bool)
     mask[at] = area
     return mask
@@ -305,17 +316,14 @@ def render(seed: int, number: int, laterality: str, view: str) -> tuple:
     mask = np.zeros(breast.shade.shape, bool)
     if who.lesion and who.lesion.laterality == laterality:
         mask = add_lesion(rng, who.lesion, breast, who.spacing)
-    shade = np.minimum(breast.shade, 0.97)
+    shade = np.minimum(np.maximum(breast.shade, lone_grains(rng, breast, who.spacing)), 0.97)
     shade = np.where(breast.inside, shade + rng.normal(0, 0.006, shade.shape), -0.02)
     if laterality == "R":  # the chest wall is on the right
         shade, mask = shade[:, ::-1], mask[:, ::-1]
     marker = Image.new("L", (40, 12))
     ImageDraw.Draw(marker).text((0, 0), f"{laterality} {view}", fill=255)
-    lead = np.asarray(marker)[:, : 40 if view == "MLO" else 34] > 128
-    corner = np.s_[6:18, -46 : -46 + lead.shape[1]] if laterality == "L" else np.s_[6:18, 6:]
-    spot = shade[corner][:, : lead.shape[1]]
-    if (spot < 0).all():
-        spot[lead] = 0.9
+    spot = shade[6:18, -46:-6] if laterality == "L" else shade[6:18, 6:46]
+    spot[(np.asarray(marker) > 128) & (spot < 0)] = 0.9  # lead letters beside the breast
     return shade, mask, breast
 
 
