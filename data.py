@@ -3,20 +3,35 @@
 Patches are (N, S, S) uint16 on disk, 0..65535 mapping linearly to [-1, 1] (DESIGN section 4).
 """
 
+import concurrent.futures
 import contextlib
 import csv
 import fcntl
+import functools
 import hashlib
+import hmac
 import json
+import math
+import multiprocessing
 import os
+import shutil
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+import zlib
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import click
 import numpy as np
+import pydicom
+from PIL import Image
+from scipy import ndimage
+
+from mammogram import NotUsable, read_mammogram
 
 SPLITS = ("train", "val", "test")
 CLASSES = (
@@ -26,6 +41,28 @@ CLASSES = (
     "malignant_calcification",
     "benign_calcification",
 )
+KEYS = tuple(f"{split}/{name}" for split in SPLITS for name in CLASSES)
+EVALUATED = (CLASSES[0], CLASSES[1], CLASSES[3])  # no benign in validation and test, P5
+FINDINGS = ("mass", "calcification", "distortion", "asymmetry")
+PATHOLOGIES = ("", "normal", "benign", "malignant")  # from best to worst, "" = unknown
+SPLIT_SHARES = {"train": 60, "val": 20, "test": 20}  # %, P2
+MANIFEST_COLUMNS = (
+    *("image_path", "patient_id", "laterality", "view", "finding", "pathology"),
+    *("row0", "col0", "row1", "col1"),
+)
+MANIFEST_OPTIONAL = ("mask_path", "spacing_row_mm", "spacing_col_mm", "split")
+INDEX_COLUMNS = (
+    *("patch", "image_uid", "patient_id", "row0", "col0", "row1", "col1", "scale", "flip"),
+    *("rotation", "seed", "tissue", "bbox_row0", "bbox_col0", "bbox_row1", "bbox_col1"),
+)
+TRIES = 50  # scales and lesion pixels tried in an image before another is drawn, Q21
+MASK_CELLS = 300  # cells along the longer side of a breast mask: below 1 mm
+BURNT_OUT = 0.96  # display value; what touches the border above it is film frame, not tissue
+SKIN_LEVEL = 0.35  # of the way from air to Otsu's threshold; set by eye on CBIS-DDSM
+NPY_HEADER = 128  # bytes before the first patch
+PSEUDONYM_KEY = "MAMGAN_PSEUDONYM_KEY"  # environment variable
+_LOCKS: set[int] = set()  # folder locks of this process, which forked workers must not keep
+_worker: dict = {}  # what a worker process works on
 
 
 @dataclass(frozen=True)
@@ -62,7 +99,7 @@ def to_uint16(patch: np.ndarray) -> np.ndarray:
 
 @contextlib.contextmanager
 def replace_file(path: Path, mode: str = "wb") -> Iterator:
-    """Write beside `path`, sync, rename over it: a reader sees the old file or the whole new one."""
+    """Write beside `path`, sync, rename: a reader sees the old file or the whole new one."""
     aside = path.with_name(path.name + ".part")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
@@ -104,20 +141,39 @@ def write_table(path: Path, columns: tuple[str, ...], rows) -> None:
 
 def read_table(path: Path, columns: tuple[str, ...]) -> dict[str, np.ndarray]:
     """The named columns of a CSV as arrays of str. Raises ValueError when one is missing."""
+    rows = [[row[c] for c in columns] for _, row in csv_rows(path, columns)]
+    values = list(zip(*rows, strict=True)) if rows else [()] * len(columns)
+    return {c: np.array(v, dtype=str) for c, v in zip(columns, values, strict=True)}
+
+
+def csv_rows(
+    path: Path, columns: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line number and named columns of each row; an absent optional column is "" throughout.
+
+    Raises ValueError: no such file, no CSV in UTF-8, a column missing or twice, a row too short.
+    """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file)
-            header = next(reader, [])
-            if missing := [c for c in columns if c not in header]:
-                raise ValueError(f"{path}: column {missing[0]!r} is missing; found {header}")
-            at = [header.index(c) for c in columns]
-            rows = [[row[i] for i in at] for row in reader if row]
+            header = [name.strip() for name in next(reader, [])]
+            for name in (*columns, *optional):
+                if header.count(name) != 1 and (name in columns or name in header):
+                    count = "is missing" if name not in header else "is there twice"
+                    found = ", ".join(header[:20])[:300]
+                    raise ValueError(f"{path}: column {name!r} {count}; found {found!r}")
+            at = {name: header.index(name) for name in (*columns, *optional) if name in header}
+            absent = dict.fromkeys(optional, "")
+            for row in reader:
+                if len(row) not in (0, len(header)):
+                    count = f"{len(row)} fields; expected {len(header)}"
+                    raise ValueError(f"{path}: line {reader.line_num} has {count}")
+                if row:
+                    yield reader.line_num, absent | {name: row[i] for name, i in at.items()}
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, csv.Error, IndexError) as error:
-        raise ValueError(f"{path}: not readable as CSV ({error})") from None
-    values = list(zip(*rows, strict=True)) if rows else [()] * len(columns)
-    return {c: np.array(v, dtype=str) for c, v in zip(columns, values, strict=True)}
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not readable as CSV in UTF-8 ({error})") from None
 
 
 @contextlib.contextmanager
@@ -132,7 +188,9 @@ def claim_folder(out: Path, command: str, config: dict) -> Iterator[bool]:
     it holds files that are not ours.
     """
     out.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(out, os.O_RDONLY)  # the lock is on the folder: no lock file to leave behind
+    descriptor = os.open(
+        out, os.O_RDONLY
+    )  # the lock is on the folder: no lock file to leave behind
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -161,8 +219,10 @@ def claim_folder(out: Path, command: str, config: dict) -> Iterator[bool]:
             )
         else:
             write_json(path, {"command": command, "config": config, "complete": False})
+        _LOCKS.add(descriptor)
         yield resumed
     finally:
+        _LOCKS.discard(descriptor)
         os.close(descriptor)
 
 
@@ -233,3 +293,1126 @@ def progress(total: int, label: str, done: int = 0, every: float = 15.0) -> Iter
             )
 
     yield advance
+
+
+# --- Manifest ---
+
+
+def read_manifest(path: Path) -> list[Finding]:
+    """The rows of a manifest (DESIGN section 3). Raises ValueError that lists what is wrong."""
+    path = Path(path)
+    findings, problems = [], []
+    for line, row in csv_rows(path, MANIFEST_COLUMNS, MANIFEST_OPTIONAL):
+        try:
+            findings.append(_finding(row, path.parent.absolute()))
+        except ValueError as error:
+            problems.append(f"line {line}: {error}")
+    if not findings and not problems:
+        problems.append("no rows")
+    _raise_all(f"{path}: found", problems or check_findings(findings), "correct the manifest")
+    return findings
+
+
+def _finding(row: dict[str, str], folder: Path) -> Finding:
+    row = {name: value.strip() for name, value in row.items()}
+
+    def word(name: str, allowed: tuple[str, ...], upper: bool = False) -> str:
+        value = row[name].upper() if upper else row[name].lower()
+        if value not in allowed:
+            raise ValueError(f"{name} is {row[name][:40]!r}; expected {'/'.join(allowed)}")
+        return value
+
+    def numbers(*names: str) -> tuple[float, ...] | None:
+        if not any(row[name] for name in names):
+            return None
+        try:
+            values = tuple(float(row[name]) for name in names)
+        except ValueError:
+            values = (np.nan,)
+        if not np.isfinite(values).all():
+            found = ", ".join(row[name][:20] for name in names)
+            raise ValueError(f"{','.join(names)} is {found!r}; expected {len(names)} numbers")
+        return values
+
+    for name in ("image_path", "patient_id", "view"):
+        if not row[name]:
+            raise ValueError(f"{name} is empty")
+    bbox = numbers("row0", "col0", "row1", "col1")
+    if bbox and not (0 <= bbox[0] < bbox[2] and 0 <= bbox[1] < bbox[3]):
+        raise ValueError(f"box {bbox} is empty or negative; expected row0 < row1, col0 < col1")
+    spacing = numbers("spacing_row_mm", "spacing_col_mm")
+    if spacing and not all(1e-3 < value < 10 for value in spacing):
+        raise ValueError(f"spacing is {spacing} mm; expected 0.001 to 10")
+    return Finding(
+        image_path=str(folder / row["image_path"]),
+        patient_id=row["patient_id"],
+        laterality=word("laterality", ("L", "R"), upper=True),
+        view=row["view"].upper(),
+        finding=word("finding", ("", *FINDINGS)),
+        pathology=word("pathology", PATHOLOGIES),
+        bbox=bbox,
+        mask_path=str(folder / row["mask_path"]) if row["mask_path"] else "",
+        spacing_mm=spacing,
+        split=word("split", ("", *SPLITS)),
+    )
+
+
+def check_findings(findings: list[Finding]) -> list[str]:
+    """What contradicts itself or the files, one line each."""
+    images, splits, problems = {}, {}, []
+    for row in findings:
+        images.setdefault(row.image_path, []).append(row)
+        splits.setdefault(row.patient_id, set()).add(row.split)
+    for patient, found in sorted(splits.items()):
+        if len(found - {""}) > 1:
+            problems.append(f"patient {patient} in splits {', '.join(sorted(found - {''}))}")
+    for path, rows in images.items():
+        if missing := [
+            p for p in (path, *(r.mask_path for r in rows)) if p and not Path(p).is_file()
+        ]:
+            problems.append(f"{missing[0]}: no such file")
+            continue
+        for name in ("patient_id", "laterality", "view", "spacing_mm"):
+            if len({getattr(row, name) for row in rows}) > 1:
+                problems.append(f"{path}: rows differ in {name}")
+        if any(r.pathology == "normal" and (r.finding or r.bbox or len(rows) > 1) for r in rows):
+            problems.append(f"{path}: normal, and yet with a finding")
+        if len({(row.finding, row.bbox) for row in rows}) < len(rows):
+            problems.append(f"{path}: the same finding and box twice")
+        size = _image_size(path) if any(row.bbox for row in rows) else None
+        for row in rows:
+            if size and row.bbox and (row.bbox[2] > size[0] or row.bbox[3] > size[1]):
+                problems.append(f"{path}: box {row.bbox} outside the image of {size} pixels")
+    return problems
+
+
+def _raise_all(what: str, problems: list[str], advice: str) -> None:
+    if problems:
+        more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise ValueError(
+            f"{what} {len(problems)} problems: {'; '.join(problems[:10])}{more}; {advice}"
+        )
+
+
+@functools.cache
+def _image_size(path: str) -> tuple[int, int] | None:
+    """(rows, columns) by the header alone; None when it is unreadable, which `prepare` reports."""
+    try:
+        if pydicom.misc.is_dicom(path):
+            ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["Rows", "Columns"])
+            return int(ds.Rows), int(ds.Columns)
+        with Image.open(path) as image:
+            return image.height, image.width
+    except Exception:  # damaged files make pydicom and Pillow raise almost anything
+        return None
+
+
+# --- §3 "breast tissue" ---
+
+
+def _breast_cells(display: np.ndarray) -> tuple[np.ndarray, int]:
+    """Breast mask in cells of f x f pixels, and f: about 300 cells along the longer side.
+
+    Film: a white frame touches the border, air is a noisy grey, labels and scratches are small or
+    thin. Digital: air is exactly -1. Both: tissue rises from air to skin within a few millimetres.
+    """
+    f = -(-max(display.shape) // MASK_CELLS)
+    grey = np.asarray(Image.fromarray(np.ascontiguousarray(display, np.float32)).reduce(f))
+    if min(grey.shape) < 16:
+        raise NotUsable(f"image of {display.shape} pixels is too small or too narrow for a breast")
+    burnt, _ = ndimage.label(grey > BURNT_OUT)
+    border = np.unique(np.concatenate([burnt[0], burnt[-1], burnt[:, 0], burnt[:, -1]]))
+    frame = ndimage.binary_dilation(np.isin(burnt, border[border > 0]), iterations=2)
+    if frame.mean() > 0.8:
+        raise NotUsable("no breast found: the image is white")
+    # Otsu's threshold parts air from tissue; the skin line lies nearer to air.
+    counts, edges = np.histogram(grey[~frame], bins=256, range=(-1, 1))
+    below, moment = counts.cumsum(), (counts * edges[1:]).cumsum()
+    between = (moment[-1] * below - moment * below[-1]) ** 2.0
+    between /= np.maximum(below * (below[-1] - below), 1)
+    otsu = edges[1 + between.argmax()]
+    dark = grey[~frame & (grey <= otsu)]
+    air = np.median(dark) if dark.size else -1.0
+    tissue = ndimage.median_filter(grey, size=3) > air + SKIN_LEVEL * (otsu - air)
+    tissue &= ~frame
+    # The largest object once thin bridges to labels, scratches and borders are cut.
+    core, objects = ndimage.label(ndimage.binary_erosion(tissue, iterations=4, border_value=1))
+    if not objects:
+        raise NotUsable("no breast found: no object brighter than air")
+    core = core == 1 + np.bincount(core.ravel())[1:].argmax()
+    breast = ndimage.binary_fill_holes(ndimage.binary_dilation(core, iterations=5) & tissue)
+    share = breast.mean()
+    if not 0.02 < share < 0.97:
+        raise NotUsable(f"breast mask covers {share:.0%} of the image; expected 2% to 97%")
+    contrast = np.median(grey[breast]) - air
+    if contrast < 0.1:
+        raise NotUsable(f"breast mask is hardly brighter than air ({contrast:.2f} of 2)")
+    rows, cols = np.nonzero(breast.any(axis=1))[0], np.nonzero(breast.any(axis=0))[0]
+    solidity = breast.sum() / ((rows[-1] - rows[0] + 1) * (cols[-1] - cols[0] + 1))
+    if solidity < 0.35:
+        raise NotUsable(f"breast mask fills {solidity:.0%} of its own box; expected 35% or more")
+    return breast, f
+
+
+def breast_mask(display: np.ndarray) -> np.ndarray:
+    """Bool (H, W): the largest object that is tissue, holes filled. Raises NotUsable."""
+    cells, f = _breast_cells(display)
+    height, width = display.shape
+    return cells.repeat(f, axis=0).repeat(f, axis=1)[:height, :width]
+
+
+def tissue_windows(mask: np.ndarray, side: int, min_tissue: float = 0.9) -> np.ndarray:
+    """Bool (H - side + 1, W - side + 1): corners whose window is >= 90% tissue (P6, Q21)."""
+    height, width = mask.shape
+    if side > min(height, width):
+        return np.zeros((max(height - side + 1, 0), max(width - side + 1, 0)), bool)
+    table = np.zeros((height + 1, width + 1), np.int32)  # summed-area table
+    table[1:, 1:] = mask.cumsum(axis=0, dtype=np.int32).cumsum(axis=1)
+    rows = table[side:] - table[:-side]
+    return rows[:, side:] - rows[:, :-side] >= _least(side * side, min_tissue)
+
+
+def _least(area: int, min_tissue: float) -> int:
+    return math.ceil(min_tissue * area - 1e-9)
+
+
+class Tissue:
+    """Summed-area table of a breast mask of f x f cells: counts and draws valid windows exactly.
+
+    Over a block of f x f corners the window's tissue lies between that of the cells all windows
+    share and that of the cells any window touches. Blocks which these two bounds decide are counted
+    whole, only the others corner by corner, so that millions of corners cost about a millisecond.
+    """
+
+    def __init__(self, cells: np.ndarray, f: int, shape: tuple[int, int], min_tissue: float):
+        self.f, self.shape, self.min_tissue = f, shape, min_tissue
+        self.table = np.zeros((cells.shape[0] + 4, cells.shape[1] + 4))  # float64: BLAS, exact
+        self.table[1:-3, 1:-3] = cells.cumsum(axis=0).cumsum(axis=1)
+        self.table[-3:] = self.table[-4]
+        self.table[:, -3:] = self.table[:, -4:-3]
+
+    def draw(
+        self,
+        rng: np.random.Generator,
+        size: tuple[int, int],
+        span: tuple[int, int, int, int] | None = None,
+        forbidden: tuple[tuple[int, int, int, int], ...] = (),
+    ) -> tuple[int, int] | None:
+        """A top-left corner, each valid one equally likely; None when there is none.
+
+        Valid: window of `size` (h, w) inside the image and >= 90% tissue, corner inside `span` and
+        outside every rectangle of `forbidden` (row0, col0, row1, col1 of corners, half-open).
+        """
+        f, (h, w) = self.f, size
+        row0, col0, row1, col1 = span or (0, 0, *self.shape)
+        row0, col0 = max(row0, 0), max(col0, 0)
+        row1, col1 = min(row1, self.shape[0] - h + 1), min(col1, self.shape[1] - w + 1)
+        if row0 >= row1 or col0 >= col1:
+            return None
+        q0, p0, q1, p1 = row0 // f, col0 // f, -(-row1 // f), -(-col1 // f)
+
+        def between(near: int, far_row: int, far_col: int) -> np.ndarray:  # cells, in pixels
+            rows = self.table[q0 + far_row : q1 + far_row] - self.table[q0 + near : q1 + near]
+            return (rows[:, p0 + far_col : p1 + far_col] - rows[:, p0 + near : p1 + near]) * (f * f)
+
+        least = _least(h * w, self.min_tissue)
+        sure = between(1, max(h // f, 1), max(w // f, 1)) >= least
+        maybe = between(0, -(-(f - 1 + h) // f), -(-(f - 1 + w) // f)) >= least
+        sure[: -(-row0 // f) - q0] = sure[:, : -(-col0 // f) - p0] = False
+        sure[row1 // f - q0 :] = sure[:, col1 // f - p0 :] = False
+        for a0, b0, a1, b1 in forbidden:
+            a0, b0, a1, b1 = max(a0, row0), max(b0, col0), min(a1, row1), min(b1, col1)
+            if a0 < a1 and b0 < b1:
+                sure[a0 // f - q0 : -(-a1 // f) - q0, b0 // f - p0 : -(-b1 // f) - p0] = False
+                maybe[-(-a0 // f) - q0 : a1 // f - q0, -(-b0 // f) - p0 : b1 // f - p0] = False
+        q, p = np.nonzero(maybe & ~sure)
+        at_row, row_weights = self._nodes(h)
+        at_col, col_weights = self._nodes(w)
+        nodes = self.table[
+            (q + q0)[:, None, None] + at_row[:, None], (p + p0)[:, None, None] + at_col
+        ]
+        exact = nodes.reshape(len(q), 25) @ np.kron(row_weights, col_weights)
+        valid = exact.reshape(len(q), f, f) >= least
+        row = ((q + q0) * f)[:, None] + np.arange(f)
+        col = ((p + p0) * f)[:, None] + np.arange(f)
+        valid &= ((row >= row0) & (row < row1))[:, :, None] & ((col >= col0) & (col < col1))[
+            :, None
+        ]
+        for a0, b0, a1, b1 in forbidden:
+            hit = ((row >= a0) & (row < a1))[:, :, None] & ((col >= b0) & (col < b1))[:, None]
+            valid &= ~hit
+        whole, single = np.flatnonzero(sure), np.flatnonzero(valid)
+        total = len(whole) * f * f + len(single)
+        if not total:
+            return None
+        at = int(rng.integers(total))
+        if at < len(whole) * f * f:
+            block, corner = divmod(at, f * f)
+            block_row, block_col = divmod(int(whole[block]), sure.shape[1])
+        else:
+            block, corner = divmod(int(single[at - len(whole) * f * f]), f * f)
+            block_row, block_col = int(q[block]), int(p[block])
+        return (block_row + q0) * f + corner // f, (block_col + p0) * f + corner % f
+
+    def _nodes(self, side: int) -> tuple[np.ndarray, np.ndarray]:
+        """Table nodes, counted from a block's first, and their weights (5, f) for its f corners.
+
+        The table is linear between its nodes: the cells before pixel x = f q + a are
+        (f - a) table[q] + a table[q + 1], in pixels.
+        """
+        f, a = self.f, np.arange(self.f)
+        far, b = np.divmod(a + side % f, f)
+        weights = np.zeros((5, f))
+        weights[0], weights[1] = a - f, -a
+        np.add.at(weights, (2 + far, a), f - b)
+        np.add.at(weights, (3 + far, a), b)
+        return np.array([0, 1, *(side // f + np.arange(3))]), weights
+
+    def share(self, row: int, col: int, size: tuple[int, int]) -> float:
+        """Tissue fraction of one window."""
+        f, (h, w) = self.f, size
+        ends = []
+        for start, side in ((row, h), (col, w)):
+            at, weights = self._nodes(side)
+            ends.append((at + start // f, weights[:, start % f]))
+        (rows, by_row), (cols, by_col) = ends
+        return float(by_row @ self.table[np.ix_(rows, cols)] @ by_col) / (h * w)
+
+
+# --- §3 "60%/20%/20%", P2 ---
+
+
+def split_patients(findings: list[Finding], seed: int) -> dict[str, str]:
+    """Patient -> split, stratified by worst pathology (Q20).
+
+    Published splits stay. When only some patients carry one, the others are divided over the
+    splits that nobody carries, in the proportion of P2 (CBIS-DDSM: test is published).
+    """
+    worst, splits = {}, {}
+    for row in findings:
+        level = PATHOLOGIES.index(row.pathology)
+        worst[row.patient_id] = max(worst.get(row.patient_id, 0), level)
+        if row.split:
+            splits[row.patient_id] = row.split
+    open_splits = [s for s in SPLITS if s not in splits.values()] or list(SPLITS)
+    ends = np.cumsum([SPLIT_SHARES[s] for s in open_splits])
+    open_patients = sorted(worst.keys() - splits.keys())
+    for level in range(len(PATHOLOGIES)):
+        patients = [p for p in open_patients if worst[p] == level]
+        order = np.random.default_rng((seed, level)).permutation(len(patients))
+        borders = np.rint(len(patients) * ends / ends[-1])
+        for place, at in enumerate(order):
+            splits[patients[at]] = open_splits[int(np.searchsorted(borders, place, side="right"))]
+    return splits
+
+
+# --- §3 "we generated patches according to the following quantities" ---
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Everything that decides the bytes of a patch set, beside the manifest."""
+
+    patch_size: int = 256  # px, P9
+    spacing_mm: float | None = None  # resample to this; None = native pixels, as the paper, Q19
+    counts: dict[str, int] = field(  # "split/class": patches
+        default_factory=lambda: {
+            "train/normal": 400_000,  # P4
+            "train/malignant_mass": 42_280,
+            "train/benign_mass": 3_500,
+            "train/malignant_calcification": 24_100,
+            "train/benign_calcification": 6_580,
+            **{f"{split}/{name}": 1_000 for split in ("val", "test") for name in EVALUATED},  # P5
+        }
+    )
+    required: tuple[str, ...] = ()  # counts the user asked for: an error when there is no source
+    seed: int = 0
+    min_tissue: float = 0.9  # of the window before resizing, P6, Q21
+    scale: tuple[float, float] = (0.8, 1.2)  # uniform, P7, Q22
+    augment_eval: bool = False  # flip, rotate and resize validation and test patches too, Q22
+    normals_from_annotated: bool = (
+        False  # normal patches away from boxes; the paper: normal studies
+    )
+    normal_margin: float = 0.125  # of the window side, between a normal patch and any box; ours
+    pseudonymise: bool = False  # keyed hashes in place of patient ids and paths
+
+    def with_counts(self, texts: Sequence[str]) -> "PrepareConfig":
+        """Override counts by "split/class=N", which are then required. Raises ValueError."""
+        counts = dict(self.counts)
+        for text in texts:
+            key, _, number = text.partition("=")
+            if key not in KEYS or not number.isdecimal():
+                raise ValueError(
+                    f"--count {text}: expected SPLIT/CLASS=N, one of {', '.join(KEYS)}"
+                )
+            counts[key] = int(number)
+        required = {t.partition("=")[0] for t in texts} | set(self.required)
+        return replace(self, counts=counts, required=tuple(sorted(required)))
+
+
+def _counts(train: tuple[int, ...], other: int) -> dict[str, int]:
+    evaluated = {f"{split}/{name}": other for split in ("val", "test") for name in EVALUATED}
+    return {f"train/{name}": n for name, n in zip(CLASSES, train, strict=True)} | evaluated
+
+
+PREPARE_PRESETS = {
+    "paper": PrepareConfig(),
+    # As many train patches as an hour of training draws, in the paper's order of frequency.
+    "cbis": PrepareConfig(
+        patch_size=128,
+        spacing_mm=0.166,
+        counts=_counts((40_000, 10_000, 5_000, 10_000, 5_000), 1_000),
+    ),
+    # 5 to 10 patches a lesion on about 1,000 images; validation and test give AUC +-0.03.
+    "tiny": PrepareConfig(
+        patch_size=64, spacing_mm=0.33, counts=_counts((4_000, 2_000, 1_000, 1_000, 1_000), 300)
+    ),
+}
+
+
+# --- §3 "To create patches ..." ---
+
+
+@dataclass(frozen=True)
+class _Image:
+    """An image of the manifest and the findings that each of its classes is cut from."""
+
+    path: str
+    patient_id: str
+    split: str
+    rows: tuple[Finding, ...]
+    classes: dict[str, tuple[Finding, ...]]
+
+
+RECORD = np.dtype(  # one patch; the checksum covers the record and the patch
+    [
+        *(("image", "<i4"), ("attempt", "<i4"), ("window", "<i4", 4), ("scale", "<f8")),
+        *(("flip", "<i4"), ("rotation", "<i4"), ("tissue", "<f8"), ("bbox", "<i4", 4)),
+        ("checksum", "<u4"),
+    ]
+)
+
+
+def _images(findings: list[Finding], splits: dict[str, str], annotated: bool) -> list[_Image]:
+    by_path = {}
+    for row in findings:
+        by_path.setdefault(row.image_path, []).append(row)
+    images = []
+    for path in sorted(by_path):
+        rows = tuple(sorted(by_path[path], key=repr))
+        classes = {}
+        if all(row.pathology == "normal" for row in rows):
+            classes["normal"] = ()
+        elif annotated and all(row.bbox for row in rows):
+            classes["normal"] = rows
+        for name in CLASSES[1:]:
+            pathology, finding = name.split("_")
+            lesions = [
+                r for r in rows if (r.pathology, r.finding) == (pathology, finding) and r.bbox
+            ]
+            if lesions:
+                classes[name] = tuple(lesions)
+        patient = rows[0].patient_id
+        images.append(_Image(path, patient, splits[patient], rows, classes))
+    return images
+
+
+def patch_seed(seed: int, key: str, patch: int) -> int:
+    """What patch i of key "split/class" is drawn from; `seed` of the index."""
+    return int(sha256(f"{seed}/{key}/{patch}".encode())[:15], 16)
+
+
+def _attempt(seed: int, key: str, patch: int, attempt: int) -> np.random.Generator:
+    """The stream of a patch's k-th attempt: first the image, then all else."""
+    return np.random.default_rng((patch_seed(seed, key, patch), attempt))
+
+
+class _Field:
+    """A decoded mammogram: where each class has its patches, and cutting them."""
+
+    def __init__(self, image: _Image, config: PrepareConfig):
+        mammogram = read_mammogram(Path(image.path))
+        self.uid, self.display = mammogram.image_uid, mammogram.display
+        self.image, self.config = image, config
+        self.tissue = Tissue(*_breast_cells(self.display), self.display.shape, config.min_tissue)
+        self.side = np.array([config.patch_size, config.patch_size])  # stored pixels at scale 1
+        if config.spacing_mm:
+            spacing = image.rows[0].spacing_mm or mammogram.spacing_mm
+            if spacing is None:
+                raise NotUsable(
+                    "no pixel spacing in the manifest or the header; --spacing-mm needs it"
+                )
+            self.side = self.side * config.spacing_mm / np.array(spacing)
+        self.augment = config.augment_eval or image.split == "train"
+        self.pixels = {
+            lesion: self.mask_pixels(lesion)
+            for lesions in image.classes.values()
+            for lesion in lesions
+            if lesion.mask_path
+        }
+
+    def place(self, name: str, rng: np.random.Generator) -> dict | None:
+        """Scale, window and the rest of one patch, or None when 50 tries find no place (Q21)."""
+        lesions = self.image.classes[name]
+        for _ in range(TRIES):
+            scale = rng.uniform(*self.config.scale) if self.augment else 1.0
+            h, w = (int(n) for n in np.rint(self.side / scale))
+            lesion = None
+            if name == "normal":
+                rows, cols = (math.ceil(self.config.normal_margin * n) for n in (h, w))
+                boxes = [_whole(row.bbox) for row in lesions]
+                away = tuple(
+                    (r0 - rows - h + 1, c0 - cols - w + 1, r1 + rows, c1 + cols)
+                    for r0, c0, r1, c1 in boxes
+                )
+                corner = self.tissue.draw(rng, (h, w), forbidden=away)
+            else:  # P8: a pixel of the lesion, then every offset that keeps it inside
+                lesion = lesions[int(rng.integers(len(lesions)))]
+                row, col = self.pixel(lesion, rng)
+                corner = self.tissue.draw(rng, (h, w), (row - h + 1, col - w + 1, row + 1, col + 1))
+            if corner:
+                return {
+                    "window": (*corner, corner[0] + h, corner[1] + w),
+                    "scale": scale,
+                    "flip": int(rng.integers(2)) if self.augment else 0,
+                    "rotation": 90 * int(rng.integers(4)) if self.augment else 0,
+                    "tissue": self.tissue.share(*corner, (h, w)),
+                    "lesion": lesion,
+                }
+        return None
+
+    def mask_pixels(self, lesion: Finding) -> np.ndarray:
+        """(n, 2) rows and columns of a lesion's mask within its box."""
+        row0, col0, row1, col1 = _whole(lesion.bbox)
+        mask = _read_mask(lesion.mask_path, self.display.shape)[row0:row1, col0:col1]
+        if not mask.any():
+            raise NotUsable("lesion mask: empty inside the lesion's box")
+        return np.argwhere(mask) + np.array([row0, col0])
+
+    def pixel(self, lesion: Finding, rng: np.random.Generator) -> tuple[int, int]:
+        """A pixel of the lesion's mask, or of its box where there is none (Q23)."""
+        if lesion in self.pixels:
+            row, col = self.pixels[lesion][rng.integers(len(self.pixels[lesion]))]
+            return int(row), int(col)
+        row0, col0, row1, col1 = _whole(lesion.bbox)
+        return int(rng.integers(row0, row1)), int(rng.integers(col0, col1))
+
+    def cut(self, place: dict) -> tuple[np.ndarray, tuple[int, ...]]:
+        """The patch (S, S) uint16, and the lesion's box in it."""
+        row0, col0, row1, col1 = place["window"]
+        size = self.config.patch_size
+        patch = resize(self.display[row0:row1, col0:col1], size)
+        if place["flip"]:
+            patch = patch[:, ::-1]
+        patch = np.rot90(patch, place["rotation"] // 90)
+        bbox = (-1, -1, -1, -1)
+        if place["lesion"]:
+            down, across = size / (row1 - row0), size / (col1 - col0)
+            box = np.array(place["lesion"].bbox) - (row0, col0, row0, col0)
+            bbox = _whole(box * (down, across, down, across))
+            bbox = tuple(min(max(v, 0), size) for v in bbox)
+            if place["flip"]:
+                bbox = (bbox[0], size - bbox[3], bbox[2], size - bbox[1])
+            for _ in range(place["rotation"] // 90):  # counter-clockwise, as np.rot90
+                bbox = (size - bbox[3], bbox[0], size - bbox[1], bbox[2])
+        return to_uint16(patch), bbox
+
+
+def _whole(bbox: Iterable[float]) -> tuple[int, int, int, int]:
+    """A box rounded outwards to whole pixels."""
+    row0, col0, row1, col1 = bbox
+    return math.floor(row0), math.floor(col0), math.ceil(row1), math.ceil(col1)
+
+
+def resize(window: np.ndarray, size: int) -> np.ndarray:
+    """(h, w) float -> (size, size), bilinear, anti-aliased when shrinking (Q22)."""
+    if window.shape == (size, size):
+        return window
+    return np.asarray(Image.fromarray(window).resize((size, size), Image.Resampling.BILINEAR))
+
+
+def _read_mask(path: str, shape: tuple[int, int]) -> np.ndarray:
+    """Bool lesion mask, brought to the image's size (CBIS-DDSM has masks of other sizes)."""
+    try:
+        mask = read_mammogram(Path(path)).stored != 0
+    except NotUsable as error:
+        raise NotUsable(f"lesion mask: {error}") from None
+    return np.asarray(Image.fromarray(mask).resize(shape[::-1], Image.Resampling.NEAREST))
+
+
+# --- Patch sets: one visit per image, in any number of processes ---
+
+
+def _start_worker(images: list[_Image], config: PrepareConfig, out: Path) -> None:
+    """Runs in each worker after the fork."""
+    for lock in _LOCKS:  # the folder is the parent's
+        os.close(lock)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    _worker.update(images=images, config=config, out=out)
+
+
+def _visit(index: int, tasks: list[tuple[str, int, int]]) -> dict:
+    """Decode one image, cut and store the patches (key, patch, attempt) that are drawn from it."""
+    image, config = _worker["images"][index], _worker["config"]
+    found = {"image": index, "uid": "", "reason": "", "dead": [], "failed": tasks}
+    try:
+        field = _Field(image, config)
+    except (ValueError, OSError) as error:
+        return found | {"reason": " ".join(str(error).split())}
+    # Whether a class has any place here may not depend on which patches ask first.
+    for key in sorted({key for key, _, _ in tasks}):
+        rng = np.random.default_rng((config.seed, index, CLASSES.index(key.split("/")[1])))
+        if field.place(key.split("/")[1], rng) is None:
+            found["dead"].append(key)
+    found |= {"uid": field.uid, "failed": []}
+    for key, patch, attempt in tasks:
+        rng = _attempt(config.seed, key, patch, attempt)
+        rng.random()  # has chosen this image
+        place = None if key in found["dead"] else field.place(key.split("/")[1], rng)
+        if place is None:
+            found["failed"].append((key, patch, attempt))
+            continue
+        pixels, bbox = field.cut(place)
+        record = np.zeros((), RECORD)
+        record["image"], record["attempt"], record["bbox"] = index, attempt, bbox
+        for name in ("window", "scale", "flip", "rotation", "tissue"):
+            record[name] = place[name]
+        body = np.ascontiguousarray(pixels).tobytes()
+        record["checksum"] = _checksum(record, body)
+        store, records = _open_files(_worker["out"], key)
+        os.pwrite(store, body, NPY_HEADER + patch * len(body))
+        os.pwrite(records, record.tobytes(), patch * RECORD.itemsize)
+    return found
+
+
+def _checksum(record: np.ndarray, body: bytes) -> int:
+    return zlib.crc32(body, zlib.crc32(record.tobytes()[: -RECORD["checksum"].itemsize]))
+
+
+@functools.cache
+def _open_files(out: Path, key: str) -> tuple[int, int]:
+    """Descriptors of a class's patches and records, in a worker."""
+    store, records = out / "patches" / f"{key}.npy", out / "work" / f"{key}.records"
+    return os.open(store, os.O_RDWR), os.open(records, os.O_RDWR)
+
+
+def prepare(
+    findings: list[Finding],
+    out: Path,
+    config: PrepareConfig,
+    workers: int = 1,
+    qc: int = 0,
+    notes: Sequence[str] = (),
+) -> None:
+    """Findings -> patch set in `out` (DESIGN section 4); goes on where it was interrupted.
+
+    Raises ValueError: contradictory findings, a class that was asked for and is not there, the same
+    image with two patients, no space; OSError: files that cannot be written.
+    """
+    _raise_all("the source: found", check_findings(findings), "correct it")
+    hide = _pseudonyms(config.pseudonymise)
+    images = _images(findings, split_patients(findings, config.seed), config.normals_from_annotated)
+    sources = {
+        key: [i for i, im in enumerate(images) if key in (f"{im.split}/{c}" for c in im.classes)]
+        for key in config.counts
+        if config.counts[key]
+    }
+    skipped = {}
+    for key in [key for key in sources if not sources[key]]:
+        _skip(key, "the source holds none", config, skipped)
+        del sources[key]
+    if not sources:
+        raise ValueError("the source holds no class that is wanted; see --normals-from-annotated")
+    base = os.path.commonpath([os.path.dirname(image.path) for image in images])
+    rows = [
+        repr(
+            replace(r, image_path=os.path.relpath(r.image_path, base), mask_path=bool(r.mask_path))
+        )
+        for image in images
+        for r in image.rows
+    ]
+    settings = {"source": sha256("\n".join(rows).encode()), "key": hide("key")[:16]}
+    with claim_folder(out, "prepare", asdict(config) | settings):
+        if read_json(out / "config.json")["complete"]:
+            click.echo(f"{out}: is complete", err=True)
+        else:
+            log = _cut(images, sources, config, out, workers, skipped)
+            _finish(images, sources, config, out, log, skipped, hide, notes)
+        shutil.rmtree(out / "work", ignore_errors=True)
+        if qc:
+            contact_sheet(images, config, out, qc, hide)
+
+
+def _skip(key: str, why: str, config: PrepareConfig, skipped: dict[str, str]) -> None:
+    text = f"{key}: {why}; {config.counts[key]} patches wanted"
+    if key in config.required:
+        raise ValueError(f"--count {text}")
+    skipped[key] = why
+    click.echo(f"{text}: skipped", err=True)
+
+
+def _pseudonyms(wanted: bool) -> Callable[[str], str]:
+    """Keyed hash of a patient id or path (HMAC-SHA256); without `wanted`, the text itself.
+
+    The key comes from the environment and is kept nowhere: whoever holds it can link patients to
+    pseudonyms, the outputs alone cannot, and the same key goes on with the same folder.
+    """
+    if not wanted:
+        return lambda text: text
+    key = os.environ.get(PSEUDONYM_KEY, "").encode()
+    if len(key) < 16:
+        raise ValueError(
+            f"--pseudonymise: environment variable {PSEUDONYM_KEY} has {len(key)} characters; "
+            f"expected a secret of 16 or more; export {PSEUDONYM_KEY}=$(openssl rand -hex 32)"
+        )
+    return lambda text: hmac.new(key, text.encode(), "sha256").hexdigest()[:16]
+
+
+def _cut(
+    images: list[_Image],
+    sources: dict[str, list[int]],
+    config: PrepareConfig,
+    out: Path,
+    workers: int,
+    skipped: dict[str, str],
+) -> dict[int, dict]:
+    """Cut every patch of `sources`; returns what was found at each image.
+
+    A patch goes to the image of its first attempt; where that image has no place for it, to that of
+    its next. Each image is visited once with all patches that want it; only patches sent on to an
+    image that was visited already cause a second visit.
+    """
+    todo = _stores(sources, config, out)
+    log = _read_log(out / "work" / "images.jsonl")
+    pending = defaultdict(list)
+    dead = {key: set() for key in sources}  # images without a place for a class
+    owners = {}
+
+    def send(key: str, patch: int, attempt: int) -> None:
+        while key in sources:
+            rng = _attempt(config.seed, key, patch, attempt)
+            image = sources[key][int(rng.random() * len(sources[key]))]
+            if image not in dead[key]:
+                pending[image].append((key, patch, attempt))
+                return
+            attempt += 1
+
+    def learn(found: dict) -> None:
+        index, reason = found["image"], found["reason"]
+        for key in list(sources):
+            if key in found["dead"] or (reason and index in sources[key]):
+                dead[key].add(index)
+                if dead[key].issuperset(sources[key]):
+                    _skip(key, "no image has a place for it", config, skipped)
+                    del sources[key]
+        other = images[owners.setdefault(found["uid"] or index, index)]
+        if other.patient_id != images[index].patient_id:
+            raise ValueError(
+                f"{other.path} and {images[index].path} are the same image, and yet of patients "
+                f"{other.patient_id} and {images[index].patient_id}; correct the source"
+            )
+
+    wanted = sorted({i for indexes in sources.values() for i in indexes})
+    for found in list(log.values()):
+        learn(found)
+    total = sum(config.counts[key] for key in todo)
+    left = sum(map(len, todo.values()))
+    for key, patches in todo.items():
+        for patch in patches:
+            send(key, int(patch), 0)
+    with (
+        open(out / "work" / "images.jsonl", "a", encoding="utf-8") as lines,
+        progress(total, "patches", done=total - left) as advance,
+        _pool(workers, images, config, out) as pool,
+    ):
+        running = {}
+        while queue := deque([i for i in wanted if i not in log] + sorted(log.keys() & pending)):
+            while queue or running:
+                while queue and len(running) < 2 * workers:
+                    index, tasks = queue.popleft(), []
+                    for key, patch, attempt in pending.pop(index, []):
+                        if index in dead.get(key, ()):
+                            send(key, patch, attempt + 1)
+                        else:
+                            tasks.append((key, patch, attempt))
+                    if tasks or index not in log:
+                        running[pool.submit(_visit, index, tasks)] = index, len(tasks)
+                done, _ = concurrent.futures.wait(running, return_when="FIRST_COMPLETED")
+                for future in done:
+                    index, tasks = running.pop(future)
+                    try:
+                        found = future.result()
+                    except concurrent.futures.process.BrokenProcessPool:
+                        at = [images[i].path for i, _ in [(index, 0), *running.values()]]
+                        raise ValueError(
+                            f"a worker process died at one of {', '.join(at)}; leave the damaged "
+                            "one out, or give fewer --workers if the memory was too small"
+                        ) from None
+                    failed = found.pop("failed")
+                    lines.write(json.dumps(found) + "\n")
+                    lines.flush()
+                    _remember(log, found)
+                    learn(found)
+                    for key, patch, attempt in failed:
+                        send(key, patch, attempt + 1)
+                    advance(tasks - len(failed))
+    return log
+
+
+@contextlib.contextmanager
+def _pool(workers: int, *work: object) -> Iterator[concurrent.futures.Executor]:
+    """Worker processes that end at once when the block is left by an exception."""
+    before = set(multiprocessing.active_children())
+    pool = concurrent.futures.ProcessPoolExecutor(
+        workers, multiprocessing.get_context("fork"), initializer=_start_worker, initargs=work
+    )
+    with pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in set(multiprocessing.active_children()) - before:
+                process.terminate()
+            raise
+
+
+def _stores(sources: dict, config: PrepareConfig, out: Path) -> dict[str, np.ndarray]:
+    """Make room for every patch, or check what an interrupted run left: patches still to cut."""
+    size = 2 * config.patch_size**2
+    sizes = {}
+    for key in sources:
+        shape = (config.counts[key], config.patch_size, config.patch_size)
+        sizes[out / "patches" / f"{key}.npy"] = NPY_HEADER + shape[0] * size
+        sizes[out / "work" / f"{key}.records"] = shape[0] * RECORD.itemsize
+    needed = sum(sizes.values()) + 200 * sum(config.counts[key] for key in sources)
+    there = sum(path.stat().st_blocks * 512 for path in sizes if path.exists())
+    free = shutil.disk_usage(out).free
+    if needed - there > free:
+        raise ValueError(
+            f"{out}: the patch set needs {(needed - there) / 1e9:.1f} GB and {free / 1e9:.1f} GB "
+            "are free; make room, or lower --count"
+        )
+    todo = {}
+    for key in sources:
+        store, records = out / "patches" / f"{key}.npy", out / "work" / f"{key}.records"
+        shape = (config.counts[key], config.patch_size, config.patch_size)
+        for path in (store, records):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and path.stat().st_size == sizes[path]:
+                continue
+            with open(path, "wb") as file:
+                if path is store:
+                    header = {"descr": "<u2", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, header)
+                    assert file.tell() == NPY_HEADER
+                file.flush()
+                os.posix_fallocate(file.fileno(), 0, sizes[path])  # a full disk shows here
+        found = np.fromfile(records, RECORD)
+        done = np.flatnonzero(found["checksum"])
+        with open(store, "rb") as file, progress(len(done), f"checking {key}") as advance:
+            for patch in done:
+                file.seek(NPY_HEADER + int(patch) * size)
+                if found["checksum"][patch] != _checksum(found[patch], file.read(size)):
+                    found["checksum"][patch] = 0
+                advance(1)
+        todo[key] = np.flatnonzero(found["checksum"] == 0)
+    return todo
+
+
+def _remember(log: dict[int, dict], found: dict) -> None:
+    dead = log.get(found["image"], {"dead": []})["dead"]
+    log[found["image"]] = found | {"dead": sorted({*dead, *found["dead"]})}
+
+
+def _read_log(path: Path) -> dict[int, dict]:
+    """What earlier runs found at each image; a line that a kill cut off is dropped."""
+    log = {}
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            found = json.loads(line)
+            _remember(log, found)
+    with replace_file(path, "w") as file:
+        file.writelines(json.dumps(found) + "\n" for found in log.values())
+    return log
+
+
+def _finish(
+    images: list[_Image],
+    sources: dict[str, list[int]],
+    config: PrepareConfig,
+    out: Path,
+    log: dict[int, dict],
+    skipped: dict[str, str],
+    hide: Callable[[str], str],
+    notes: Sequence[str],
+) -> None:
+    """Write the tables from the records, then mark the patch set whole."""
+    used = set()
+    for key in config.counts:
+        path = out / "patches" / f"{key}.npy"
+        if key not in sources:
+            path.unlink(missing_ok=True)  # its last place turned out to be none
+            continue
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        records = np.fromfile(out / "work" / f"{key}.records", RECORD)
+        used |= set(records["image"].tolist())
+        rows = (
+            (
+                *(patch, log[int(r["image"])]["uid"], hide(images[r["image"]].patient_id)),
+                *(*r["window"], f"{r['scale']:.6f}", r["flip"], r["rotation"]),
+                *(patch_seed(config.seed, key, patch), f"{r['tissue']:.4f}"),
+                *(r["bbox"] if key[-6:] != "normal" else ("",) * 4),
+            )
+            for patch, r in enumerate(records)
+        )
+        write_table(path.with_suffix(".csv"), INDEX_COLUMNS, rows)
+    excluded = []
+    for index, image in enumerate(images):
+        found = log.get(index)
+        if found is None:
+            reason = "no class is cut from its findings"
+        elif found["reason"]:
+            reason = found["reason"]
+            for text in (image.path, os.path.basename(image.path)):
+                reason = reason.replace(text, hide(text))
+        elif index in used:
+            continue
+        elif found["dead"]:
+            reason = f"no window with {config.min_tissue:.0%} breast tissue for its classes"
+        else:
+            reason = "usable; no patch happened to be drawn from it"
+        excluded.append((hide(image.path), reason))
+    write_table(out / "excluded.csv", ("image_path", "reason"), excluded)
+    patients = {hide(image.patient_id): image.split for image in images}
+    write_table(out / "splits.csv", ("patient_id", "split"), sorted(patients.items()))
+    lines = (
+        (
+            *(hide(image.path), hide(image.patient_id), row.laterality, row.view),
+            *(row.finding, row.pathology, *(row.bbox or ("",) * 4)),
+            *(hide(row.mask_path) if row.mask_path else "", *(row.spacing_mm or ("",) * 2)),
+            image.split,
+        )
+        for image in (images[i] for i in sorted(used))
+        for row in image.rows
+    )
+    write_table(out / "manifest.csv", MANIFEST_COLUMNS + MANIFEST_OPTIONAL, lines)
+    same = defaultdict(list)
+    for index in sorted(log):
+        same[log[index]["uid"] or index].append(hide(images[index].path))
+    duplicates = [paths for paths in same.values() if len(paths) > 1]
+    for paths in duplicates:
+        click.echo(f"the same image under {len(paths)} names: {', '.join(paths)}", err=True)
+    click.echo(f"{len(excluded)} of {len(images)} images gave no patch: excluded.csv", err=True)
+    finish_folder(
+        out,
+        counts={key: config.counts[key] for key in sources},
+        skipped=skipped,
+        images={"used": len(used), "excluded": len(excluded)},
+        patients={s: sum(split == s for split in patients.values()) for s in SPLITS},
+        duplicates=duplicates,
+        notes=list(notes),
+    )
+
+
+def contact_sheet(
+    images: list[_Image], config: PrepareConfig, out: Path, number: int, hide: Callable[[str], str]
+) -> None:
+    """`out/qc.png`: images with mask outline, lesion boxes and patch windows drawn in."""
+    import matplotlib.figure  # half a second that only this function needs
+
+    colours = dict(zip(CLASSES, ("cyan", "red", "orange", "magenta", "yellow"), strict=True))
+    kept = set(read_table(out / "manifest.csv", ("image_path",))["image_path"])
+    images = [image for image in images if hide(image.path) in kept]
+    images = [images[i] for i in np.unique(np.linspace(0, len(images) - 1, number).astype(int))]
+    windows = defaultdict(list)
+    for key in read_json(out / "config.json")["counts"]:
+        columns = ("image_uid", "row0", "col0", "row1", "col1")
+        for row in zip(*read_table(out / "patches" / f"{key}.csv", columns).values(), strict=True):
+            windows[row[0]].append((key.split("/")[1], *map(int, row[1:])))
+    across = min(4, len(images))
+    down = -(-len(images) // across)
+    figure = matplotlib.figure.Figure(figsize=(4 * across, 4.6 * down), layout="constrained")
+    for axes, image in zip(figure.subplots(down, across, squeeze=False).flat, images, strict=False):
+        found = _Field(image, config)
+        height, width = found.display.shape
+        step = max(height, width) // 900 + 1
+        rows, cols = np.arange(0, height, step), np.arange(0, width, step)
+        axes.imshow(found.display[::step, ::step], cmap="gray", extent=(0, width, height, 0))
+        outline = breast_mask(found.display)[::step, ::step]
+        axes.contour(cols, rows, outline, [0.5], colors="lime", linewidths=0.8)
+        for name, *window in windows[found.uid][:: len(windows[found.uid]) // 12 + 1]:
+            axes.add_patch(_rectangle(window, edgecolor=colours[name], linewidth=0.7))
+        for row in image.rows:
+            if row.bbox:
+                colour = colours.get(f"{row.pathology}_{row.finding}", "white")
+                axes.add_patch(_rectangle(row.bbox, edgecolor=colour, linewidth=2))
+        axes.set_aspect(found.side[1] / found.side[0])
+        axes.set_title(
+            f"{found.uid}  {image.split}  {image.rows[0].laterality} {image.rows[0].view}  "
+            f"{len(windows[found.uid])} patches",
+            fontsize=8,
+        )
+        axes.set_axis_off()
+    lines = [matplotlib.lines.Line2D([], [], color=colours[name], label=name) for name in CLASSES]
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), fontsize=9)
+    with replace_file(out / "qc.png") as file:
+        figure.savefig(file, format="png", dpi=100)
+
+
+def _rectangle(bbox: Sequence[float], **style: object):
+    import matplotlib.patches
+
+    row0, col0, row1, col1 = bbox
+    return matplotlib.patches.Rectangle((col0, row0), col1 - col0, row1 - row0, fill=False, **style)
+
+
+# --- Patch sets: reading ---
+
+
+def patch_config(data: Path) -> dict:
+    """The configuration of a finished patch set, with its fingerprint. Raises ValueError."""
+    data = Path(data)
+    found = read_json(data / "config.json")
+    if found.get("command") != "prepare" or not isinstance(found.get("config"), dict):
+        raise ValueError(
+            f"{data}: made by {found.get('command')!r}; expected a patch set of prepare"
+        )
+    if found.get("complete") is not True:
+        raise ValueError(f"{data}: not finished; run the same prepare command again")
+    try:
+        size, keys = int(found["config"]["patch_size"]), dict(found["counts"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{data}/config.json: damaged ({error}); run prepare again") from None
+    if size < 1 or not all(key in KEYS for key in keys):
+        raise ValueError(
+            f"{data}/config.json: damaged (patch_size {size}, {keys}); run prepare again"
+        )
+    return found["config"] | {"held": keys, "fingerprint": fingerprint(data)}
+
+
+def fingerprint(data: Path) -> str:
+    """Names a patch set in everything made from it: a hash over options, splits and indexes."""
+    data = Path(data)
+    config = json.dumps(read_json(data / "config.json").get("config"), sort_keys=True)
+    return sha256(config.encode(), data / "splits.csv", *sorted(data.glob("patches/*/*.csv")))
+
+
+def open_patches(data: Path, split: str, name: str) -> np.ndarray:
+    """(N, S, S) uint16 memory map of one class. Raises ValueError when it is missing or damaged."""
+    config = patch_config(data)
+    key = f"{split}/{name}"
+    if key not in config["held"]:
+        held = ", ".join(sorted(config["held"]))
+        raise ValueError(f"{data}: holds no {key}; found {held}")
+    shape = (config["held"][key], config["patch_size"], config["patch_size"])
+    return _open_array(Path(data) / "patches" / f"{key}.npy", shape, np.uint16)
+
+
+def _open_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: damaged ({error}); make it again") from None
+    if not isinstance(array, np.ndarray) or (array.shape, array.dtype) != (shape, dtype):
+        found = getattr(array, "shape", None), str(getattr(array, "dtype", None))
+        raise ValueError(
+            f"{path}: holds {found}; expected {shape} {np.dtype(dtype)}; make it again"
+        )
+    return array
+
+
+def split_of(data: Path) -> dict[str, str]:
+    """Patient -> split."""
+    table = read_table(Path(data) / "splits.csv", ("patient_id", "split"))
+    return dict(zip(table["patient_id"].tolist(), table["split"].tolist(), strict=True))
+
+
+# --- Synthetic sets: reading (postprocess.py writes them) ---
+
+SYNTHETIC_COLUMNS = (
+    *("sample", "source_patch", "image_uid", "patient_id", "seed", "area"),
+    *("bbox_row0", "bbox_col0", "bbox_row1", "bbox_col1"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class SyntheticSet:
+    """A finished synthetic set; arrays are memory maps (N, S, S)."""
+
+    path: Path
+    task: str  # mass, calcification, removal
+    control: str  # "" or blob
+    label: int  # 1 lesion added, 0 removed
+    patch_size: int
+    short: bool  # fewer accepted than requested
+    requested: int
+    fingerprint: str
+    data_fingerprint: str  # of the patch set its sources are from
+    generator: str  # hash of the weights
+    input: np.ndarray  # uint16
+    combined: np.ndarray  # uint16
+    lesion: np.ndarray  # int32, combined - input
+    mask: np.ndarray  # bool, the object before expansion
+    index: dict[str, np.ndarray]
+
+
+def open_synthetic(path: Path) -> SyntheticSet:
+    """Raises ValueError when the set is unfinished, damaged or no synthetic set."""
+    path = Path(path)
+    found = read_json(path / "config.json")
+    if found.get("command") != "synthesize":
+        raise ValueError(f"{path}: made by {found.get('command')!r}; expected a set of synthesize")
+    if found.get("complete") is not True:
+        raise ValueError(f"{path}: not finished; run the same synthesize command again")
+    index = read_table(path / "index.csv", SYNTHETIC_COLUMNS)
+    try:
+        config = found["config"]
+        values = {
+            "task": {"mass": "mass", "calcification": "calcification", "removal": "removal"}[
+                config["task"]
+            ],
+            "control": {"": "", "blob": "blob"}[config["control"]],
+            "patch_size": int(config["patch_size"]),
+            "requested": int(config["n"]),
+            "short": bool(found["short"]),
+            "data_fingerprint": str(config["data"]),
+            "generator": str(config["generator"]),
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}/config.json: damaged ({error}); run synthesize again") from None
+    shape = (len(index["sample"]), values["patch_size"], values["patch_size"])
+    types = {"input": np.uint16, "combined": np.uint16, "lesion": np.int32, "mask": np.bool_}
+    return SyntheticSet(
+        path=path,
+        label=0 if values["task"] == "removal" else 1,
+        fingerprint=sha256(json.dumps(found, sort_keys=True).encode(), path / "index.csv"),
+        **{name: _open_array(path / f"{name}.npy", shape, t) for name, t in types.items()},
+        index=index,
+        **values,
+    )
+
+
+def check_synthetic(syn: SyntheticSet, data: Path) -> None:
+    """Raises ValueError unless every sample comes from a training patient of this patch set."""
+    config = patch_config(data)
+    if syn.patch_size != config["patch_size"]:
+        raise ValueError(
+            f"{syn.path}: patches of {syn.patch_size} px; expected {config['patch_size']} as {data}"
+        )
+    if syn.data_fingerprint != config["fingerprint"]:
+        raise ValueError(
+            f"{syn.path}: made from another patch set; synthesize it again from {data}"
+        )
+    splits = split_of(data)
+    leaked = sorted({p for p in syn.index["patient_id"].tolist() if splits.get(p) != "train"})
+    if leaked:
+        raise ValueError(
+            f"{syn.path}: {len(leaked)} source patients are not in train, such as {leaked[0]} "
+            f"({splits.get(leaked[0], 'unknown')}); synthesize it again from {data}"
+        )
