@@ -1,0 +1,641 @@
+"""§2 Training details, Progressive growing; §3 Patch Classifier Training: configurations and loops.
+
+Each step's batch and noise are drawn from (seed, step): a run that was stopped and started again
+equals one that was not, bitwise on the CPU.
+"""
+
+import contextlib
+import copy
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+import torch.distributed as dist
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+from torch.nn.utils import parametrize
+
+from data import (
+    claim_folder,
+    finish_folder,
+    open_patches,
+    patch_config,
+    progress,
+    replace_file,
+    to_float,
+)
+from models import (
+    CHECKPOINT_FORMAT,
+    Discriminator,
+    Generator,
+    block_count,
+    discriminator_loss,
+    down2,
+    generator_loss,
+    gradient_norm,
+    load_checkpoint,
+    weights_hash,
+)
+from postprocess import LESION_THRESHOLD, isolate_lesion
+
+# --- Shared by both loops: random numbers, checkpoints, log, stopping, several processes ---
+
+
+def generator_at(seed: int, step: int, stream: int) -> np.random.Generator:
+    """The random numbers of one step; `stream` keeps its uses independent of each other."""
+    return np.random.default_rng([seed, step, stream])
+
+
+def torch_seed(seed: int, step: int, stream: int) -> int:
+    """The same for torch: torch.Generator(device).manual_seed(torch_seed(seed, step, stream))."""
+    return int(generator_at(seed, step, stream).integers(2**63))
+
+
+def save_checkpoint(run: Path, state: dict) -> None:
+    """Write `run/checkpoint.pt`: tensors and primitives, the same bytes for the same values.
+
+    The state before it stays as `checkpoint-previous.pt` until `complete_checkpoint`.
+    """
+    path = run / "checkpoint.pt"
+    with replace_file(run / "checkpoint-next.pt") as file:
+        torch.save(_plain({"format": CHECKPOINT_FORMAT} | state), file)
+    if path.exists():
+        os.replace(path, run / "checkpoint-previous.pt")
+    os.replace(run / "checkpoint-next.pt", path)
+
+
+def complete_checkpoint(run: Path) -> None:
+    """The run is whole: the state before the last is not needed any more."""
+    (run / "checkpoint-previous.pt").unlink(missing_ok=True)
+
+
+def _plain(value: object) -> object:
+    """Fresh containers, interned strings, CPU tensors of their own: pickled alike in every run."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone()
+    if isinstance(value, dict):
+        return {_plain(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return sys.intern(value) if isinstance(value, str) else value
+
+
+class Log:
+    """Rows of `run/log.jsonl`; `row["step"]` says which step a row belongs to."""
+
+    def __init__(self, path: Path):
+        self.file = open(path, "a", encoding="utf-8")
+
+    def write(self, row: dict) -> None:
+        self.file.write(json.dumps(row, allow_nan=False) + "\n")
+        self.file.flush()
+
+    def sync(self) -> None:
+        """On disk before the checkpoint of the same step: the log never lacks a row it needs."""
+        os.fsync(self.file.fileno())
+
+
+@contextlib.contextmanager
+def open_log(run: Path, step: int) -> Iterator[Log]:
+    """The log of a run whose checkpoint stands at `step`: later rows are dropped, they come again.
+
+    Raises ValueError when a row up to `step` is damaged.
+    """
+    path = run / "log.jsonl"
+    rows = read_log(run, step) if path.exists() else []
+    with replace_file(path, "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    log = Log(path)
+    try:
+        yield log
+    finally:
+        log.file.close()
+
+
+def read_log(run: Path, step: int | None = None) -> list[dict]:
+    """The rows of `run/log.jsonl` up to `step` (None = all)."""
+    path, rows = run / "log.jsonl", []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            late = step is not None and row["step"] > step
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines):  # the run was killed while it wrote this row
+                break
+            raise ValueError(
+                f"{path}: line {number} is damaged; remove it to go on without that row"
+            ) from None
+        if late:
+            break
+        rows.append(row)
+    return rows
+
+
+@contextlib.contextmanager
+def stop_requested() -> Iterator[Callable[[], bool]]:
+    """Yields `stop()`: True after SIGINT or SIGTERM, so that a step ends and is saved.
+
+    The second signal interrupts at once.
+    """
+    asked = threading.Event()
+
+    def ask(number, frame):
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train together, each on an equal share of every batch."""
+
+    rank: int = 0
+    size: int = 1
+
+    def share(self, batch: np.ndarray | Tensor) -> np.ndarray | Tensor:
+        """This process's rows of what all processes drew alike."""
+        n = len(batch) // self.size
+        return batch[self.rank * n : (self.rank + 1) * n]
+
+    def average(self, tensors: list[Tensor]) -> None:
+        """Replace each by its mean over the processes: the gradient of the whole batch."""
+        if self.size > 1 and tensors:
+            flat = torch.cat([t.flatten() for t in tensors])
+            dist.all_reduce(flat)
+            flat /= self.size
+            for t, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+                t.copy_(mean.view_as(t))
+
+    def wait(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """True in every process when it is in one."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor(float(flag), device=device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value)
+
+
+@contextlib.contextmanager
+def join_world(device: torch.device) -> Iterator[World]:
+    """One process, or those that `torchrun --nproc-per-node N mamgan.py ...` started."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield World()
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
+
+
+# --- §2 Training details, Progressive growing ---
+
+
+@dataclass(frozen=True)
+class GanConfig:
+    """One GAN: the paper's numbers. Lengths in steps: one D update with its G updates."""
+
+    task: str = "mass"  # mass, calcification or removal: separate models (G14)
+    seed: int = 0
+    patch_size: int = 256  # G1
+    g_base: int = 16  # filters of the generator's first block (G3)
+    g_center: int = 2048  # channels of its 4 x 4 centre (G8; Q1)
+    d_base: int = 128  # 8 x the generator's (D1)
+    d_center: int = 16384
+    sn_g: bool = True  # spectral normalisation (G16; Q12)
+    sn_d: bool = True
+    batch_size: int = 8  # of each of the four classes; not given, Q18
+    iters_base: int = 30_000  # steps at half size; not given, Q18
+    iters_fade: int = 3_000  # steps of the fade to full size (T5)
+    iters_final: int = 30_000  # steps at full size after it; not given, Q18
+    g_lr: float = 1e-5  # T1
+    d_lr: float = 1e-5
+    g_updates_mass: int = 2  # generator updates per D update for masses (T2); otherwise 1
+    gp_noise: str = "uniform"  # delta ~ U(0, 1) (L4), or "std": half the batch's std times it (Q15)
+    g_average: float = 0.0  # decay of the average of G's weights that is used; 0 = none, Q11
+    bfloat16: bool = True  # on a GPU: autocast; the CPU always computes in float32
+    channels_last: bool = True  # layout of images and weights; another order of the same sums
+    compile: bool = False  # torch.compile G and D, except in the penalty: no double backward there
+    log_every: int = 100  # steps between rows of log.jsonl
+    save_every: int = 1_000  # steps between checkpoints, sample grids and gan.png
+
+
+GAN_PRESETS = {
+    "paper": GanConfig(),
+}
+
+ADAM = {"betas": (0.0, 0.99), "eps": 1e-8}  # T1
+TASKS = {  # classes of G's input and of D's [real, benign, normal]; Q14
+    "mass": (["normal"], ["malignant_mass"], ["benign_mass"], ["normal"]),
+    "calcification": (
+        ["normal"],
+        ["malignant_calcification"],
+        ["benign_calcification"],
+        ["normal"],
+    ),
+    "removal": (
+        ["malignant_mass", "malignant_calcification"],
+        ["normal"],
+        ["benign_mass", "benign_calcification"],
+        ["malignant_mass", "malignant_calcification"],
+    ),
+}
+LAMBDA, K = 10.0, 1.0  # §2 "where lambda = 10, and k = 1", L4
+BATCH, NOISE, WEIGHTS, FIXED_NOISE = range(4)  # streams of random numbers
+FIXED = 64  # validation patches that the log and the grids look at
+FIXED_Z = 8  # noise vectors for the spread over z
+LASTING = 3  # rows of the log after which a sign of failure is said
+RECORDED = (
+    *("loss_d", "penalty", "gradient_norm", "loss_g"),
+    *("real_right", "fake_right", "benign_right", "normal_right"),  # accuracy of D per class
+)
+
+
+class Pool:
+    """Patches of several classes as one memory-mapped sequence."""
+
+    def __init__(self, data: Path, split: str, names: list[str]):
+        """Raises ValueError when the patch set holds none of the classes."""
+        held = patch_config(data)["held"]
+        there = [n for n in names if f"{split}/{n}" in held]
+        self.name = f"{split}/{'+'.join(there or names)}"
+        self.parts = [open_patches(data, split, name) for name in there or names]
+        self.starts = np.cumsum([0, *map(len, self.parts)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """float32 (N, 1, S, S)."""
+        which = np.searchsorted(self.starts, rows, side="right") - 1
+        patches = [self.parts[w][r - self.starts[w]] for w, r in zip(which, rows, strict=True)]
+        return to_float(np.stack(patches))[:, None]
+
+
+class Batches:
+    """The patches of each step, drawn from (seed, step); the next step's are read meanwhile."""
+
+    def __init__(self, config: GanConfig, data: Path, world: World, pinned: bool):
+        self.config, self.world, self.pinned = config, world, pinned
+        self.pools = [Pool(data, "train", names) for names in TASKS[config.task]]
+        self.g_updates = config.g_updates_mass if config.task == "mass" else 1
+        source = self.pools[0]
+        self.shared = next(i for i in (1, 2, 3) if self.pools[i].name == source.name)
+        for i, pool in enumerate(self.pools):
+            least = config.batch_size * (2 if i in (0, self.shared) else 1)
+            if len(pool) < least:
+                raise ValueError(
+                    f"{data}: {pool.name} holds {len(pool)} patches; expected at least {least} for "
+                    f"--batch-size {config.batch_size}; prepare more or lower it"
+                )
+        self.reader = ThreadPoolExecutor(1)
+        self.ahead: tuple[int, Future] | None = None
+
+    def draw(self, step: int) -> list[np.ndarray]:
+        """D's sub-batches [source, real, benign, normal], then one source batch per G update."""
+        rng, n = generator_at(self.config.seed, step, BATCH), self.config.batch_size
+        rows = [rng.choice(len(pool), n, replace=False) for pool in self.pools]
+        # Fakes come from other patches than the sub-batch of the same class (Q10).
+        both = rng.choice(len(self.pools[0]), 2 * n, replace=False)
+        rows[0], rows[self.shared] = both[:n], both[n:]
+        rows += [rng.choice(len(self.pools[0]), n, replace=False) for _ in range(self.g_updates)]
+        pools = self.pools + [self.pools[0]] * self.g_updates
+        tensors = [
+            torch.from_numpy(pool.take(self.world.share(r)))
+            for pool, r in zip(pools, rows, strict=True)
+        ]
+        return [t.pin_memory() for t in tensors] if self.pinned else tensors
+
+    def at(self, step: int) -> list[Tensor]:
+        asked, future = self.ahead or (None, None)
+        tensors = future.result() if asked == step else self.draw(step)
+        self.ahead = step + 1, self.reader.submit(self.draw, step + 1)
+        return tensors
+
+
+class Watch:
+    """Fixed validation patches and noise: figures that tell collapse early, and sample grids."""
+
+    def __init__(self, config: GanConfig, data: Path, device: torch.device):
+        pool = Pool(data, "val", TASKS[config.task][0])
+        rows = np.linspace(0, len(pool) - 1, num=min(FIXED, len(pool))).astype(int)
+        self.x = torch.from_numpy(pool.take(rows)).to(device)
+        z = generator_at(config.seed, 0, FIXED_NOISE).uniform(
+            -1, 1, (FIXED, 2 * block_count(config.patch_size))
+        )
+        self.z = torch.from_numpy(z.astype(np.float32)).to(device)
+        self.removal = config.task == "removal"
+        self.component = "cluster" if config.task == "calcification" else "largest"  # Q27
+        self.lasting: dict[str, int] = {}  # rows of the log in a row that show a sign of failure
+
+    @torch.no_grad()
+    def look(self, G: Generator, size: int, alpha: float) -> tuple[dict, Tensor]:
+        """(figures for the log, (N, 3, s, s) what G makes of the fixed patches)."""
+        alive, training = [], G.training
+        hooks = [
+            layer.register_forward_hook(lambda _, __, out: alive.append(out.amax((0, 2, 3)) > 0))
+            for block in G.decoder
+            for layer in block
+        ]
+        G.eval()
+        made = G(self.x, self.z[: len(self.x)], size, alpha)
+        for hook in hooks:
+            hook.remove()
+        variants = G(self.x[:1].expand(FIXED_Z, -1, -1, -1), self.z[:FIXED_Z], size, alpha)[:, 0]
+        G.train(training)
+        lesion = made[:, 0]
+        over = lesion < -LESION_THRESHOLD if self.removal else lesion > LESION_THRESHOLD
+        kept = [
+            isolate_lesion(one, self.removal, component=self.component)
+            for one in lesion.cpu().numpy()
+        ]
+        figures = {
+            "dead_units": 1 - torch.cat(alive).float().mean(),
+            "lesion_mean": lesion.mean(),
+            "lesion_std": lesion.std(),
+            "lesion_share": over.float().mean(),
+            "spread_x": lesion.std(0).mean(),
+            "spread_z": variants.std(0).mean(),
+            "acceptance": np.mean([k is not None for k in kept]),
+        }
+        return {name: float(value) for name, value in figures.items()}, made
+
+    def warnings(self, row: dict) -> list[str]:
+        """What goes wrong, in words, once it lasts; said when it is new."""
+        signs = {
+            "D wins outright": (
+                min(row["real_right"], row["fake_right"]) > 0.98,
+                "it tells every lesion from real ones: lower --d-lr or raise --g-lr",
+            ),
+            "the lesions vanish": (
+                row["lesion_share"] < 0.002,
+                "next to no pixel passes the threshold: train longer, raise --g-lr, lower --d-lr",
+            ),
+            "the lesions cover the patch": (
+                row["lesion_share"] > 0.7,
+                "early this is usual; later lower --g-lr or raise --d-lr",
+            ),
+            "the lesions ignore their input": (
+                row["spread_x"] < 0.1 * abs(row["lesion_mean"]) or row["dead_units"] > 0.8,
+                f"{row['dead_units']:.0%} of the decoder's units are dead: start again with "
+                "another --seed or a lower --g-lr",
+            ),
+        }
+        self.lasting = {
+            name: self.lasting.get(name, 0) + 1 for name, (present, _) in signs.items() if present
+        }
+        for name, rows in self.lasting.items():
+            if rows == LASTING:
+                click.echo(f"step {row['step']}: {name}; {signs[name][1]}", err=True)
+        return [name for name, rows in self.lasting.items() if rows >= LASTING]
+
+    def grid(self, made: Tensor, path: Path) -> None:
+        """Patch, lesion (grey = no change) and result side by side, four samples a row."""
+        n = min(len(made), 16) // 4 * 4 or 1
+        lesion, before, after = made[:n].clamp(-1, 1).cpu().unbind(1)  # (n, s, s) each
+        tile = torch.cat([before, (2 * lesion).clamp(-1, 1), after], dim=2)
+        rows = tile.unflatten(0, (-1, min(n, 4))).transpose(1, 2).flatten(2).flatten(0, 1)
+        picture = Image.fromarray(((rows + 1) * 127.5).numpy().astype(np.uint8))
+        path.parent.mkdir(exist_ok=True)
+        with replace_file(path) as file:
+            picture.save(file, format="png")
+
+
+def growth(config: GanConfig, step: int) -> tuple[int, float]:
+    """(side of the images, weight of the new layer) at a step (T3-T5)."""
+    if step < config.iters_base:
+        return config.patch_size // 2, 1.0
+    faded = step - config.iters_base
+    return config.patch_size, 1.0 if faded >= config.iters_fade else faded / config.iters_fade
+
+
+def networks(config: GanConfig, device: torch.device) -> tuple[Generator, Discriminator]:
+    """G and D with the first weights of this seed, the same on every device."""
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch_seed(config.seed, 0, WEIGHTS))
+        G = Generator(config.patch_size, config.g_base, config.g_center, config.sn_g)
+        D = Discriminator(config.patch_size, config.d_base, config.d_center, config.sn_d)
+    return G.to(device, memory_format=layout), D.to(device, memory_format=layout)
+
+
+def train_gan(config: GanConfig, data: Path, run: Path, device: torch.device) -> None:
+    """Train G and D of one task on the patch set `data` into the folder `run` (DESIGN section 5).
+
+    Started again after an interruption it goes on from `run/checkpoint.pt`.
+    Raises ValueError for data that do not fit, a foreign run, or a loss that is not finite.
+    """
+    patches = patch_config(data)
+    if patches["patch_size"] != config.patch_size:
+        raise ValueError(
+            f"{data}: holds patches of {patches['patch_size']} px, the preset trains on "
+            f"{config.patch_size} px; give the preset that prepared them"
+        )
+    with contextlib.ExitStack() as stack:
+        world = stack.enter_context(join_world(device))
+        if config.batch_size % world.size:
+            raise ValueError(
+                f"--batch-size {config.batch_size}: must divide by {world.size} processes"
+            )
+        batches = Batches(config, data, world, pinned=device.type == "cuda")
+        stack.callback(batches.reader.shutdown)
+        watch = Watch(config, data, device)
+        facts = asdict(config) | {"data": patches["fingerprint"]}
+        if world.rank == 0:
+            stack.enter_context(claim_folder(run, "train-gan", facts))
+        world.wait()
+
+        # Networks, optimisers, and where an earlier run stopped
+        G, D = networks(config, device)
+        average = copy.deepcopy(G) if config.g_average else G
+        fused = {"fused": True, **ADAM}
+        opt_G = torch.optim.Adam(G.parameters(), lr=config.g_lr, **fused)
+        opt_D = torch.optim.Adam(D.parameters(), lr=config.d_lr, **fused)
+        parts = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D}
+        if config.g_average:
+            parts["average"] = average
+        start, recorded, since, text = 0, [], time.time(), ""
+        if (run / "checkpoint.pt").exists() or (run / "checkpoint-previous.pt").exists():
+            state = load_checkpoint(run)
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            start, recorded = state["step"], [r.to(device) for r in state["recorded"]]
+            watch.lasting = state["lasting"]
+        end = config.iters_base + config.iters_fade + config.iters_final
+        run_G, run_D = (torch.compile(G), torch.compile(D)) if config.compile else (G, D)
+        autocast = torch.autocast(
+            device.type, torch.bfloat16, enabled=config.bfloat16 and device.type == "cuda"
+        )
+        B = config.batch_size // world.size
+        log = stack.enter_context(open_log(run, start)) if world.rank == 0 else None
+        stop = stack.enter_context(stop_requested())
+        advance = stack.enter_context(progress(end, f"train-gan {config.task}", done=start))
+
+        for step in range(start, end):
+            # Batch: patches and noise of this step, at the side of this stage
+            size, alpha = growth(config, step)
+            tensors = [x.to(device, non_blocking=True) for x in batches.at(step)]
+            source, real, benign, normal = tensors[:4]
+            if size < config.patch_size:
+                real, benign, normal = down2(real), down2(benign), down2(normal)
+            rng = torch.Generator(device).manual_seed(torch_seed(config.seed, step, NOISE))
+            z = torch.empty(1 + batches.g_updates, B * world.size, 2 * G.blocks, device=device)
+            z.uniform_(-1, 1, generator=rng)
+            delta = torch.empty(B * world.size, *real.shape[1:], device=device)
+            delta = world.share(delta.uniform_(0, 1, generator=rng))
+            if config.gp_noise == "std":
+                delta *= 0.5 * real.std()
+
+            # D: four classes at once, then the penalty on the real ones (L3, L4)
+            with torch.no_grad(), autocast:
+                fake = run_G(source, world.share(z[0]), size, alpha)[:, 2:]
+            with autocast, parametrize.cached():  # one power iteration for both passes
+                logits = run_D(torch.cat([real, fake, benign, normal]), size, alpha).split(B)
+                norm = gradient_norm(lambda x: D(x, size, alpha), real, delta)  # noqa: B023
+            loss_D = discriminator_loss(*logits)
+            penalty = LAMBDA * (norm - K).square().mean()
+            opt_D.zero_grad()
+            (loss_D + penalty).backward()
+            world.average([p.grad for p in D.parameters() if p.grad is not None])
+            opt_D.step()
+
+            # G: fresh patches and noise for each update (T2, L5)
+            D.requires_grad_(False)
+            for x, z_x in zip(tensors[4:], z[1:], strict=True):
+                with autocast:
+                    fake = run_G(x, world.share(z_x), size, alpha)[:, 2:]
+                    loss_G = generator_loss(run_D(fake, size, alpha))
+                opt_G.zero_grad()
+                loss_G.backward()
+                world.average([p.grad for p in G.parameters() if p.grad is not None])
+                opt_G.step()
+            D.requires_grad_(True)
+            if config.g_average:
+                update_average(average, G, min(config.g_average, (1 + step) / (10 + step)))
+
+            # Log and save
+            with torch.no_grad():
+                right = [(x.argmax(1) == i).float().mean() for i, x in enumerate(logits)]
+                recorded.append(torch.stack([loss_D, penalty, norm.mean(), loss_G, *right]))
+            done = step + 1
+            stopping = world.any(stop(), device)
+            logging = done % config.log_every == 0 or done == end
+            showing = done % config.save_every == 0 or done == end
+            if logging or showing or stopping:
+                recorded = checked(recorded, done, G, D, world)
+            if logging and log:
+                figures, _ = watch.look(average, size, alpha)
+                row = {"step": done, "side": size, "alpha": alpha}
+                row |= dict(zip(RECORDED, torch.stack(recorded).mean(0).tolist(), strict=True))
+                attention = (G.encoder_attention, G.decoder_attention, D.attention)
+                row |= {"gamma": [float(a.gamma) for a in attention]} | figures
+                row |= {"warnings": watch.warnings(row), "seconds": round(time.time() - since, 3)}
+                log.write(row)
+                since = time.time()
+                text = f"lesion share {row['lesion_share']:.3f}"
+            if logging:
+                recorded = []
+            if (showing or stopping) and log:
+                log.sync()
+                state = {name: part.state_dict() for name, part in parts.items()}
+                state |= {"step": done, "recorded": recorded, "lasting": watch.lasting}
+                save_checkpoint(run, state | {"chosen": average.state_dict()})
+            if showing and log:
+                watch.grid(watch.look(average, size, alpha)[1], run / f"samples/{done:06d}.png")
+                plot_log(run)
+            world.wait()  # none leaves while the first one writes
+            if stopping and done < end:
+                raise KeyboardInterrupt
+            advance(1, text)
+
+        if world.rank == 0:
+            complete_checkpoint(run)
+            finish_folder(run, generator=weights_hash(average), versions=versions())
+
+
+def checked(
+    recorded: list[Tensor], done: int, G: Generator, D: Discriminator, world: World
+) -> list[Tensor]:
+    """The figures of the last steps, the mean over processes.
+
+    Raises ValueError naming loss and step when one is not finite.
+    """
+    values = torch.stack(recorded)
+    world.average([values])
+    if not values.isfinite().all():
+        row, column = (~values.isfinite()).nonzero()[0].tolist()
+        step = done - len(recorded) + row + 1
+        raise ValueError(
+            f"step {step}: {RECORDED[column]} is {values[row, column].item()}; expected a finite "
+            "value; the checkpoint holds the last good state; lower the learning rates"
+        )
+    for name, network in (("generator", G), ("discriminator", D)):
+        if not all(p.isfinite().all() for p in network.parameters()):
+            raise ValueError(
+                f"step {done}: weights of the {name} are not finite; the checkpoint holds the last "
+                "good state; lower the learning rates"
+            )
+    return list(values)
+
+
+def update_average(average: Generator, G: Generator, decay: float) -> None:
+    """average <- decay * average + (1 - decay) * G; buffers are taken over."""
+    with torch.no_grad():
+        for mean, p in zip(average.parameters(), G.parameters(), strict=True):
+            mean.lerp_(p, 1 - decay)
+        for mean, b in zip(average.buffers(), G.buffers(), strict=True):
+            mean.copy_(b)
+
+
+def plot_log(run: Path) -> None:
+    """`run/gan.png`: what the log holds, over steps."""
+    rows = read_log(run)
+    panels = {
+        "losses": ("loss_d", "loss_g", "penalty"),
+        "accuracy of D": ("real_right", "fake_right", "benign_right", "normal_right"),
+        "lesion": ("lesion_mean", "lesion_std", "lesion_share", "acceptance"),
+        "collapse": ("spread_x", "spread_z", "dead_units", "gradient_norm"),
+    }
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        for name in names:
+            axes.plot([r["step"] for r in rows], [r[name] for r in rows], label=name)
+        axes.set(title=title, xlabel="step")
+        axes.legend(fontsize="small")
+    with replace_file(run / "gan.png") as file:
+        figure.savefig(file, format="png", dpi=80, metadata={"Software": None})
+
+
+def versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "numpy": np.__version__}
+
+
+# --- §3 Patch Classifier Training ---
