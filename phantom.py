@@ -10,75 +10,53 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+from pydicom import uid
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
-from pydicom.uid import (
-    DigitalMammographyXRayImageStorageForPresentation,
-    ExplicitVRLittleEndian,
-    ImplicitVRLittleEndian,
-    JPEG2000Lossless,
-    JPEGLSLossless,
-    RLELossless,
-    generate_uid,
-)
 from scipy import fft, ndimage
 from scipy.interpolate import PchipInterpolator
 
 import data
 
 FORMAT = 1  # raised when the same seed gives other bytes
-COLUMNS = (
-    *("image_path", "patient_id", "laterality", "view", "finding", "pathology"),
-    *("row0", "col0", "row1", "col1", "mask_path"),
-)
 IMAGES = (("L", "CC"), ("R", "CC"), ("L", "MLO"), ("R", "MLO"))  # of one patient
 # Finding and pathology of patients 0..19, then again: 7 normal, 5 + 4 malignant, 2 + 2 benign.
 # Every class comes early, so that a handful of patients already has them all.
-MM, MC, BM, BC, NO = (
-    *(("mass", "malignant"), ("calcification", "malignant")),
-    *(("mass", "benign"), ("calcification", "benign"), ("", "normal")),
-)
+MM, MC = ("mass", "malignant"), ("calcification", "malignant")
+BM, BC, NO = ("mass", "benign"), ("calcification", "benign"), ("", "normal")
 CASES = (MM, NO, MC, BM, NO, BC, MM, NO, MC, NO, MM, MC, NO, BM, MM, NO, BC, MC, NO, MM)
 SPACINGS = (0.25, 0.28, 0.3, 0.33, 0.36)  # mm; real detectors have 0.05-0.1, too many pixels here
-SYNTAXES = (
-    *(ExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, RLELossless),
-    ImplicitVRLittleEndian,
-)
+LOSSLESS = (uid.JPEG2000Lossless, uid.JPEGLSLossless, uid.RLELossless)
+SYNTAXES = (uid.ExplicitVRLittleEndian, *LOSSLESS, uid.ImplicitVRLittleEndian)
 BITS = (12, 14, 16)
 VOIS = ("LINEAR", "LUT", "LINEAR_EXACT", "SIGMOID")
-
-
-@dataclass(frozen=True)
-class Lesion:
-    finding: str
-    pathology: str
-    laterality: str
-    depth: float  # mm behind the nipple
-    across: float  # mm below the nipple's height
-    size: float  # mm across
-    contrast: float  # shade added over fat
+VIEWS = {"CC": ("R-10242", "cranio-caudal"), "MLO": ("R-10226", "medio-lateral oblique")}
 
 
 @dataclass(frozen=True)
 class Patient:
+    """What the four images of one patient share. The lesion is in one breast, in both views."""
+
     spacing: float  # mm
     depth: float  # chest wall to nipple, mm
     half: float  # half of the breast's height, mm
     density: float  # -1 fatty .. 1 dense
-    lesion: Lesion | None
+    finding: str  # of the lesion, "" without one
+    pathology: str
+    laterality: str  # of the lesion
+    behind: float  # mm from nipple to lesion
+    below: float  # mm below the nipple's height
+    size: float  # of the lesion, mm
+    contrast: float  # shade that the lesion adds to fat
 
 
 def patient(seed: int, number: int) -> Patient:
-    """What the four images of one patient share."""
     rng = np.random.default_rng([seed, number])
     finding, pathology = CASES[number % len(CASES)]
     depth, half = rng.uniform(66, 92), rng.uniform(56, 72)
-    spacing, density = rng.choice(SPACINGS), rng.uniform(-1, 1)
-    size = rng.uniform(8, 14)
-    contrast = rng.uniform(0.16, 0.28) if finding == "mass" else rng.uniform(0.34, 0.48)
-    place = (rng.uniform(0.3, 0.65) * depth, rng.uniform(-0.4, 0.4) * half)
-    side = "LR"[rng.integers(2)]
-    lesion = Lesion(finding, pathology, side, *place, size, contrast) if finding else None
-    return Patient(float(spacing), depth, half, density, lesion)
+    body = float(rng.choice(SPACINGS)), depth, half, rng.uniform(-1, 1)
+    place = "LR"[rng.integers(2)], rng.uniform(0.3, 0.65) * depth, rng.uniform(-0.4, 0.4) * half
+    contrast = rng.uniform(0.16, 0.28) if finding == "mass" else rng.uniform(0.28, 0.46)
+    return Patient(*body, finding, pathology, *place, rng.uniform(8, 14), contrast)
 
 
 # --- Normal anatomy ---
@@ -121,9 +99,8 @@ def outline(rng, who: Patient, view: str, y: np.ndarray) -> tuple[np.ndarray, fl
         top, fold = rng.uniform(0.5, 0.62), rng.uniform(0.12, 0.2)
         knots = np.array([-0.01, 0.3, 0.7, 1.0]) * nipple
         below = nipple + np.array([0.3, 0.58, 0.8, 1.01]) * (tall - nipple)
-        x = PchipInterpolator(
-            [*knots, *below], [top, top + 0.12, 0.93, 1.0, 0.93, 0.62, fold + 0.04, fold]
-        )(y)
+        extent = [top, top + 0.12, 0.93, 1.0, 0.93, 0.62, fold + 0.04, fold]
+        x = PchipInterpolator([*knots, *below], extent)(y)
     x = ndimage.gaussian_filter1d(x, 2.5 / (y[1] - y[0]), mode="nearest") * who.depth
     return x + 3.2 * np.exp(-(((y - nipple) / 3.8) ** 4)), float(nipple)
 
@@ -142,10 +119,9 @@ def anatomy(rng, who: Patient, view: str) -> Anatomy:
     s = who.spacing
     tall = 2 * who.half + (14 if view == "CC" else 26)
     shape = tuple(8 * int(np.ceil(mm / s / 8)) for mm in (tall, who.depth + rng.uniform(10, 24)))
-    y, x = (np.arange(shape[0]) + 0.5) * s, (np.arange(shape[1]) + 0.5) * s
-    edge, nipple_y = outline(rng, who, view, y)
+    y, x = ((axis + 0.5) * s for axis in np.ogrid[: shape[0], : shape[1]])
+    edge, nipple_y = outline(rng, who, view, y[:, 0])
     nipple = nipple_y, float(edge.max())
-    y, x = y[:, None], x[None, :]
     inside = x < edge[:, None]
     skin = ndimage.distance_transform_edt(inside) * s
     # Ducts and ligaments fan out from the nipple: textures are drawn in polar coordinates there.
@@ -168,8 +144,8 @@ def anatomy(rng, who: Patient, view: str) -> Anatomy:
     lobules = fan(power_law(rng, canvas, s, 3.0, 2.2, longest=30.0))
     gland = region / (1 + np.exp(-1.6 * lobules - 0.9 * who.density - 0.2))
 
-    # Cooper's ligaments and ducts, broken up; a few vessels.
-    patchy = smoothstep(0.4 + 0.6 * power_law(rng, shape, s, 3.0, longest=20.0))
+    # Cooper's ligaments and ducts, broken up; a few veins.
+    patchy = smoothstep(0.4 + 0.6 * power_law(rng, shape, s, longest=20.0))
     net = strands(power_law(rng, canvas, s, 5.0, 10.0, longest=30.0), s, 0.4)
     net += 0.7 * strands(power_law(rng, canvas, s, 5.0, 3.0, 0.5, longest=20.0), s, 0.35)
     fine = power_law(rng, shape, s, 2.8, longest=12.0)
@@ -177,7 +153,7 @@ def anatomy(rng, who: Patient, view: str) -> Anatomy:
     thick = np.sqrt(1 - (1 - np.clip(skin / rng.uniform(9, 13), 0, 1)) ** 2)  # compressed edge
     tissue = 0.33 + 0.03 * cloud + 0.33 * gland + 0.02 * fine * (0.5 + gland)
     tissue += 0.1 * fan(net) * patchy * (1 - 0.6 * gland)
-    tissue += 0.09 * vessels(rng, shape, s, nipple)
+    tissue += 0.06 * fan(strands(power_law(rng, canvas, s, 7.0, 8.0, longest=90.0), s, 0.9))
     muscle = np.full(shape, np.inf)
     if view == "MLO":
         top, low = rng.uniform(0.62, 0.82) * edge[0], rng.uniform(0.55, 0.72) * tall
@@ -193,31 +169,12 @@ def anatomy(rng, who: Patient, view: str) -> Anatomy:
     return Anatomy(np.where(inside, shade, 0), inside, skin, muscle, nipple)
 
 
-def vessels(rng, shape, spacing, nipple) -> np.ndarray:
-    """Tubes that wind from the chest wall towards the nipple, 0..1."""
-    tube = np.zeros(shape)
-    t = np.linspace(0, 1, 600)
-    for _ in range(rng.integers(1, 4)):
-        start, end = nipple[0] + rng.uniform(-50, 50), nipple[0] + rng.uniform(-18, 18)
-        row = start + (end - start) * t**1.5
-        for k in range(1, 6):
-            row += rng.normal(0, 5) / k**1.5 * np.sin(2 * np.pi * k * t + rng.uniform(0, 6.3))
-        at = (np.stack([row, t * nipple[1] * rng.uniform(0.5, 0.85)]) / spacing).astype(int)
-        at = at[:, ((at >= 0) & (at < np.array(shape)[:, None])).all(axis=0)]
-        axis = np.ones(shape, bool)
-        axis[tuple(at)] = False
-        away, nearest = ndimage.distance_transform_edt(axis, return_indices=True)
-        taper = rng.uniform(0.7, 1.1) * (1 - 0.7 * nearest[1] / at[1].max())
-        tube = np.maximum(tube, taper * np.sqrt(np.clip(1 - (away * spacing / taper) ** 2, 0, 1)))
-    return tube
-
-
 # --- Lesions: each gives (shade added, annotated area), centred on (0, 0) mm ---
 
 
-def mass(rng, lesion: Lesion, y, x, spacing) -> tuple[np.ndarray, np.ndarray]:
+def mass(rng, who: Patient, y, x, spacing) -> tuple[np.ndarray, np.ndarray]:
     """Malignant: irregular, ill-defined, mostly spiculated. Benign: oval, smooth, well-defined."""
-    malignant = lesion.pathology == "malignant"
+    malignant = who.pathology == "malignant"
     turn = rng.uniform(0, 2 * np.pi)
     y, x = y * np.cos(turn) - x * np.sin(turn), y * np.sin(turn) + x * np.cos(turn)
     if not malignant:
@@ -225,7 +182,7 @@ def mass(rng, lesion: Lesion, y, x, spacing) -> tuple[np.ndarray, np.ndarray]:
     theta, rho = np.arctan2(y, x), np.hypot(y, x)
     k = np.arange(2, 10)[:, None, None]
     wave = rng.normal(0, 0.15 if malignant else 0.03, k.shape) / k ** (0.5 if malignant else 1)
-    core = (0.38 if malignant else 0.5) * lesion.size
+    core = (0.38 if malignant else 0.5) * who.size
     margin = core * (1 + np.sum(wave * np.cos(k * theta + rng.uniform(0, 6.3, k.shape)), axis=0))
     body = np.sqrt(np.clip(1 - (rho / margin) ** 2, 0, 1))
     blur = rng.uniform(0.5, 0.8) if malignant else 0.25
@@ -241,67 +198,52 @@ def mass(rng, lesion: Lesion, y, x, spacing) -> tuple[np.ndarray, np.ndarray]:
         spicules = np.exp(-((off / width) ** 2)) * np.sqrt(fade) * rng.uniform(0.3, 1, at.shape)
         body = np.maximum(body, rng.uniform(0.4, 1.0) * spicules.max(axis=0))
         body *= 1 + 0.12 * power_law(rng, body.shape, spacing, 2.5, longest=5.0)
-    area = body > 0.25
-    labels, _ = ndimage.label(area)
-    return lesion.contrast * body, labels == labels[tuple(n // 2 for n in labels.shape)]
+    labels, _ = ndimage.label(body > 0.25)
+    return who.contrast * body, labels == labels[len(labels) // 2, len(labels) // 2]
 
 
-def calcifications(rng, lesion: Lesion, y, x, spacing) -> tuple[np.ndarray, np.ndarray]:
+def calcifications(rng, who: Patient, y, x, spacing) -> tuple[np.ndarray, np.ndarray]:
     """Malignant: many grains of all shapes and brightness. Benign: fewer, round, alike."""
-    malignant = lesion.pathology == "malignant"
-    n = int(rng.integers(11, 22) if malignant else rng.integers(6, 11))
+    malignant = who.pathology == "malignant"
+    grains = (int(rng.integers(11, 22) if malignant else rng.integers(6, 11)), 1, 1, 1)
+    parts = (grains[0], 1 + malignant, 1, 1)  # a pleomorphic grain is two overlapping ellipses
+    r, phi = np.sqrt(rng.uniform(size=grains)), rng.uniform(0, 2 * np.pi, grains)
     turn, slim = rng.uniform(0, np.pi), rng.uniform(0.4, 0.75) if malignant else 0.9
-    added = np.zeros(y.shape)
-    common = rng.uniform(0.55, 0.8)
-    for _ in range(n):
-        r, phi = 0.45 * lesion.size * np.sqrt(rng.uniform()), rng.uniform(0, 2 * np.pi)
-        a, b = r * np.cos(phi), slim * r * np.sin(phi)
-        row, col = a * np.cos(turn) - b * np.sin(turn), a * np.sin(turn) + b * np.cos(turn)
-        grain = 0.4 + 0.5 * rng.uniform() ** 2 if malignant else common
-        bright = rng.uniform(0.5, 1.3) if malignant else 1.0
-        for _ in range(rng.integers(1, 3) if malignant else 1):
-            angle, long = rng.uniform(0, np.pi), rng.uniform(1.0, 2.6) if malignant else 1.0
-            u = (y - row) * np.cos(angle) + (x - col) * np.sin(angle)
-            v = (x - col) * np.cos(angle) - (y - row) * np.sin(angle)
-            off = np.hypot(u / long, v) * np.sqrt(long)
-            disc = np.clip((grain / 2 - off) / spacing + 0.5, 0, 1)
-            added = np.maximum(added, lesion.contrast * bright * disc)
-            row, col = row + rng.normal(0, 0.25), col + rng.normal(0, 0.25)
-    haze = 0.03 * np.exp(-((np.hypot(y, x) / (0.4 * lesion.size)) ** 2)) * malignant
-    near = ndimage.distance_transform_edt(added < 0.3 * lesion.contrast) * spacing < 1.5
+    a, b = 0.45 * who.size * r * np.cos(phi), 0.45 * who.size * slim * r * np.sin(phi)
+    jitter = 0.25 * malignant * rng.standard_normal((2, *parts))
+    dy = y - (a * np.cos(turn) - b * np.sin(turn) + jitter[0])
+    dx = x - (a * np.sin(turn) + b * np.cos(turn) + jitter[1])
+    size, bright, angle, long = rng.uniform(0.55, 0.8), 1.0, 0.0, 1.0
+    if malignant:
+        size, bright = 0.4 + 0.5 * rng.uniform(size=grains) ** 2, rng.uniform(0.5, 1.3, grains)
+        angle, long = rng.uniform(0, np.pi, parts), rng.uniform(1, 2.6, parts)
+    u, v = dy * np.cos(angle) + dx * np.sin(angle), dx * np.cos(angle) - dy * np.sin(angle)
+    off = np.hypot(u / long, v) * np.sqrt(long)
+    disc = np.clip((size / 2 - off) / spacing + 0.5, 0, 1)
+    added = who.contrast * (bright * disc).max(axis=(0, 1))
+    near = ndimage.distance_transform_edt(added < 0.3 * who.contrast) * spacing < 1.5
+    haze = 0.03 * malignant * np.exp(-((np.hypot(y, x) / (0.4 * who.size)) ** 2))
     return added + haze, ndimage.binary_closing(near, iterations=int(2 / spacing))
 
 
-def lone_grains(rng, breast: Anatomy, spacing: float) -> np.ndarray:
-    """Shade of the single round calcifications that most breasts have and nobody annotates."""
-    grains = np.zeros(breast.shade.shape)
-    rows, cols = np.ogrid[: grains.shape[0], : grains.shape[1]]
-    where = np.argwhere(breast.skin > 6)
-    for row, col in where[rng.integers(len(where), size=rng.poisson(0.8))]:
-        away = np.hypot(rows - row, cols - col) * spacing
-        disc = np.clip((rng.uniform(0.25, 0.45) - away) / spacing + 0.5, 0, 1)
-        grains = np.maximum(grains, rng.uniform(0.7, 0.95) * disc)
-    return grains
-
-
-def add_lesion(rng, lesion: Lesion, breast: Anatomy, spacing: float) -> np.ndarray:
+def add_lesion(rng, who: Patient, breast: Anatomy) -> np.ndarray:
     """Put the lesion into `breast.shade`; gives its mask.
 
     It goes as near to where the patient has it as leaves a patch around it that is tissue.
     """
-    shape = breast.shade.shape
+    shape, spacing = breast.shade.shape, who.spacing
     y, x = (axis * spacing for axis in np.ogrid[: shape[0], : shape[1]])
     room = 15.0  # mm
     free = (breast.skin > room) & (breast.muscle > 10) & (x > room)
     free &= (y > room) & (y < shape[0] * spacing - room)
     assert free.any()
-    away = (y - breast.nipple[0] - lesion.across) ** 2 + (x - breast.nipple[1] + lesion.depth) ** 2
+    away = (y - breast.nipple[0] - who.below) ** 2 + (x - breast.nipple[1] + who.behind) ** 2
     row, col = np.unravel_index(np.argmin(np.where(free, away, np.inf)), shape)
     reach = int(np.ceil(room / spacing))
     at = np.s_[row - reach : row + reach + 1, col - reach : col + reach + 1]
     grid = (np.arange(-reach, reach + 1) * spacing,) * 2
-    draw = mass if lesion.finding == "mass" else calcifications
-    added, area = draw(rng, lesion, *np.meshgrid(*grid, indexing="ij"), spacing)
+    draw = mass if who.finding == "mass" else calcifications
+    added, area = draw(rng, who, *np.meshgrid(*grid, indexing="ij"), spacing)
     breast.shade[at] += added * (1 - breast.shade[at]) / 0.65  # dense tissue hides lesions
     mask = np.zeros(shape, bool)
     mask[at] = area
@@ -314,9 +256,14 @@ def render(seed: int, number: int, laterality: str, view: str) -> tuple:
     rng = np.random.default_rng([seed, number, "LR".index(laterality), ("CC", "MLO").index(view)])
     breast = anatomy(rng, who, view)
     mask = np.zeros(breast.shade.shape, bool)
-    if who.lesion and who.lesion.laterality == laterality:
-        mask = add_lesion(rng, who.lesion, breast, who.spacing)
-    shade = np.minimum(np.maximum(breast.shade, lone_grains(rng, breast, who.spacing)), 0.97)
+    if who.finding and who.laterality == laterality:
+        mask = add_lesion(rng, who, breast)
+    shade, (rows, cols) = np.minimum(breast.shade, 0.97), np.ogrid[: mask.shape[0], : mask.shape[1]]
+    where = np.argwhere(breast.skin > 6)
+    for row, col in where[rng.integers(len(where), size=rng.poisson(1.2))]:
+        # Single round calcifications, which most breasts have and nobody annotates.
+        grain = np.hypot(rows - row, cols - col) * who.spacing < rng.uniform(0.25, 0.45)
+        shade[grain] = rng.uniform(0.65, 0.95)
     shade = np.where(breast.inside, shade + rng.normal(0, 0.006, shade.shape), -0.02)
     if laterality == "R":  # the chest wall is on the right
         shade, mask = shade[:, ::-1], mask[:, ::-1]
@@ -328,12 +275,6 @@ def render(seed: int, number: int, laterality: str, view: str) -> tuple:
 
 
 # --- DICOM ---
-
-
-def code(value: str, scheme: str, meaning: str) -> Dataset:
-    item = Dataset()
-    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, scheme, meaning
-    return item
 
 
 def store(ds: Dataset, shade: np.ndarray, bits: int, voi: str, inverse: bool) -> None:
@@ -353,69 +294,61 @@ def store(ds: Dataset, shade: np.ndarray, bits: int, voi: str, inverse: bool) ->
     else:
         width //= 1 + (voi == "SIGMOID")
         ds.WindowCenter, ds.WindowWidth, ds.VOILUTFunction = center, width, voi
-        ds.WindowCenterWidthExplanation = "NORMAL"
         if voi == "SIGMOID":  # PS3.3 C.11.2.1.3.1
             p = np.clip(output, 0.01, 0.99)
             stored = center + width / 4 * np.log(p / (1 - p))
-        elif voi == "LINEAR":
-            stored = center - 0.5 + (output - 0.5) * (width - 1)
-        else:
-            stored = center + (output - 0.5) * width
+        else:  # C.11.2.1.2.1: the window of LINEAR is half a value lower and one narrower
+            half = 0.5 * (voi == "LINEAR")
+            stored = center - half + (output - 0.5) * (width - 2 * half)
     pixels = np.rint(np.clip(stored, 0, top)).astype("<u2")
     ds.Rows, ds.Columns = pixels.shape
     ds.SamplesPerPixel, ds.PixelRepresentation = 1, 0
     ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, bits, bits - 1
     ds.PhotometricInterpretation = "MONOCHROME1" if inverse else "MONOCHROME2"
     ds.PresentationLUTShape = "INVERSE" if inverse else "IDENTITY"
+    ds.PixelIntensityRelationship, ds.PixelIntensityRelationshipSign = "LOG", 1 - 2 * inverse
     ds.add_new("PixelData", "OW", pixels.tobytes())
 
 
 def dicom(seed: int, number: int, laterality: str, view: str, shade, spacing) -> bytes:
     """A whole DICOM file. How it is stored goes round by image, so that a few patients show all."""
 
-    def uid(*what: object) -> str:
-        return generate_uid(entropy_srcs=["phantom", str(FORMAT), str(seed), *map(str, what)])
+    def new_uid(*what: object) -> str:
+        return uid.generate_uid(entropy_srcs=["phantom", *map(str, (FORMAT, seed, *what))])
 
     index = len(IMAGES) * number + IMAGES.index((laterality, view)) + seed
-    syntax = SYNTAXES[index % len(SYNTAXES)]
     ds = FileDataset("", {}, preamble=bytes(128), file_meta=FileMetaDataset())
-    ds.SpecificCharacterSet = "ISO_IR 100"
-    ds.ImageType = ["DERIVED", "PRIMARY"]
-    ds.SOPClassUID = DigitalMammographyXRayImageStorageForPresentation
-    ds.SOPInstanceUID = uid(number, laterality, view)
-    ds.StudyInstanceUID, ds.SeriesInstanceUID = uid(number), uid(number, "series")
     for keyword in (
         *("StudyDate", "StudyTime", "ContentDate", "ContentTime", "AccessionNumber", "StudyID"),
         *("ReferringPhysicianName", "PatientBirthDate", "PatientSex", "DetectorType"),
-        *("AcquisitionContextSequence", "PatientOrientation"),
+        "AcquisitionContextSequence",
     ):
-        setattr(ds, keyword, None)
+        setattr(ds, keyword, None)  # required, may be empty
+    ds.SpecificCharacterSet, ds.ImageType = "ISO_IR 100", ["DERIVED", "PRIMARY"]
+    ds.SOPClassUID = uid.DigitalMammographyXRayImageStorageForPresentation
+    ds.SOPInstanceUID = new_uid(number, laterality, view)
+    ds.StudyInstanceUID, ds.SeriesInstanceUID = new_uid(number), new_uid(number, "series")
     ds.PatientID, ds.PatientName = f"P{number:04d}", f"Phantom^{number:04d}"
-    ds.Modality, ds.Manufacturer = "MG", "Phantom"
-    ds.PresentationIntentType = "FOR PRESENTATION"
+    ds.Modality, ds.PresentationIntentType, ds.Manufacturer = "MG", "FOR PRESENTATION", "Phantom"
     ds.SeriesNumber, ds.InstanceNumber = 1, IMAGES.index((laterality, view)) + 1
     ds.ImageLaterality, ds.BodyPartExamined, ds.OrganExposed = laterality, "BREAST", "BREAST"
-    ds.AnatomicRegionSequence = [code("T-04000", "SRT", "Breast")]
-    mlo = view == "MLO"
-    name = (
-        ("R-10226", "SRT", "medio-lateral oblique") if mlo else ("R-10242", "SRT", "cranio-caudal")
-    )
-    ds.ViewCodeSequence = [code(*name)]
+    breast = ("AnatomicRegionSequence", "T-04000", "Breast")
+    for sequence, *coded in (breast, ("ViewCodeSequence", *VIEWS[view])):
+        item = Dataset()
+        item.CodeValue, item.CodeMeaning, item.CodingSchemeDesignator = *coded, "SRT"
+        setattr(ds, sequence, [item])
     ds.ViewCodeSequence[0].ViewModifierCodeSequence = []
-    ds.PatientOrientation = ["AP"[laterality == "L"], "F" if mlo else "LR"[laterality == "R"]]
-    ds.PositionerType, ds.BreastImplantPresent = "MAMMOGRAPHIC", "NO"
+    medial = "RL"[laterality == "R"]  # columns run down, to the other breast
+    ds.PatientOrientation = ["PA"[laterality == "L"], ("F" if view == "MLO" else "") + medial]
+    ds.PositionerType, ds.BreastImplantPresent, ds.BurnedInAnnotation = "MAMMOGRAPHIC", "NO", "NO"
     ds.ImagerPixelSpacing = [f"{spacing:.3g}"] * 2
-    ds.PixelIntensityRelationship, ds.PixelIntensityRelationshipSign = "LOG", 1
     ds.RescaleIntercept, ds.RescaleSlope, ds.RescaleType = 0, 1, "US"
-    ds.BurnedInAnnotation, ds.LossyImageCompression = "NO", "00"
-    ds.DerivationDescription = "Synthetic phantom, no patient"
-    inverse = bool(index // 2 % 2)
-    store(ds, shade, BITS[index % len(BITS)], VOIS[index // 4 % len(VOIS)], inverse)
-    if inverse:
-        ds.PixelIntensityRelationshipSign = -1
-    ds.file_meta.TransferSyntaxUID = syntax
+    ds.LossyImageCompression, ds.DerivationDescription = "00", "Synthetic phantom, no patient"
+    bits, voi, inverse = BITS[index % 3], VOIS[index // 4 % 4], bool(index // 2 % 2)
+    store(ds, shade, bits, voi, inverse)
+    ds.file_meta.TransferSyntaxUID = syntax = SYNTAXES[index % 5]
     if syntax.is_compressed:
-        ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        ds.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
         ds.compress(syntax, generate_instance_uid=False)
     buffer = io.BytesIO()
     ds.save_as(buffer, enforce_file_format=True)
@@ -439,7 +372,7 @@ def write_phantoms(out: Path, patients: int = 60, seed: int = 0) -> Path:
             for laterality, view in IMAGES:
                 rows.append(write_image(out, seed, number, laterality, view))
                 advance()
-        data.write_table(out / "manifest.csv", COLUMNS, rows)
+        data.write_table(out / "manifest.csv", (*data.MANIFEST_COLUMNS, "mask_path"), rows)
         data.finish_folder(out)
     return out / "manifest.csv"
 
@@ -449,7 +382,7 @@ def write_image(out: Path, seed: int, number: int, laterality: str, view: str) -
     name = f"P{number:04d}_{laterality}_{view}"
     image, mask = out / f"{name}.dcm", out / f"{name}_mask.png"
     who = patient(seed, number)
-    has_lesion = who.lesion is not None and who.lesion.laterality == laterality
+    has_lesion = bool(who.finding) and who.laterality == laterality
     if not (image.exists() and (mask.exists() or not has_lesion)):
         shade, lesion, _ = render(seed, number, laterality, view)
         if has_lesion:
@@ -460,6 +393,6 @@ def write_image(out: Path, seed: int, number: int, laterality: str, view: str) -
     about = (image.name, f"P{number:04d}", laterality, view)
     if not has_lesion:
         return (*about, "", "normal", "", "", "", "", "")
-    row, col = ndimage.find_objects((np.asarray(Image.open(mask)) > 0).astype(int))[0]
+    row, col = ndimage.find_objects(np.asarray(Image.open(mask)) // 255)[0]
     box = row.start, col.start, row.stop, col.stop
-    return (*about, who.lesion.finding, who.lesion.pathology, *box, mask.name)
+    return (*about, who.finding, who.pathology, *box, mask.name)

@@ -1,6 +1,7 @@
 """Phantoms: real DICOM files, the same bytes for the same seed, believable anatomy and lesions."""
 
 import csv
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -125,6 +126,19 @@ def test_headers_identify_nobody_and_no_moment(headers):
         )
     assert len({h.SOPInstanceUID for h in headers}) == len(headers)
     assert len({h.StudyInstanceUID for h in headers}) == PATIENTS
+
+
+def test_patient_orientation_is_that_of_hung_mammograms(headers):
+    """Rows of a left breast run to the nipple; columns to the other breast, or to the feet."""
+    found = {
+        (h.ImageLaterality, h.ViewCodeSequence[0].CodeValue): h.PatientOrientation for h in headers
+    }
+    assert found == {
+        ("L", "R-10242"): ["A", "R"],
+        ("R", "R-10242"): ["P", "L"],
+        ("L", "R-10226"): ["A", "FR"],
+        ("R", "R-10226"): ["P", "FL"],
+    }
 
 
 @pytest.mark.skipif(not shutil.which("dciodvfy"), reason="dciodvfy (dicom3tools) is not installed")
@@ -273,9 +287,15 @@ def lesion(finding: str, pathology: str, number: int) -> tuple[np.ndarray, np.nd
     s = 0.25
     grid = np.meshgrid(*(np.arange(-60, 61) * s,) * 2, indexing="ij")
     rng = np.random.default_rng(number)
-    what = phantom.Lesion(finding, pathology, "L", 0, 0, 8 + 6 * rng.uniform(), 0.25)
+    who = dataclasses.replace(
+        phantom.patient(0, 0),
+        finding=finding,
+        pathology=pathology,
+        size=8 + 6 * rng.uniform(),
+        contrast=0.25,
+    )
     draw = phantom.mass if finding == "mass" else phantom.calcifications
-    return *draw(rng, what, *grid, s), s
+    return *draw(rng, who, *grid, s), s
 
 
 def circularity(mask: np.ndarray) -> float:
