@@ -33,13 +33,19 @@ CLASS_WEIGHTS = (1.0, 1.0, 0.2, 0.2)  # §2 "scaled by a factor of 0.2", L3
 
 
 def conv(c_in: int, c_out: int, kernel: int, stride: int = 1, pad: int = 0, sn: bool = True):
-    """Convolution with N(0, 0.02) weights, zero bias and spectral normalisation (G16, Q12)."""
+    """Convolution with N(0, 0.02) weights, zero bias and spectral normalisation (G16, Q12).
+
+    Without the normalisation nothing corrects the scale of the first weights: then He et al.'s.
+    """
     layer = nn.Conv2d(
         in_channels=c_in, out_channels=c_out, kernel_size=kernel, stride=stride, padding=pad
     )
-    nn.init.normal_(layer.weight, std=INIT_STD)
     nn.init.zeros_(layer.bias)
-    return spectral_norm(layer) if sn else layer
+    if sn:
+        nn.init.normal_(layer.weight, std=INIT_STD)
+        return spectral_norm(layer)
+    nn.init.kaiming_normal_(layer.weight, a=LEAK)
+    return layer
 
 
 def leaky_relu(x: Tensor) -> Tensor:
@@ -78,9 +84,9 @@ class SelfAttention(nn.Module):
 
 def block_count(patch_size: int) -> int:
     """Blocks that halve `patch_size` down to 4 px: six at 256 px (Q1)."""
-    blocks = int(math.log2(patch_size / 4)) if patch_size >= 32 else 0
-    if blocks < 3 or 4 * 2**blocks != patch_size:
-        raise ValueError(f"patch size: found {patch_size}; expected 32, 64, 128, 256 or 512")
+    blocks = int(math.log2(patch_size / 4)) if patch_size >= 64 else 0
+    if 4 * 2**blocks != patch_size:
+        raise ValueError(f"patch size: found {patch_size}; expected 64, 128, 256 or 512")
     return blocks
 
 

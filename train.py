@@ -556,7 +556,7 @@ def train_gan(config: GanConfig, data: Path, run: Path, device: torch.device) ->
                 row = {"step": done, "side": size, "alpha": alpha}
                 row |= dict(zip(RECORDED, torch.stack(recorded).mean(0).tolist(), strict=True))
                 attention = (G.encoder_attention, G.decoder_attention, D.attention)
-                row |= {"gamma": [float(a.gamma) for a in attention]} | figures
+                row |= {"gamma": [a.gamma.item() for a in attention]} | figures
                 row |= {"warnings": watch.warnings(row), "seconds": round(time.time() - since, 3)}
                 log.write(row)
                 since = time.time()
