@@ -1,0 +1,712 @@
+"""§3 Synthetic dataset: lesion isolation, synthetic sets, reinsertion into full mammograms.
+
+Lesions are what the generator adds in [-1, 1] units (0 = no change); patches on disk are uint16.
+Lengths are the paper's at 256 px and scale with the patch side S by S / 256.
+"""
+
+import functools
+import itertools
+import math
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage, optimize
+
+import mammogram
+from data import (
+    breast_mask,
+    claim_folder,
+    finish_folder,
+    open_patches,
+    patch_config,
+    progress,
+    read_json,
+    read_manifest,
+    read_table,
+    replace_file,
+    split_of,
+    tissue_windows,
+    to_float,
+    to_uint16,
+    write_json,
+    write_table,
+)
+from models import BORDER_PX, choose_device, load_generator
+
+LESION_THRESHOLD = 0.1  # §3 "applying a threshold of 0.1", S3; no rescaling, Q25
+MIN_AREA_FRAC = 0.10  # §3 "< 10% of the patch area", S5
+DILATE_PX = 5.0  # §3 "Expand the edges of the object by 5px", S6
+SMOOTH_SIGMA = 10.0  # §3 "10px Gaussian smoothing filter", S7; read as sigma, Q29
+CLUSTER_PX, CLUSTER_MIN_AREA_FRAC = 10.0, 0.02  # ours, for calcifications; Q27
+CONNECTIVITY = {4: ndimage.generate_binary_structure(2, 1), 8: np.ones((3, 3), bool)}  # Q26
+ATTEMPTS_PER_SAMPLE = 20  # ours; Q27
+BATCH, CHUNK = 16, 128  # attempts per forward pass (it may move a last bit) and per part file
+EDGES = ("row0", "col0", "row1", "col1")
+SOURCES = {  # train classes that each task's generator takes as input; S1, S9
+    "mass": ("normal",),
+    "calcification": ("normal",),
+    "removal": ("malignant_mass", "malignant_calcification"),
+}
+
+
+# --- §3 Synthetic dataset, step 4: post-process the synthetic patch ---
+
+
+@dataclass(frozen=True)
+class IsolatedLesion:
+    """What post-processing keeps of one lesion channel."""
+
+    weights: np.ndarray  # (S, S) float64 in [0, 1]: multiply with the lesion, then add
+    mask: np.ndarray  # (S, S) bool: the object before expansion
+    area: int  # pixels of the object
+    bbox: tuple[int, int, int, int]  # of the object
+
+
+def isolate_lesion(
+    lesion: np.ndarray,
+    removal: bool = False,
+    *,
+    component: str = "largest",
+    min_area_frac: float | None = None,
+    threshold: float = LESION_THRESHOLD,
+    connectivity: int = 4,
+    dilate_px: float = DILATE_PX,
+    dilate_shape: str = "disk",
+    smooth_sigma: float = SMOOTH_SIGMA,
+    cluster_px: float = CLUSTER_PX,
+) -> IsolatedLesion | None:
+    """The paper's steps on a lesion channel (S, S) (S2); None when the object is discarded.
+
+    component: "largest" as the paper, or "cluster": grains within `cluster_px` of each other are
+        one object. Deviation: Q27.
+    min_area_frac: of the patch; None = 0.10, with "cluster" 0.02
+    """
+    side = len(lesion)
+    assert lesion.shape == (side, side), lesion.shape
+    scale = side / 256
+    if min_area_frac is None:
+        min_area_frac = MIN_AREA_FRAC if component == "largest" else CLUSTER_MIN_AREA_FRAC
+    # "Create a binary mask of the channel by applying a threshold" (S3; S9 for removal)
+    found = lesion < -threshold if removal else lesion > threshold
+    joined = dilate(found, cluster_px * scale) if component == "cluster" else found
+    # "Use connected-component labeling and pick the largest object" (S4); ties: the first one
+    labels, count = ndimage.label(joined, CONNECTIVITY[connectivity])
+    if count == 0:
+        return None
+    areas = np.bincount(labels.ravel())
+    largest = 1 + int(areas[1:].argmax())
+    # "Discard the object if it is too small" (S5)
+    if areas[largest] < min_area_frac * side**2:
+        return None
+    kept = labels == largest
+    bbox = _bbox(kept)
+    # "Expand the edges of the object by 5px" (S6)
+    reach = int(dilate_px * scale)
+    box = _grow(bbox, reach, side)
+    expanded = dilate(kept[box], dilate_px * scale, dilate_shape)
+    # "Apply a 10px Gaussian smoothing filter to the edge of the object" (S7)
+    blur = smoothing(side, smooth_sigma * scale)
+    to = _grow(bbox, reach + int(4 * smooth_sigma * scale + 0.5), side)  # zero beyond 4 sigma
+    weights = np.zeros((side, side))
+    weights[to] = blur[to[0], box[0]] @ expanded.astype(np.float64) @ blur[to[1], box[1]].T
+    return IsolatedLesion(weights, found & kept, int(areas[largest]), bbox)
+
+
+def add_lesion(patch: np.ndarray, lesion: np.ndarray, isolated: IsolatedLesion) -> np.ndarray:
+    """ "Element-wise multiply the resulting mask with the lesion channel", add it, clip (S8, Q30).
+
+    patch: uint16; the result equals it bit for bit wherever the weight is zero
+    """
+    return to_uint16(to_float(patch) + isolated.weights * lesion)
+
+
+def dilate(mask: np.ndarray, radius: float, shape: str = "disk") -> np.ndarray:
+    """Grow a mask: "disk" = Euclidean distance <= radius, "cross" = city block, "square" (Q28)."""
+    rows, cols = mask.shape
+    out, wide, k = np.zeros_like(mask), mask.copy(), 0
+    for d in range(min(int(radius), rows - 1), -1, -1):  # row offset; its run of columns grows
+        run = {"disk": math.sqrt(radius**2 - d**2), "cross": radius - d, "square": radius}[shape]
+        while k < min(int(run), cols - 1):
+            k += 1
+            wide[:, k:] |= mask[:, :-k]
+            wide[:, :-k] |= mask[:, k:]
+        out[d:] |= wide[: rows - d]
+        out[: rows - d] |= wide[d:]
+    return out
+
+
+@functools.lru_cache(maxsize=4)
+def smoothing(side: int, sigma: float) -> np.ndarray:
+    """scipy's Gaussian filter (truncated at 4 sigma, reflecting) as a matrix: B @ mask @ B.T.
+
+    Cut to the rows and columns of an object, two small products replace the whole-patch filter.
+    """
+    return ndimage.gaussian_filter1d(np.eye(side), sigma, axis=0, mode="reflect", truncate=4.0)
+
+
+def _bbox(mask: np.ndarray) -> tuple[int, int, int, int]:
+    rows, cols = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return int(rows[0]), int(cols[0]), int(rows[-1]) + 1, int(cols[-1]) + 1
+
+
+def _grow(bbox: tuple[int, int, int, int], by: int, side: int) -> tuple[slice, slice]:
+    return (
+        slice(max(bbox[0] - by, 0), min(bbox[2] + by, side)),
+        slice(max(bbox[1] - by, 0), min(bbox[3] + by, side)),
+    )
+
+
+# --- Control: a bump of the same size that nobody learned ---
+
+
+def blob(
+    isolated: IsolatedLesion, lesion: np.ndarray, component: str, rng: np.random.Generator
+) -> np.ndarray:
+    """A smooth featureless bump with the area and mean strength of an accepted lesion (S, S).
+
+    Its place is uniform among those where it fits inside the generator's zero frame. The profile
+    is a Gaussian that falls to the threshold at the edge of the area.
+    """
+    side = len(lesion)
+    scale = side / 256
+    frame = int(BORDER_PX * scale)
+    radius = math.sqrt(isolated.area / math.pi)
+    if component == "cluster":  # `area` is that of the joined object: joining will widen the bump
+        radius = max(radius - CLUSTER_PX * scale, 0.6)
+    low = min(frame + radius, side / 2)
+    row, col = rng.uniform(low, side - low, size=2) - 0.5
+    r2 = (np.arange(side)[:, None] - row) ** 2 + (np.arange(side) - col) ** 2
+    inside = np.zeros((side, side), bool)
+    inside[frame : side - frame, frame : side - frame] = True
+    ranked = np.sort(r2[inside])
+    area = isolated.area if component == "largest" else round(math.pi * radius**2)
+    k = min(max(area, 1), len(ranked) - 1)
+    edge2 = (ranked[k - 1] + ranked[k]) / 2  # exactly k pixels lie above the threshold
+    # mean of a Gaussian of height p over the disc where it exceeds t: (p - t) / ln(p / t)
+    t, mean = LESION_THRESHOLD, abs(float(lesion[isolated.mask].mean()))
+    peak = optimize.brentq(lambda p: (p - t) / math.log(p / t) - mean, t * (1 + 1e-9), 100.0)
+    bump = np.where(inside, np.minimum(peak * np.exp(-math.log(peak / t) * r2 / edge2), 1), 0)
+    return np.copysign(bump, float(lesion[isolated.mask].mean())).astype(np.float32)
+
+
+# --- A trained generator and what is done with its lesions ---
+
+
+class Synthesizer:
+    """Generator, control and post-processing (keywords of isolate_lesion) of one command."""
+
+    def __init__(self, gan: Path, device: str, control: str, options: dict):
+        self.G, self.run, self.hash = load_generator(gan, choose_device(device))
+        self.gan, self.control, self.options = gan, control, options
+        self.task, self.side = self.run["task"], self.G.patch_size
+        self.config = {"task": self.task, "generator": self.hash, "control": control, **options}
+
+    @torch.inference_mode()
+    def lesions(self, patches: np.ndarray, rngs: Sequence[np.random.Generator]) -> np.ndarray:
+        """Lesion channels (S2) of patches (N, S, S) in [-1, 1], noise from one rng each."""
+        z = np.stack([rng.uniform(-1, 1, size=2 * self.G.blocks) for rng in rngs])
+        device = next(self.G.parameters()).device
+        x, z = (torch.from_numpy(a.astype(np.float32)).to(device) for a in (patches[:, None], z))
+        lesions = self.G(x, z)[:, 0].float().cpu().numpy()  # (N, S, S)
+        if not np.isfinite(lesions).all():
+            raise ValueError(f"--gan {self.gan}: gives values that are not finite; train it again")
+        return lesions
+
+    def isolate(
+        self, lesion: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, IsolatedLesion | None]:
+        """The lesion channel to use, and its object unless it is discarded."""
+        removal = self.task == "removal"
+        isolated = isolate_lesion(lesion, removal, **self.options)
+        if isolated is not None and self.control == "blob":
+            lesion = blob(isolated, lesion, self.options["component"], rng)
+            # The same steps again; the area was accepted already.
+            isolated = isolate_lesion(lesion, removal, **self.options | {"min_area_frac": 0})
+        return lesion, isolated
+
+
+def draw(*key: int) -> tuple[int, np.random.Generator]:
+    """One number that names an attempt, and the random numbers that follow from it."""
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 11)  # exact in JSON
+    return seed, np.random.default_rng(seed)
+
+
+# --- §3 "To create our synthetic training dataset, we generated 5000 examples each" ---
+
+
+def synthesize_set(
+    gan: Path,
+    data: Path,
+    out: Path,
+    n: int = 5000,  # S10
+    component: str = "largest",
+    control: str = "",
+    seed: int = 0,
+    device: str = "auto",
+    **options: object,
+) -> dict:
+    """Write a synthetic set (DESIGN section 6), say what came out, return its config.json.
+
+    Attempt a draws source patch and noise from (seed, a) alone; the first n accepted are the set.
+    control: "blob" replaces each accepted lesion by a bump, see `blob`
+    options: more keywords of isolate_lesion
+    Raises ValueError: the run does not fit the patch set, a source patient is not in the training
+    split, or nothing was accepted.
+    """
+    synth = Synthesizer(gan, device, control, {"component": component, **options})
+    patches = patch_config(data)
+    if synth.run["data"] != patches["fingerprint"]:
+        raise ValueError(
+            f"--gan {gan}: trained on another patch set than --data {data} ({synth.side} px there, "
+            f"{patches['patch_size']} px here); give the one that the run was trained on"
+        )
+    sources = TrainingPatches(data, synth.task)
+    config = {"data": patches["fingerprint"], "spacing_mm": patches["spacing_mm"], "n": n}
+    config |= {"patch_size": synth.side, "seed": seed, **synth.config}
+    with claim_folder(out, "synthesize", config):
+        parts = out / "parts"  # one file per chunk of attempts: a killed run goes on after the last
+        if read_json(out / "config.json")["complete"]:
+            shutil.rmtree(parts, ignore_errors=True)  # it was killed while tidying up
+            click.echo(f"{out}: complete already")
+            return read_json(out / "config.json")
+        parts.mkdir(exist_ok=True)
+        counts = np.zeros(3, int)  # attempts, accepted, without a pixel over the threshold
+        counts += sum(np.load(part)["counts"] for part in parts.glob("*.npz"))
+        with progress(n, f"synthesize {synth.task}", done=int(counts[1])) as advance:
+            while counts[1] < n and counts[0] < ATTEMPTS_PER_SAMPLE * n:
+                end = min(counts[0] + CHUNK, ATTEMPTS_PER_SAMPLE * n)
+                samples, new = attempt(synth, sources, seed, range(counts[0], end), n - counts[1])
+                with replace_file(parts / f"{counts[0]:08d}.npz") as file:
+                    np.savez(file, samples=samples, counts=new)
+                counts += new
+                advance(len(samples), f"{counts[1] / counts[0]:.0%} of attempts accepted")
+        attempts, accepted, empty = counts.tolist()
+        if not accepted:
+            raise ValueError(
+                f"--gan {gan}: no lesion accepted in {attempts} attempts; in {empty} of them no "
+                "pixel passed the threshold of 0.1, in the others the largest object was too small "
+                "(S5). Train longer, or for calcifications give --component cluster"
+            )
+        facts = {"attempts": attempts, "accepted": accepted, "empty": empty, "short": accepted < n}
+        facts["acceptance"] = accepted / attempts
+        facts |= _assemble(out, sorted(parts.glob("*.npz")), config, sources)
+        facts["warnings"] = _warnings(facts)
+        click.echo(
+            f"{out}: {accepted} of {n} samples from {attempts} attempts "
+            f"({facts['acceptance']:.1%} accepted), {len(facts['patients'])} training patients\n"
+            f"area in tenths of the patch: {facts['area_histogram']}, "
+            f"median {facts['area_median']:.1%}\n"
+            f"strength inside the lesion: {facts['strength']:+.3f} on average, of [-1, 1]"
+        )
+        for warning in facts["warnings"]:
+            click.echo(f"Warning: {warning}")
+        finish_folder(out, **facts)
+        shutil.rmtree(parts)
+        return read_json(out / "config.json")
+
+
+class TrainingPatches:
+    """The union of the training patches that a task's generator takes as input (S1, S9, Q20)."""
+
+    def __init__(self, data: Path, task: str):
+        folder = data / "patches" / "train"
+        names = [name for name in SOURCES[task] if (folder / f"{name}.npy").exists()]
+        names = names or [SOURCES[task][0]]  # open_patches says that it is missing
+        self.arrays = {name: open_patches(data, "train", name) for name in names}
+        wanted = ("image_uid", "patient_id", "scale")
+        tables = [read_table(folder / f"{name}.csv", wanted) for name in names]
+        self.columns = {c: np.concatenate([table[c] for table in tables]) for c in wanted}
+        lengths = [len(array) for array in self.arrays.values()]
+        self.columns["source_class"] = np.repeat(names, lengths)
+        self.columns["source_patch"] = np.concatenate([np.arange(length) for length in lengths])
+        splits = split_of(data)
+        for patient in map(str, np.unique(self.columns["patient_id"])):
+            if splits.get(patient) != "train":
+                raise ValueError(
+                    f"{folder}: holds patches of patient {patient}, who is in split "
+                    f"{splits.get(patient)!r}; synthetic patches are made from training patients "
+                    "only. Prepare the patch set again"
+                )
+
+    def __len__(self) -> int:
+        return len(self.columns["source_patch"])
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.arrays[self.columns["source_class"][i]][self.columns["source_patch"][i]]
+
+
+def attempt(
+    synth: Synthesizer, sources: TrainingPatches, seed: int, attempts: range, wanted: int
+) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """Up to `wanted` samples; how many attempts were made, accepted and without a lesion."""
+    square = (synth.side, synth.side)
+    sample = [("input", "<u2", square), ("combined", "<u2", square), ("mask", "?", square)]
+    sample += [("seed", "i8"), ("source", "i8"), ("area", "i8"), ("bbox", "i8", 4)]
+    kept, tried, empty = [], 0, 0
+    for start in range(attempts.start, attempts.stop, BATCH):
+        # Always a whole batch: what comes out does not depend on where the attempts end.
+        named = [draw(seed, a) for a in range(start, start + BATCH)]
+        chosen = [int(rng.integers(len(sources))) for _, rng in named]
+        inputs = np.stack([sources[i] for i in chosen])
+        lesions = synth.lesions(to_float(inputs), [rng for _, rng in named])
+        for (name, rng), source, patch, lesion in zip(named, chosen, inputs, lesions, strict=True):
+            if len(kept) == wanted or tried == len(attempts):
+                break
+            tried += 1
+            lesion, isolated = synth.isolate(lesion, rng)
+            if isolated is None:
+                empty += not (np.abs(lesion) > LESION_THRESHOLD).any()
+                continue
+            row = (name, source, isolated.area, isolated.bbox, lesion[isolated.mask].mean())
+            kept.append((patch, add_lesion(patch, lesion, isolated), isolated.mask, *row))
+    return np.array(kept, [*sample, ("strength", "f8")]), (tried, len(kept), empty)
+
+
+def _assemble(out: Path, parts: list[Path], config: dict, sources: TrainingPatches) -> dict:
+    """Arrays, index and figures from the chunks; what there is to say about the lesions."""
+    fields = ("seed", "source", "area", "bbox", "strength")
+    rows = np.concatenate([np.load(part)["samples"][list(fields)] for part in parts])
+    side = config["patch_size"]
+    for name, dtype in (("input", "<u2"), ("combined", "<u2"), ("lesion", "<i4"), ("mask", "|b1")):
+        with replace_file(out / f"{name}.npy") as file:
+            header = {"descr": dtype, "fortran_order": False, "shape": (len(rows), side, side)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for part in parts:
+                samples = np.load(part)["samples"]
+                if name == "lesion":
+                    values = samples["combined"].astype(dtype) - samples["input"]
+                else:
+                    values = samples[name]
+                file.write(values.tobytes())
+    source = {c: values[rows["source"]].tolist() for c, values in sources.columns.items()}
+    columns = {"sample": range(len(rows))}
+    columns |= {c: source[c] for c in ("source_patch", "image_uid", "patient_id")}
+    columns |= {"seed": rows["seed"], "area": rows["area"]}
+    columns |= {f"bbox_{edge}": rows["bbox"][:, k] for k, edge in enumerate(EDGES)}
+    masks = np.load(out / "mask.npy", mmap_mode="r")
+    columns |= {"source_class": source["source_class"], "strength": rows["strength"].round(6)}
+    columns["mask_rle"] = (mammogram.rle(mask)["counts"] for mask in masks)
+    write_table(out / "index.csv", tuple(columns), zip(*columns.values(), strict=True))
+    scales = np.array(source["scale"][:FIGURE_SAMPLES], float)
+    _set_figures(out, [config["spacing_mm"] and config["spacing_mm"] / s for s in scales])
+    share = rows["area"] / side**2
+    return {
+        "patients": sorted(set(source["patient_id"])),
+        "area_histogram": np.histogram(share, bins=10, range=(0, 1))[0].tolist(),
+        "area_median": float(np.median(share)),
+        "strength": float(rows["strength"].mean()),
+    }
+
+
+def _warnings(facts: dict) -> list[str]:
+    few = f"short, {facts['accepted']} samples: {facts['attempts']} attempts are the most made"
+    rare = (
+        f"only {facts['acceptance']:.1%} of the attempts were accepted: these are the generator's "
+        "rare results. Train longer, or for calcifications give --component cluster"
+    )
+    wide = (
+        f"half of the lesions cover more than {facts['area_median']:.0%} of the patch: this "
+        "generator changes whole patches. Train longer"
+    )
+    said = {few: facts["short"], rare: facts["acceptance"] < 0.05, wide: facts["area_median"] > 0.5}
+    return [text for text, applies in said.items() if applies]
+
+
+# --- Reinsertion into full mammograms (§4 "As a future step", F7; Figure 3) ---
+
+TRIES_PER_LESION = 20  # ours, as ATTEMPTS_PER_SAMPLE
+CATEGORIES = {
+    "mass": "synthetic mass",
+    "calcification": "synthetic calcification",
+    "removal": "removed lesion",
+}
+
+
+def synthesize_images(
+    gan: Path,
+    files: Iterable[Path],
+    out: Path,
+    at: Sequence[tuple[int, int]] = (),
+    lesions: int = 1,
+    strip: int = 0,
+    component: str = "largest",
+    seed: int = 0,
+    device: str = "auto",
+    **options: object,
+) -> list[tuple[str, str]]:
+    """Add lesions to full mammograms, or remove them; returns the files that failed, with reasons.
+
+    files: mammograms, or manifests (.csv) whose images are meant and whose spacing overrides
+    at: centres of patches in stored pixels, a lesion each; else `lesions` random places that
+        satisfy the 90% rule; else a row of `strip` contiguous patches (Figure 3)
+    """
+    if strip and (at or lesions != 1):
+        raise ValueError("--strip: chooses its own places; leave out --at and --lesions")
+    synth = Synthesizer(gan, device, "", {"component": component, **options})
+    images, failed = _named(files), []
+    config = {"images": list(images), "at": [list(map(int, place)) for place in at]}
+    config |= {"lesions": lesions, "strip": strip, "seed": seed, **synth.config}
+    made = (
+        f"{CATEGORIES[synth.task]} by contextual GAN {synth.hash[:16]}; research only",
+        f"{seed} {synth.hash}",
+    )
+    with claim_folder(out, "synthesize", config), progress(len(images), "synthesize") as advance:
+        parts = out / "parts"  # a record per finished image: a killed run goes on with the others
+        parts.mkdir(exist_ok=True)
+        for number, (name, (file, spacing_mm)) in enumerate(images.items(), start=1):
+            part = parts / f"{number:08d}.json"
+            if not part.exists():
+                try:
+                    m = mammogram.read_mammogram(file)
+                    m.spacing_mm = spacing_mm or m.spacing_mm
+                    display, placed = insert_lesions(synth, m, at, lesions, strip, seed)
+                    note = _write_image(out / name, m, display, placed, *made)
+                    if strip:
+                        _save(_strip_figure(m, display, placed), out / f"{name}_figure3.png")
+                except (ValueError, OSError) as error:
+                    failed.append((str(file), str(error).removeprefix(f"{file}: ")))
+                    click.echo(f"{file}: failed: {failed[-1][1]}", err=True)
+                else:
+                    image = {"id": number, "file_name": f"{name}_synthetic.png"}
+                    write_json(part, {"image": image, "placed": placed})
+                    click.echo(f"{file}: {len(placed)} x {CATEGORIES[synth.task]}{note}")
+            advance()
+        records = [read_json(part) for part in sorted(parts.glob("*.json"))]
+        if records:
+            write_json(out / "annotations.json", mammogram.coco(records, []))
+            finish_folder(out, failed=failed)
+        shutil.rmtree(parts)
+    click.echo(f"{out}: {len(records)} images written, {len(failed)} failed")
+    return failed
+
+
+def insert_lesions(
+    synth: Synthesizer,
+    m: mammogram.Mammogram,
+    at: Sequence[tuple[int, int]] = (),
+    lesions: int = 1,
+    strip: int = 0,
+    seed: int = 0,
+) -> tuple[np.ndarray, list[dict]]:
+    """New display image, equal to the old one wherever a weight is zero, and what was placed."""
+    shape = window_shape(synth, m.spacing_mm)
+    if (np.array(m.display.shape) < shape).any():
+        raise ValueError(f"{_px(m.display.shape)}, smaller than a patch of {_px(shape)}")
+    tissue, key = breast_mask(m.display), (seed, int(m.image_uid, 16))
+    valid = tissue_windows(tissue, shape)
+    places = [_centred(place, shape, tissue) for place in at]
+    if strip:
+        places = _strip(valid, shape, strip, draw(*key)[1])
+    display, placed = m.display.copy(), []
+    for k in range(len(places) or lesions):
+        for attempt in range(TRIES_PER_LESION):
+            _, rng = draw(*key, k, attempt)
+            row, col = places[k] if places else _choose(valid, rng, f"lesion {k + 1} of {lesions}")
+            window = slice(row, row + shape[0]), slice(col, col + shape[1])
+            patch = resize(display[window], (synth.side, synth.side))
+            lesion, isolated = synth.isolate(synth.lesions(patch[None], [rng])[0], rng)
+            if isolated is not None:
+                break
+        else:
+            raise ValueError(
+                f"no lesion accepted in {TRIES_PER_LESION} attempts, the last in the window of "
+                f"{_px(shape)} at row {row}, column {col}"
+            )
+        added = resize(isolated.weights * lesion, shape)
+        changed = np.clip(display[window] + added, -1, 1)
+        display[window] = np.where(added == 0, display[window], changed)
+        corners = np.array(isolated.bbox).reshape(2, 2) * shape / synth.side + (row, col)
+        bbox = np.concatenate([np.floor(corners[0]), np.ceil(corners[1])]).astype(int).tolist()
+        mask = resize(isolated.mask, shape) >= 0.5  # of the window
+        corner = (row, col, row + shape[0], col + shape[1])
+        placed.append({"window": corner, "bbox": bbox, "mask": mask})
+        near = (slice(max(p - n + 1, 0), p + n) for p, n in zip((row, col), shape, strict=True))
+        valid[tuple(near)] = False  # the next one does not overlap
+    return display, placed
+
+
+def window_shape(synth: Synthesizer, spacing_mm: tuple[float, float] | None) -> tuple[int, int]:
+    """Stored pixels of one patch: its own size, or the physical size that it was trained at."""
+    trained_mm = synth.run["spacing_mm"]
+    if trained_mm is None:
+        return synth.side, synth.side
+    if spacing_mm is None:
+        raise ValueError(
+            f"pixel spacing unknown; the generator was trained at {trained_mm} mm. Give a manifest "
+            "with spacing_row_mm and spacing_col_mm"
+        )
+    rows, cols = (round(synth.side * trained_mm / mm) for mm in spacing_mm)
+    return rows, cols
+
+
+def resize(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Bilinear, averaging where it shrinks, as the training patches; float32 (rows, cols)."""
+    image = Image.fromarray(np.asarray(values, np.float32))
+    return np.asarray(image.resize(shape[::-1], Image.Resampling.BILINEAR))
+
+
+def _px(shape: Sequence[int]) -> str:
+    return f"{shape[0]} x {shape[1]} px"
+
+
+def _choose(valid: np.ndarray, rng: np.random.Generator, what: str) -> tuple[int, int]:
+    """One top left corner, uniform among the valid ones."""
+    spots = np.flatnonzero(valid)
+    if not len(spots):
+        raise ValueError(f"no place with 90% tissue for {what}")
+    return divmod(int(spots[rng.integers(len(spots))]), valid.shape[1])
+
+
+def _centred(place: tuple[int, int], shape: tuple[int, int], tissue: np.ndarray) -> tuple[int, int]:
+    """Top left corner of the window around `place`, which must lie in the breast."""
+    low = np.array(shape) // 2
+    room = np.array(tissue.shape) - shape
+    corner = np.array(place) - low
+    if (corner < 0).any() or (corner > room).any():
+        raise ValueError(
+            f"--at {place[0]} {place[1]}: the patch of {_px(shape)} leaves the image; expected row "
+            f"{low[0]} to {low[0] + room[0]} and column {low[1]} to {low[1] + room[1]}"
+        )
+    if not tissue[tuple(place)]:
+        raise ValueError(f"--at {place[0]} {place[1]}: outside the breast")
+    return int(corner[0]), int(corner[1])
+
+
+def _strip(
+    valid: np.ndarray, shape: tuple[int, int], count: int, rng: np.random.Generator
+) -> list[tuple[int, int]]:
+    """Corners of `count` windows side by side, each with 90% tissue (Figure 3)."""
+    span = max(valid.shape[1] - (count - 1) * shape[1], 0)
+    side_by_side = [valid[:, k * shape[1] :][:, :span] for k in range(count)]
+    together = np.logical_and.reduce(side_by_side)
+    row, col = _choose(together, rng, f"{count} windows of {_px(shape)} side by side")
+    return [(row, col + k * shape[1]) for k in range(count)]
+
+
+def _named(files: Iterable[Path]) -> dict[str, tuple[Path, tuple[float, float] | None]]:
+    """Output name -> (file, spacing of the manifest); names are file stems, made unique."""
+    found = {}
+    for file in map(Path, files):
+        rows = read_manifest(file) if file.suffix.lower() == ".csv" else []
+        found |= {row.image_path: row.spacing_mm for row in rows} or {str(file): None}
+    named = {}
+    for path, spacing_mm in found.items():
+        stem = Path(path).stem
+        same = sum(other.stem == stem for other, _ in named.values())
+        named[f"{stem}_{same + 1}" if same else stem] = Path(path), spacing_mm
+    return named
+
+
+def _write_image(
+    stem: Path,
+    m: mammogram.Mammogram,
+    display: np.ndarray,
+    placed: list[dict],
+    derivation: str,
+    seed: str,
+) -> str:
+    """The files of one mammogram; returns what the user should know about them."""
+    note = ""
+    try:
+        stored = m.restore(display)
+    except ValueError as error:
+        note = f" ({error}: no DICOM)"
+    else:
+        display = m.table.apply(stored)  # what a viewer makes of the new stored values
+        if m.ds is not None:
+            mammogram.write_derived_dicom(
+                m, stored, Path(f"{stem}_synthetic.dcm"), derivation, seed
+            )
+    mammogram.write_png16(Path(f"{stem}_synthetic.png"), to_uint16(display))
+    _save(_before_after(m.display, display, placed), Path(f"{stem}_before_after.png"))
+    return note
+
+
+# --- Figures 1, 2a, 3 and before/after, a pixel a pixel ---
+
+FIGURE_SAMPLES = 4
+BAR_MM = (1, 2, 5, 10, 20, 50)
+
+
+def grey(values: np.ndarray) -> np.ndarray:
+    """uint16 patches, or floats in [-1, 1], as uint8."""
+    return ((values if values.dtype == np.uint16 else to_uint16(values)) >> 8).astype(np.uint8)
+
+
+def tile(rows: Sequence[Sequence[np.ndarray]], mm_per_px: Sequence[float | None]) -> Image.Image:
+    """Rows of uint8 images; below each a scale bar where the spacing of its column is known."""
+    gap, below = 4, 20
+    heights = [max(len(cell) for cell in row) + below for row in rows]
+    width = max(sum(cell.shape[1] + gap for cell in row) for row in rows)
+    canvas = Image.new("RGB", (width + gap, sum(heights) + gap), "white")
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=12)
+    top = gap
+    for row, height in zip(rows, heights, strict=True):
+        left = gap
+        for cell, mm in itertools.zip_longest(row, mm_per_px[: len(row)]):
+            canvas.paste(Image.fromarray(cell), (left, top))
+            if mm:
+                bar = max([b for b in BAR_MM if b / mm <= cell.shape[1] / 2], default=BAR_MM[0])
+                end, y = left + bar / mm, top + len(cell) + 9
+                pen.rectangle((left, y - 1, end, y + 1), fill="black")
+                pen.text((end + 6, y), f"{bar} mm", fill="black", font=font, anchor="lm")
+            left += cell.shape[1] + gap
+        top += height
+    return canvas
+
+
+def pairs_figure(
+    before: np.ndarray, after: np.ndarray, mm_per_px: Sequence[float | None]
+) -> Image.Image:
+    """One row of Figure 1: pairs of a real patch (left) and its synthetic counterpart (right)."""
+    pairs = zip(grey(before), grey(after), strict=True)
+    return tile([[patch for pair in pairs for patch in pair]], np.repeat(mm_per_px, 2))
+
+
+def _set_figures(out: Path, mm_per_px: list[float | None]) -> None:
+    """Figure 1 (pairs) and Figure 2a (input, lesion, sum) of the first samples."""
+    before, lesion, after = (
+        np.load(out / f"{name}.npy", mmap_mode="r")[:FIGURE_SAMPLES]
+        for name in ("input", "lesion", "combined")
+    )
+    _save(pairs_figure(before, after, mm_per_px), out / "figure1.png")
+    shown = lesion / max(1, int(np.abs(lesion).max()))  # mid-grey is no change; stretched
+    _save(
+        tile([list(map(grey, a)) for a in (before, shown, after)], mm_per_px), out / "figure2a.png"
+    )
+
+
+def _before_after(
+    before: np.ndarray, after: np.ndarray, placed: list[dict], height: int = 1200
+) -> Image.Image:
+    """The whole mammogram before and after, boxes drawn in; below, every window at full size."""
+    factor = min(1.0, height / len(before))
+    shape = tuple(max(1, round(n * factor)) for n in before.shape)
+    whole = [
+        Image.fromarray(grey(resize(image, shape))).convert("RGB") for image in (before, after)
+    ]
+    for lesion in placed:
+        r0, c0, r1, c1 = (round(v * factor) for v in lesion["bbox"])
+        ImageDraw.Draw(whole[1]).rectangle((c0 - 1, r0 - 1, c1, r1), outline=(255, 200, 0))
+    rows = [list(map(np.asarray, whole))]
+    for image in (before, after):
+        rows.append([grey(image[r0:r1, c0:c1]) for r0, c0, r1, c1 in (p["window"] for p in placed)])
+    return tile(rows, [])
+
+
+def _strip_figure(m: mammogram.Mammogram, display: np.ndarray, placed: list[dict]) -> Image.Image:
+    """Figure 3: the strip of contiguous patches before (above) and after (below)."""
+    (row0, col0, row1, _), (*_, col1) = placed[0]["window"], placed[-1]["window"]
+    rows = [[grey(image[row0:row1, col0:col1])] for image in (m.display, display)]
+    return tile(rows, [m.spacing_mm and m.spacing_mm[1]])
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    with replace_file(path) as file:
+        image.save(file, format="PNG")
