@@ -19,6 +19,7 @@ from PIL import Image
 from pydicom.pixels import apply_voi_lut
 from scipy import ndimage
 
+import data
 import phantom
 
 PATIENTS = 8  # 32 images: all syntaxes, bits, windows and, by patient 5, all classes
@@ -54,6 +55,11 @@ def rendered(row: dict, mirrored: bool = True) -> tuple:
     shade, mask, breast = render(int(row["patient_id"][1:]), row["laterality"], row["view"])
     flip = np.s_[:, ::-1] if mirrored and row["laterality"] == "R" else np.s_[:, :]
     return shade[flip], mask[flip], breast
+
+
+def image_seed(row: dict) -> list[int]:
+    sides = "LR".index(row["laterality"]), ("CC", "MLO").index(row["view"])
+    return [0, int(row["patient_id"][1:]), *sides]
 
 
 # --- The same bytes, whole ---
@@ -189,11 +195,18 @@ def test_manifest_has_every_class_and_both_views(rows):
         assert len(mine) in (0, 2) and len({r["laterality"] for r in mine}) == len(mine) // 2
 
 
-def test_sixty_patients_fill_every_class():
+def test_sixty_patients_leave_every_class_in_every_split():
     cases = [phantom.CASES[n % len(phantom.CASES)] for n in range(60)]
     counts = {case: cases.count(case) for case in phantom.CASES}
     expected = {phantom.NO: 21, phantom.MM: 15, phantom.MC: 12, phantom.BM: 6, phantom.BC: 6}
     assert counts == expected
+    findings = [
+        data.Finding(f"{n}.dcm", f"P{n:04d}", "L", "CC", *case) for n, case in enumerate(cases)
+    ]
+    for seed in range(20):
+        splits = data.split_patients(findings, seed)
+        found = {(splits[f.patient_id], f.finding, f.pathology) for f in findings}
+        assert found == {(s, *case) for s in data.SPLITS for case in phantom.CASES}
 
 
 # --- Anatomy ---
@@ -274,12 +287,34 @@ def test_mask_is_the_box_and_lies_in_tissue(folder, rows):
         at = np.argwhere(mask)
         assert [*at.min(axis=0), *(at.max(axis=0) + 1)] == box
         assert breast.inside[drawn].all() and (breast.muscle[drawn] > 0).all()
-        s = phantom.patient(0, int(row["patient_id"][1:])).spacing
+        who = phantom.patient(0, int(row["patient_id"][1:]))
+        s = who.spacing
         size = max(box[2] - box[0], box[3] - box[1]) * s
         assert 5 < size < 21  # mm, inside a 64 px patch at 0.33 mm
         (r, c), half = np.argwhere(drawn).mean(axis=0).astype(int), int(10.5 / s)
         assert breast.inside[r - half : r + half, c - half : c + half].mean() > 0.9
+        healthy = phantom.anatomy(np.random.default_rng(image_seed(row)), who, row["view"])
+        added = breast.shade - healthy.shade
+        strong = added > 0.5 * added.max()
+        assert drawn[strong].mean() > 0.98
+        if row["finding"] == "mass":
+            assert (added[drawn] > 0.02).mean() > 0.95
     assert {r["finding"] for r in lesions} == {"mass", "calcification"}
+
+
+@pytest.mark.parametrize("behind, below", [(2, 0), (40, 90), (40, -90), (120, 0), (80, -60)])
+def test_lesions_stay_where_a_patch_around_them_is_tissue(behind, below):
+    who = dataclasses.replace(phantom.patient(0, 0), behind=behind, below=below)
+    for view in ("CC", "MLO"):
+        rng = np.random.default_rng(0)
+        breast = phantom.anatomy(rng, who, view)
+        (row, col), half = np.argwhere(phantom.add_lesion(rng, who, breast)).mean(axis=0), 32 * 0.33
+        at = [int(v - half / who.spacing) for v in (row, col)]
+        side = int(2 * half / who.spacing)
+        window = np.s_[at[0] : at[0] + side, at[1] : at[1] + side]
+        assert min(at) >= 0 and breast.inside[window].shape == (side, side)
+        assert breast.inside[window].mean() >= 0.9
+        assert breast.muscle[int(row), int(col)] > 8
 
 
 def lesion(finding: str, pathology: str, number: int) -> tuple[np.ndarray, np.ndarray, float]:
