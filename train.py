@@ -469,6 +469,7 @@ def train_gan(config: GanConfig, data: Path, run: Path, device: torch.device) ->
         stack.callback(batches.reader.shutdown)
         watch = Watch(config, data, device)
         facts = asdict(config) | {"data": patches["fingerprint"]}
+        facts["spacing_mm"] = patches["spacing_mm"]  # what a pixel of full mammograms must become
         if world.rank == 0:
             stack.enter_context(claim_folder(run, "train-gan", facts))
         world.wait()
