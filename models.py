@@ -8,7 +8,6 @@ import contextlib
 import math
 import os
 import pickle
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,7 +84,7 @@ class SelfAttention(nn.Module):
 def block_count(patch_size: int) -> int:
     """Blocks that halve `patch_size` down to 4 px: six at 256 px (Q1)."""
     blocks = int(math.log2(patch_size / 4)) if patch_size >= 64 else 0
-    if 4 * 2**blocks != patch_size:
+    if not blocks or 4 * 2**blocks != patch_size:
         raise ValueError(f"patch size: found {patch_size}; expected 64, 128, 256 or 512")
     return blocks
 
@@ -407,7 +406,9 @@ def read_torch(path: Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except PermissionError:
+        raise
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: truncated or not a checkpoint ({reason})") from None
     if not isinstance(state, dict):
