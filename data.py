@@ -56,6 +56,7 @@ INDEX_COLUMNS = (
     *("rotation", "seed", "tissue", "bbox_row0", "bbox_col0", "bbox_row1", "bbox_col1"),
 )
 TRIES = 50  # scales and lesion pixels tried in an image before another is drawn, Q21
+DRAWS = 16  # corners drawn at once among those that can be valid; nine in ten are
 MASK_CELLS = 300  # cells along the longer side of a breast mask: below 1 mm
 BURNT_OUT = 0.96  # display value; what touches the border above it is film frame, not tissue
 SKIN_LEVEL = 0.35  # of the way from air to Otsu's threshold; set by eye on CBIS-DDSM
@@ -416,42 +417,34 @@ def _breast_cells(display: np.ndarray) -> tuple[np.ndarray, int]:
     Film: a white frame touches the border, air is a noisy grey, labels and scratches are small or
     thin. Digital: air is exactly -1. Both: tissue rises from air to skin within a few millimetres.
     """
-    f = -(-max(display.shape) // MASK_CELLS)
-    grey = np.asarray(Image.fromarray(np.ascontiguousarray(display, np.float32)).reduce(f))
-    if min(grey.shape) < 16:
-        raise NotUsable(f"image of {display.shape} pixels is too small or too narrow for a breast")
+    step = -(-max(display.shape) // (3 * MASK_CELLS))
+    if min(display.shape) < 48 * step:
+        raise NotUsable(f"{display.shape} pixels are too few or too narrow for a breast")
+    grey = np.asarray(Image.fromarray(display[::step, ::step].copy()).reduce(3))
     burnt, _ = ndimage.label(grey > BURNT_OUT)
     border = np.unique(np.concatenate([burnt[0], burnt[-1], burnt[:, 0], burnt[:, -1]]))
-    frame = ndimage.binary_dilation(np.isin(burnt, border[border > 0]), iterations=2)
-    if frame.mean() > 0.8:
-        raise NotUsable("no breast found: the image is white")
+    frame = ndimage.maximum_filter(np.isin(burnt, border[border > 0]), size=5)
     # Otsu's threshold parts air from tissue; the skin line lies nearer to air.
     counts, edges = np.histogram(grey[~frame], bins=256, range=(-1, 1))
     below, moment = counts.cumsum(), (counts * edges[1:]).cumsum()
-    between = (moment[-1] * below - moment * below[-1]) ** 2.0
-    between /= np.maximum(below * (below[-1] - below), 1)
-    otsu = edges[1 + between.argmax()]
-    dark = grey[~frame & (grey <= otsu)]
-    air = np.median(dark) if dark.size else -1.0
-    tissue = ndimage.median_filter(grey, size=3) > air + SKIN_LEVEL * (otsu - air)
-    tissue &= ~frame
-    # The largest object once thin bridges to labels, scratches and borders are cut.
-    core, objects = ndimage.label(ndimage.binary_erosion(tissue, iterations=4, border_value=1))
+    apart = (moment[-1] * below - moment * below[-1]) ** 2.0
+    otsu = edges[1 + (apart / np.maximum(below * (below[-1] - below), 1)).argmax()]
+    air = np.median(grey[~frame & (grey <= otsu)]) if (~frame & (grey <= otsu)).any() else -1.0
+    tissue = ~frame & (grey > air + SKIN_LEVEL * (otsu - air))
+    # The largest object once thin bridges to labels, scratches and film borders are cut.
+    core, objects = ndimage.label(ndimage.minimum_filter(tissue, size=9, mode="constant"))
     if not objects:
-        raise NotUsable("no breast found: no object brighter than air")
+        raise NotUsable("no breast found: nothing large is brighter than air")
     core = core == 1 + np.bincount(core.ravel())[1:].argmax()
-    breast = ndimage.binary_fill_holes(ndimage.binary_dilation(core, iterations=5) & tissue)
-    share = breast.mean()
-    if not 0.02 < share < 0.97:
-        raise NotUsable(f"breast mask covers {share:.0%} of the image; expected 2% to 97%")
-    contrast = np.median(grey[breast]) - air
-    if contrast < 0.1:
-        raise NotUsable(f"breast mask is hardly brighter than air ({contrast:.2f} of 2)")
-    rows, cols = np.nonzero(breast.any(axis=1))[0], np.nonzero(breast.any(axis=0))[0]
-    solidity = breast.sum() / ((rows[-1] - rows[0] + 1) * (cols[-1] - cols[0] + 1))
-    if solidity < 0.35:
-        raise NotUsable(f"breast mask fills {solidity:.0%} of its own box; expected 35% or more")
-    return breast, f
+    breast = ndimage.binary_fill_holes(ndimage.maximum_filter(core, size=11) & tissue)
+    share, contrast = breast.mean(), np.median(grey[breast]) - air
+    box = breast[np.ix_(breast.any(axis=1), breast.any(axis=0))]
+    if not (0.02 < share < 0.97 and contrast > 0.1 and box.mean() > 0.35):
+        raise NotUsable(
+            f"breast mask fails its checks: {share:.0%} of the image (expected 2% to 97%), "
+            f"{contrast:.2f} brighter than air (0.1), fills {box.mean():.0%} of its box (35%)"
+        )
+    return breast, 3 * step
 
 
 def breast_mask(display: np.ndarray) -> np.ndarray:
@@ -461,122 +454,85 @@ def breast_mask(display: np.ndarray) -> np.ndarray:
     return cells.repeat(f, axis=0).repeat(f, axis=1)[:height, :width]
 
 
-def tissue_windows(mask: np.ndarray, side: int, min_tissue: float = 0.9) -> np.ndarray:
-    """Bool (H - side + 1, W - side + 1): corners whose window is >= 90% tissue (P6, Q21)."""
-    height, width = mask.shape
-    if side > min(height, width):
-        return np.zeros((max(height - side + 1, 0), max(width - side + 1, 0)), bool)
-    table = np.zeros((height + 1, width + 1), np.int32)  # summed-area table
+def tissue_windows(
+    mask: np.ndarray, side: int | tuple[int, int], min_tissue: float = 0.9
+) -> np.ndarray:
+    """Bool (H - h + 1, W - w + 1): top-left corners whose window is >= 90% tissue (P6, Q21)."""
+    h, w = (side, side) if isinstance(side, int) else side
+    if h > mask.shape[0] or w > mask.shape[1]:
+        return np.zeros((max(mask.shape[0] - h + 1, 0), max(mask.shape[1] - w + 1, 0)), bool)
+    table = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), np.int32)  # summed-area table
     table[1:, 1:] = mask.cumsum(axis=0, dtype=np.int32).cumsum(axis=1)
-    rows = table[side:] - table[:-side]
-    return rows[:, side:] - rows[:, :-side] >= _least(side * side, min_tissue)
-
-
-def _least(area: int, min_tissue: float) -> int:
-    return math.ceil(min_tissue * area - 1e-9)
+    rows = table[h:] - table[:-h]
+    return rows[:, w:] - rows[:, :-w] >= min_tissue * h * w - 1e-6
 
 
 class Tissue:
-    """Summed-area table of a breast mask of f x f cells: counts and draws valid windows exactly.
+    """Draws windows from a breast mask of f x f cells, every valid top-left corner equally likely.
 
-    Over a block of f x f corners the window's tissue lies between that of the cells all windows
-    share and that of the cells any window touches. Blocks which these two bounds decide are counted
-    whole, only the others corner by corner, so that millions of corners cost about a millisecond.
+    The summed-area table of the cells tells which blocks of f x f corners can hold a valid one. Of
+    all corners of these blocks one is drawn and kept when its own window is valid, which leaves the
+    valid ones equally likely; should a few draws all miss, every corner of the blocks is checked.
     """
 
     def __init__(self, cells: np.ndarray, f: int, shape: tuple[int, int], min_tissue: float):
         self.f, self.shape, self.min_tissue = f, shape, min_tissue
-        self.table = np.zeros((cells.shape[0] + 4, cells.shape[1] + 4))  # float64: BLAS, exact
-        self.table[1:-3, 1:-3] = cells.cumsum(axis=0).cumsum(axis=1)
-        self.table[-3:] = self.table[-4]
-        self.table[:, -3:] = self.table[:, -4:-3]
+        inner = cells.cumsum(axis=0, dtype=np.int32).cumsum(axis=1)
+        self.table = np.pad(np.pad(inner, ((1, 0), (1, 0))), ((0, 3), (0, 3)), mode="edge")
+
+    def before(self, row: np.ndarray, col: np.ndarray) -> np.ndarray:
+        """Tissue pixels above and left of pixel corners: the table, linear between its nodes."""
+        f, q, p = self.f, row // self.f, col // self.f
+        a, b = row - q * f, col - p * f
+        first = (f - b) * self.table[q, p] + b * self.table[q, p + 1]
+        return (f - a) * first + a * ((f - b) * self.table[q + 1, p] + b * self.table[q + 1, p + 1])
+
+    def share(self, row: np.ndarray, col: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """Tissue fraction of windows of `size` (h, w)."""
+        (h, w), at = size, self.before
+        inside = at(row + h, col + w) - at(row, col + w) - at(row + h, col) + at(row, col)
+        return inside / (h * w)
 
     def draw(
         self,
         rng: np.random.Generator,
         size: tuple[int, int],
         span: tuple[int, int, int, int] | None = None,
-        forbidden: tuple[tuple[int, int, int, int], ...] = (),
+        forbidden: Sequence[tuple[int, int, int, int]] = (),
     ) -> tuple[int, int] | None:
-        """A top-left corner, each valid one equally likely; None when there is none.
+        """A corner, or None when none is valid: the window lies in the image and is >= 90% tissue.
 
-        Valid: window of `size` (h, w) inside the image and >= 90% tissue, corner inside `span` and
-        outside every rectangle of `forbidden` (row0, col0, row1, col1 of corners, half-open).
+        `span` and `forbidden`: rectangles of corners that are allowed and that are not.
         """
-        f, (h, w) = self.f, size
-        row0, col0, row1, col1 = span or (0, 0, *self.shape)
+        f, (h, w), (row0, col0, row1, col1) = self.f, size, span or (0, 0, *self.shape)
         row0, col0 = max(row0, 0), max(col0, 0)
         row1, col1 = min(row1, self.shape[0] - h + 1), min(col1, self.shape[1] - w + 1)
         if row0 >= row1 or col0 >= col1:
             return None
         q0, p0, q1, p1 = row0 // f, col0 // f, -(-row1 // f), -(-col1 // f)
-
-        def between(near: int, far_row: int, far_col: int) -> np.ndarray:  # cells, in pixels
-            rows = self.table[q0 + far_row : q1 + far_row] - self.table[q0 + near : q1 + near]
-            return (rows[:, p0 + far_col : p1 + far_col] - rows[:, p0 + near : p1 + near]) * (f * f)
-
-        least = _least(h * w, self.min_tissue)
-        sure = between(1, max(h // f, 1), max(w // f, 1)) >= least
-        maybe = between(0, -(-(f - 1 + h) // f), -(-(f - 1 + w) // f)) >= least
-        sure[: -(-row0 // f) - q0] = sure[:, : -(-col0 // f) - p0] = False
-        sure[row1 // f - q0 :] = sure[:, col1 // f - p0 :] = False
+        down, across = -(-(f - 1 + h) // f), -(-(f - 1 + w) // f)  # cells that a block touches
+        rows = self.table[q0 + down : q1 + down] - self.table[q0:q1]
+        cells = rows[:, p0 + across : p1 + across] - rows[:, p0:p1]
+        possible = cells >= self.min_tissue * h * w / (f * f) - 1e-6
         for a0, b0, a1, b1 in forbidden:
-            a0, b0, a1, b1 = max(a0, row0), max(b0, col0), min(a1, row1), min(b1, col1)
-            if a0 < a1 and b0 < b1:
-                sure[a0 // f - q0 : -(-a1 // f) - q0, b0 // f - p0 : -(-b1 // f) - p0] = False
-                maybe[-(-a0 // f) - q0 : a1 // f - q0, -(-b0 // f) - p0 : b1 // f - p0] = False
-        q, p = np.nonzero(maybe & ~sure)
-        at_row, row_weights = self._nodes(h)
-        at_col, col_weights = self._nodes(w)
-        nodes = self.table[
-            (q + q0)[:, None, None] + at_row[:, None], (p + p0)[:, None, None] + at_col
-        ]
-        exact = nodes.reshape(len(q), 25) @ np.kron(row_weights, col_weights)
-        valid = exact.reshape(len(q), f, f) >= least
-        row = ((q + q0) * f)[:, None] + np.arange(f)
-        col = ((p + p0) * f)[:, None] + np.arange(f)
-        valid &= ((row >= row0) & (row < row1))[:, :, None] & ((col >= col0) & (col < col1))[
-            :, None
-        ]
-        for a0, b0, a1, b1 in forbidden:
-            hit = ((row >= a0) & (row < a1))[:, :, None] & ((col >= b0) & (col < b1))[:, None]
-            valid &= ~hit
-        whole, single = np.flatnonzero(sure), np.flatnonzero(valid)
-        total = len(whole) * f * f + len(single)
-        if not total:
+            a0, b0 = max(-(-a0 // f) - q0, 0), max(-(-b0 // f) - p0, 0)
+            possible[a0 : max(a1 // f - q0, 0), b0 : max(b1 // f - p0, 0)] = False
+        q, p = np.nonzero(possible)
+        if not q.size:
             return None
-        at = int(rng.integers(total))
-        if at < len(whole) * f * f:
-            block, corner = divmod(at, f * f)
-            block_row, block_col = divmod(int(whole[block]), sure.shape[1])
-        else:
-            block, corner = divmod(int(single[at - len(whole) * f * f]), f * f)
-            block_row, block_col = int(q[block]), int(p[block])
-        return (block_row + q0) * f + corner // f, (block_col + p0) * f + corner % f
-
-    def _nodes(self, side: int) -> tuple[np.ndarray, np.ndarray]:
-        """Table nodes, counted from a block's first, and their weights (5, f) for its f corners.
-
-        The table is linear between its nodes: the cells before pixel x = f q + a are
-        (f - a) table[q] + a table[q + 1], in pixels.
-        """
-        f, a = self.f, np.arange(self.f)
-        far, b = np.divmod(a + side % f, f)
-        weights = np.zeros((5, f))
-        weights[0], weights[1] = a - f, -a
-        np.add.at(weights, (2 + far, a), f - b)
-        np.add.at(weights, (3 + far, a), b)
-        return np.array([0, 1, *(side // f + np.arange(3))]), weights
-
-    def share(self, row: int, col: int, size: tuple[int, int]) -> float:
-        """Tissue fraction of one window."""
-        f, (h, w) = self.f, size
-        ends = []
-        for start, side in ((row, h), (col, w)):
-            at, weights = self._nodes(side)
-            ends.append((at + start // f, weights[:, start % f]))
-        (rows, by_row), (cols, by_col) = ends
-        return float(by_row @ self.table[np.ix_(rows, cols)] @ by_col) / (h * w)
+        every = q.size * f * f
+        for draw in (lambda: rng.integers(every, size=DRAWS), lambda: rng.permutation(every)):
+            block, corner = np.divmod(draw(), f * f)
+            row, col = (q0 + q[block]) * f + corner // f, (p0 + p[block]) * f + corner % f
+            ok = (row0 <= row) & (row < row1) & (col0 <= col) & (col < col1)
+            for a0, b0, a1, b1 in forbidden:
+                ok &= (row < a0) | (row >= a1) | (col < b0) | (col >= b1)
+            row, col = row[ok], col[ok]
+            ok = self.share(row, col, size) >= self.min_tissue - 1e-9
+            if ok.any():
+                first = ok.argmax()
+                return int(row[first]), int(col[first])
+        return None
 
 
 # --- §3 "60%/20%/20%", P2 ---
@@ -585,24 +541,29 @@ class Tissue:
 def split_patients(findings: list[Finding], seed: int) -> dict[str, str]:
     """Patient -> split, stratified by worst pathology (Q20).
 
+    Within a pathology, patients with the same findings are dealt out in turn: whatever the seed,
+    a class of five patients comes into every split, where chance would leave small sets without.
     Published splits stay. When only some patients carry one, the others are divided over the
     splits that nobody carries, in the proportion of P2 (CBIS-DDSM: test is published).
     """
-    worst, splits = {}, {}
+    worst, splits, kinds = {}, {}, {}
     for row in findings:
+        kinds.setdefault(row.patient_id, set()).add(row.finding)
         level = PATHOLOGIES.index(row.pathology)
         worst[row.patient_id] = max(worst.get(row.patient_id, 0), level)
         if row.split:
             splits[row.patient_id] = row.split
     open_splits = [s for s in SPLITS if s not in splits.values()] or list(SPLITS)
-    ends = np.cumsum([SPLIT_SHARES[s] for s in open_splits])
+    shares = np.array([SPLIT_SHARES[s] for s in open_splits])
     open_patients = sorted(worst.keys() - splits.keys())
     for level in range(len(PATHOLOGIES)):
         patients = [p for p in open_patients if worst[p] == level]
         order = np.random.default_rng((seed, level)).permutation(len(patients))
-        borders = np.rint(len(patients) * ends / ends[-1])
-        for place, at in enumerate(order):
-            splits[patients[at]] = open_splits[int(np.searchsorted(borders, place, side="right"))]
+        dealt = np.zeros_like(shares)
+        for place, at in enumerate(sorted(order, key=lambda at: sorted(kinds[patients[at]]))):
+            owed = (shares * (place + 1) - shares.sum() * dealt).argmax()
+            splits[patients[at]] = open_splits[owed]
+            dealt[owed] += 1
     return splits
 
 
@@ -677,43 +638,30 @@ PREPARE_PRESETS = {
 class _Image:
     """An image of the manifest and the findings that each of its classes is cut from."""
 
-    path: str
-    patient_id: str
+    name: str  # of the outputs: the path or its pseudonym
+    patient_id: str  # the same
     split: str
     rows: tuple[Finding, ...]
-    classes: dict[str, tuple[Finding, ...]]
+    classes: dict[str, tuple[Finding, ...]]  # "split/class": lesions, or boxes to keep away from
 
 
-RECORD = np.dtype(  # one patch; the checksum covers the record and the patch
-    [
-        *(("image", "<i4"), ("attempt", "<i4"), ("window", "<i4", 4), ("scale", "<f8")),
-        *(("flip", "<i4"), ("rotation", "<i4"), ("tissue", "<f8"), ("bbox", "<i4", 4)),
-        ("checksum", "<u4"),
-    ]
-)
-
-
-def _images(findings: list[Finding], splits: dict[str, str], annotated: bool) -> list[_Image]:
-    by_path = {}
+def _images(findings: list[Finding], config: PrepareConfig, hide: Callable) -> list[_Image]:
+    by_path, splits, images = defaultdict(list), split_patients(findings, config.seed), []
     for row in findings:
-        by_path.setdefault(row.image_path, []).append(row)
-    images = []
+        by_path[row.image_path].append(row)
     for path in sorted(by_path):
         rows = tuple(sorted(by_path[path], key=repr))
-        classes = {}
+        split, classes = splits[rows[0].patient_id], {}
+        for name in CLASSES[1:]:
+            kind = tuple(name.split("_"))
+            classes[name] = tuple(r for r in rows if (r.pathology, r.finding) == kind and r.bbox)
+        classes = {name: lesions for name, lesions in classes.items() if lesions}
         if all(row.pathology == "normal" for row in rows):
             classes["normal"] = ()
-        elif annotated and all(row.bbox for row in rows):
+        elif config.normals_from_annotated and all(row.bbox for row in rows):
             classes["normal"] = rows
-        for name in CLASSES[1:]:
-            pathology, finding = name.split("_")
-            lesions = [
-                r for r in rows if (r.pathology, r.finding) == (pathology, finding) and r.bbox
-            ]
-            if lesions:
-                classes[name] = tuple(lesions)
-        patient = rows[0].patient_id
-        images.append(_Image(path, patient, splits[patient], rows, classes))
+        classes = {f"{split}/{name}": lesions for name, lesions in classes.items()}
+        images.append(_Image(hide(path), hide(rows[0].patient_id), split, rows, classes))
     return images
 
 
@@ -731,44 +679,57 @@ class _Field:
     """A decoded mammogram: where each class has its patches, and cutting them."""
 
     def __init__(self, image: _Image, config: PrepareConfig):
-        mammogram = read_mammogram(Path(image.path))
+        mammogram = read_mammogram(Path(image.rows[0].image_path))
         self.uid, self.display = mammogram.image_uid, mammogram.display
         self.image, self.config = image, config
         self.tissue = Tissue(*_breast_cells(self.display), self.display.shape, config.min_tissue)
-        self.side = np.array([config.patch_size, config.patch_size])  # stored pixels at scale 1
+        self.side = np.array([config.patch_size] * 2)  # of a window at scale 1, in stored pixels
         if config.spacing_mm:
             spacing = image.rows[0].spacing_mm or mammogram.spacing_mm
             if spacing is None:
-                raise NotUsable(
-                    "no pixel spacing in the manifest or the header; --spacing-mm needs it"
-                )
+                raise NotUsable("no pixel spacing in manifest or header; --spacing-mm needs it")
             self.side = self.side * config.spacing_mm / np.array(spacing)
         self.augment = config.augment_eval or image.split == "train"
-        self.pixels = {
-            lesion: self.mask_pixels(lesion)
-            for lesions in image.classes.values()
-            for lesion in lesions
-            if lesion.mask_path
+        self.masks = {
+            row: self.mask_pixels(row) for row in image.rows if row.mask_path and row.bbox
         }
 
-    def place(self, name: str, rng: np.random.Generator) -> dict | None:
-        """Scale, window and the rest of one patch, or None when 50 tries find no place (Q21)."""
-        lesions = self.image.classes[name]
+    def mask_pixels(self, lesion: Finding) -> np.ndarray:
+        """(n, 2) rows and columns of a lesion's mask within its box.
+
+        The mask is brought to the image's size: CBIS-DDSM has masks of other sizes.
+        """
+        try:
+            mask = read_mammogram(Path(lesion.mask_path)).stored != 0
+        except NotUsable as error:
+            raise NotUsable(f"lesion mask: {error}") from None
+        shape, (row0, col0, row1, col1) = self.display.shape, _whole(lesion.bbox)
+        mask = Image.fromarray(mask).resize(shape[::-1], Image.Resampling.NEAREST)
+        pixels = np.argwhere(np.asarray(mask)[row0:row1, col0:col1]) + np.array([row0, col0])
+        if not len(pixels):
+            raise NotUsable("lesion mask: empty inside the lesion's box")
+        return pixels
+
+    def place(self, key: str, rng: np.random.Generator) -> dict | None:
+        """Window, scale, flip, rotation and lesion of a patch; None when 50 tries find no place."""
+        lesions, lesion = self.image.classes[key], None
         for _ in range(TRIES):
             scale = rng.uniform(*self.config.scale) if self.augment else 1.0
             h, w = (int(n) for n in np.rint(self.side / scale))
-            lesion = None
-            if name == "normal":
-                rows, cols = (math.ceil(self.config.normal_margin * n) for n in (h, w))
-                boxes = [_whole(row.bbox) for row in lesions]
-                away = tuple(
-                    (r0 - rows - h + 1, c0 - cols - w + 1, r1 + rows, c1 + cols)
-                    for r0, c0, r1, c1 in boxes
-                )
+            if key.endswith("/normal"):
+                down, across = (math.ceil(self.config.normal_margin * n) for n in (h, w))
+                away = [
+                    (r0 - down - h + 1, c0 - across - w + 1, r1 + down, c1 + across)
+                    for r0, c0, r1, c1 in (_whole(row.bbox) for row in lesions)
+                ]
                 corner = self.tissue.draw(rng, (h, w), forbidden=away)
-            else:  # P8: a pixel of the lesion, then every offset that keeps it inside
+            else:  # P8: a pixel of the lesion, of its box without a mask; then an offset, Q23
                 lesion = lesions[int(rng.integers(len(lesions)))]
-                row, col = self.pixel(lesion, rng)
+                if lesion in self.masks:
+                    row, col = rng.choice(self.masks[lesion]).tolist()
+                else:
+                    row0, col0, row1, col1 = _whole(lesion.bbox)
+                    row, col = int(rng.integers(row0, row1)), int(rng.integers(col0, col1))
                 corner = self.tissue.draw(rng, (h, w), (row - h + 1, col - w + 1, row + 1, col + 1))
             if corner:
                 return {
@@ -776,46 +737,26 @@ class _Field:
                     "scale": scale,
                     "flip": int(rng.integers(2)) if self.augment else 0,
                     "rotation": 90 * int(rng.integers(4)) if self.augment else 0,
-                    "tissue": self.tissue.share(*corner, (h, w)),
                     "lesion": lesion,
                 }
         return None
 
-    def mask_pixels(self, lesion: Finding) -> np.ndarray:
-        """(n, 2) rows and columns of a lesion's mask within its box."""
-        row0, col0, row1, col1 = _whole(lesion.bbox)
-        mask = _read_mask(lesion.mask_path, self.display.shape)[row0:row1, col0:col1]
-        if not mask.any():
-            raise NotUsable("lesion mask: empty inside the lesion's box")
-        return np.argwhere(mask) + np.array([row0, col0])
-
-    def pixel(self, lesion: Finding, rng: np.random.Generator) -> tuple[int, int]:
-        """A pixel of the lesion's mask, or of its box where there is none (Q23)."""
-        if lesion in self.pixels:
-            row, col = self.pixels[lesion][rng.integers(len(self.pixels[lesion]))]
-            return int(row), int(col)
-        row0, col0, row1, col1 = _whole(lesion.bbox)
-        return int(rng.integers(row0, row1)), int(rng.integers(col0, col1))
-
-    def cut(self, place: dict) -> tuple[np.ndarray, tuple[int, ...]]:
+    def cut(self, place: dict) -> tuple[np.ndarray, tuple[int, ...] | None]:
         """The patch (S, S) uint16, and the lesion's box in it."""
-        row0, col0, row1, col1 = place["window"]
-        size = self.config.patch_size
+        (row0, col0, row1, col1), turns = place["window"], place["rotation"] // 90
+        size, lesion = self.config.patch_size, place["lesion"]
         patch = resize(self.display[row0:row1, col0:col1], size)
+        patch = np.rot90(patch[:, ::-1] if place["flip"] else patch, turns)
+        if lesion is None:
+            return to_uint16(patch), None
+        down, across = size / (row1 - row0), size / (col1 - col0)
+        box = (np.array(lesion.bbox) - (row0, col0, row0, col0)) * (down, across, down, across)
+        r0, c0, r1, c1 = (min(max(n, 0), size) for n in _whole(box))
         if place["flip"]:
-            patch = patch[:, ::-1]
-        patch = np.rot90(patch, place["rotation"] // 90)
-        bbox = (-1, -1, -1, -1)
-        if place["lesion"]:
-            down, across = size / (row1 - row0), size / (col1 - col0)
-            box = np.array(place["lesion"].bbox) - (row0, col0, row0, col0)
-            bbox = _whole(box * (down, across, down, across))
-            bbox = tuple(min(max(v, 0), size) for v in bbox)
-            if place["flip"]:
-                bbox = (bbox[0], size - bbox[3], bbox[2], size - bbox[1])
-            for _ in range(place["rotation"] // 90):  # counter-clockwise, as np.rot90
-                bbox = (size - bbox[3], bbox[0], size - bbox[1], bbox[2])
-        return to_uint16(patch), bbox
+            c0, c1 = size - c1, size - c0
+        for _ in range(turns):  # counter-clockwise, as np.rot90
+            r0, c0, r1, c1 = size - c1, r0, size - c0, r1
+        return to_uint16(patch), (r0, c0, r1, c1)
 
 
 def _whole(bbox: Iterable[float]) -> tuple[int, int, int, int]:
@@ -829,15 +770,6 @@ def resize(window: np.ndarray, size: int) -> np.ndarray:
     if window.shape == (size, size):
         return window
     return np.asarray(Image.fromarray(window).resize((size, size), Image.Resampling.BILINEAR))
-
-
-def _read_mask(path: str, shape: tuple[int, int]) -> np.ndarray:
-    """Bool lesion mask, brought to the image's size (CBIS-DDSM has masks of other sizes)."""
-    try:
-        mask = read_mammogram(Path(path)).stored != 0
-    except NotUsable as error:
-        raise NotUsable(f"lesion mask: {error}") from None
-    return np.asarray(Image.fromarray(mask).resize(shape[::-1], Image.Resampling.NEAREST))
 
 
 # --- Patch sets: one visit per image, in any number of processes ---
@@ -857,46 +789,40 @@ def _start_worker(images: list[_Image], config: PrepareConfig, out: Path) -> Non
 def _visit(index: int, tasks: list[tuple[str, int, int]]) -> dict:
     """Decode one image, cut and store the patches (key, patch, attempt) that are drawn from it."""
     image, config = _worker["images"][index], _worker["config"]
-    found = {"image": index, "uid": "", "reason": "", "dead": [], "failed": tasks}
+    found = {"image": index, "uid": "", "reason": "", "dead": [], "rows": [], "failed": tasks}
     try:
         field = _Field(image, config)
     except (ValueError, OSError) as error:
         return found | {"reason": " ".join(str(error).split())}
     # Whether a class has any place here may not depend on which patches ask first.
     for key in sorted({key for key, _, _ in tasks}):
-        rng = np.random.default_rng((config.seed, index, CLASSES.index(key.split("/")[1])))
-        if field.place(key.split("/")[1], rng) is None:
+        rng = np.random.default_rng((config.seed, index, KEYS.index(key)))
+        if field.place(key, rng) is None:
             found["dead"].append(key)
     found |= {"uid": field.uid, "failed": []}
     for key, patch, attempt in tasks:
         rng = _attempt(config.seed, key, patch, attempt)
         rng.random()  # has chosen this image
-        place = None if key in found["dead"] else field.place(key.split("/")[1], rng)
+        place = None if key in found["dead"] else field.place(key, rng)
         if place is None:
             found["failed"].append((key, patch, attempt))
             continue
         pixels, bbox = field.cut(place)
-        record = np.zeros((), RECORD)
-        record["image"], record["attempt"], record["bbox"] = index, attempt, bbox
-        for name in ("window", "scale", "flip", "rotation", "tissue"):
-            record[name] = place[name]
-        body = np.ascontiguousarray(pixels).tobytes()
-        record["checksum"] = _checksum(record, body)
-        store, records = _open_files(_worker["out"], key)
-        os.pwrite(store, body, NPY_HEADER + patch * len(body))
-        os.pwrite(records, record.tobytes(), patch * RECORD.itemsize)
+        row0, col0, row1, col1 = place["window"]
+        share = field.tissue.share(row0, col0, (row1 - row0, col1 - col0))
+        numbers = f"{place['scale']:.6f}", place["flip"], place["rotation"]
+        seed = patch_seed(config.seed, key, patch)
+        row = (*place["window"], *numbers, seed, f"{share:.4f}", *(bbox or ("",) * 4))
+        text, body = ",".join(map(str, row)), np.ascontiguousarray(pixels).tobytes()
+        os.pwrite(_store(_worker["out"], key), body, NPY_HEADER + patch * len(body))
+        found["rows"].append((key, patch, text, zlib.crc32(body, zlib.crc32(text.encode()))))
     return found
 
 
-def _checksum(record: np.ndarray, body: bytes) -> int:
-    return zlib.crc32(body, zlib.crc32(record.tobytes()[: -RECORD["checksum"].itemsize]))
-
-
 @functools.cache
-def _open_files(out: Path, key: str) -> tuple[int, int]:
-    """Descriptors of a class's patches and records, in a worker."""
-    store, records = out / "patches" / f"{key}.npy", out / "work" / f"{key}.records"
-    return os.open(store, os.O_RDWR), os.open(records, os.O_RDWR)
+def _store(out: Path, key: str) -> int:
+    """A class's patches, open in a worker."""
+    return os.open(out / "patches" / f"{key}.npy", os.O_RDWR)
 
 
 def prepare(
@@ -913,37 +839,33 @@ def prepare(
     image with two patients, no space; OSError: files that cannot be written.
     """
     _raise_all("the source: found", check_findings(findings), "correct it")
-    hide = _pseudonyms(config.pseudonymise)
-    images = _images(findings, split_patients(findings, config.seed), config.normals_from_annotated)
-    sources = {
-        key: [i for i, im in enumerate(images) if key in (f"{im.split}/{c}" for c in im.classes)]
-        for key in config.counts
-        if config.counts[key]
-    }
+    images = _images(findings, config, hide := _pseudonyms(config.pseudonymise))
+    wanted = [key for key in KEYS if config.counts.get(key)]
+    sources = {key: [i for i, im in enumerate(images) if key in im.classes] for key in wanted}
     skipped = {}
     for key in [key for key in sources if not sources[key]]:
         _skip(key, "the source holds none", config, skipped)
         del sources[key]
     if not sources:
         raise ValueError("the source holds no class that is wanted; see --normals-from-annotated")
-    base = os.path.commonpath([os.path.dirname(image.path) for image in images])
+    base = os.path.commonpath([os.path.dirname(row.image_path) for row in findings])
     rows = [
-        repr(
-            replace(r, image_path=os.path.relpath(r.image_path, base), mask_path=bool(r.mask_path))
+        replace(
+            row, image_path=os.path.relpath(row.image_path, base), mask_path=bool(row.mask_path)
         )
         for image in images
-        for r in image.rows
+        for row in image.rows
     ]
-    settings = {"source": sha256("\n".join(rows).encode()), "key": hide("key")[:16]}
+    settings = {"source": sha256(repr(rows).encode()), "key": hide("key")}
     with claim_folder(out, "prepare", asdict(config) | settings):
         if read_json(out / "config.json")["complete"]:
             click.echo(f"{out}: is complete", err=True)
         else:
-            log = _cut(images, sources, config, out, workers, skipped)
-            _finish(images, sources, config, out, log, skipped, hide, notes)
+            log, texts = _cut(images, sources, config, out, workers, skipped)
+            _finish(images, config, out, log, texts, skipped, hide, notes)
         shutil.rmtree(out / "work", ignore_errors=True)
         if qc:
-            contact_sheet(images, config, out, qc, hide)
+            contact_sheet(images, config, out, qc)
 
 
 def _skip(key: str, why: str, config: PrepareConfig, skipped: dict[str, str]) -> None:
@@ -978,53 +900,59 @@ def _cut(
     out: Path,
     workers: int,
     skipped: dict[str, str],
-) -> dict[int, dict]:
-    """Cut every patch of `sources`; returns what was found at each image.
+) -> tuple[dict[int, dict], dict[str, list]]:
+    """Cut every patch; returns what was found at each image, image and index row of each patch.
 
     A patch goes to the image of its first attempt; where that image has no place for it, to that of
     its next. Each image is visited once with all patches that want it; only patches sent on to an
-    image that was visited already cause a second visit.
+    image that was visited already cause a second visit. `work/visits.jsonl` has a line per visit:
+    what it holds is done, whenever the run is killed.
     """
-    todo = _stores(sources, config, out)
-    log = _read_log(out / "work" / "images.jsonl")
-    pending = defaultdict(list)
+    _make_room(sources, config, out)
+    log, texts = {}, {key: [None] * config.counts[key] for key in sources}
+    pending, owners = defaultdict(list), {}
     dead = {key: set() for key in sources}  # images without a place for a class
-    owners = {}
 
     def send(key: str, patch: int, attempt: int) -> None:
         while key in sources:
-            rng = _attempt(config.seed, key, patch, attempt)
-            image = sources[key][int(rng.random() * len(sources[key]))]
+            draw = _attempt(config.seed, key, patch, attempt).random()
+            image = sources[key][int(draw * len(sources[key]))]
             if image not in dead[key]:
                 pending[image].append((key, patch, attempt))
                 return
             attempt += 1
 
-    def learn(found: dict) -> None:
-        index, reason = found["image"], found["reason"]
+    def learn(found: dict, checked: Callable) -> None:
+        index = found["image"]
+        found["dead"] = sorted({*found["dead"], *log.get(index, found)["dead"]})
+        log[index] = {name: found[name] for name in ("image", "uid", "reason", "dead")}
+        for key, patch, text, checksum in found["rows"]:
+            if checked(key, patch, text, checksum):
+                texts[key][patch] = index, text
         for key in list(sources):
-            if key in found["dead"] or (reason and index in sources[key]):
+            if key in found["dead"] or (found["reason"] and index in sources[key]):
                 dead[key].add(index)
                 if dead[key].issuperset(sources[key]):
                     _skip(key, "no image has a place for it", config, skipped)
-                    del sources[key]
+                    del sources[key], texts[key]
         other = images[owners.setdefault(found["uid"] or index, index)]
         if other.patient_id != images[index].patient_id:
             raise ValueError(
-                f"{other.path} and {images[index].path} are the same image, and yet of patients "
+                f"{other.name} and {images[index].name} are the same image, and yet of patients "
                 f"{other.patient_id} and {images[index].patient_id}; correct the source"
             )
 
     wanted = sorted({i for indexes in sources.values() for i in indexes})
-    for found in list(log.values()):
-        learn(found)
-    total = sum(config.counts[key] for key in todo)
-    left = sum(map(len, todo.values()))
-    for key, patches in todo.items():
-        for patch in patches:
-            send(key, int(patch), 0)
+    visits = out / "work" / "visits.jsonl"
+    for found in _read_lines(visits):
+        learn(found, lambda *row: _is_stored(out, config.patch_size, *row))
+    for key in list(sources):
+        for patch in [i for i, text in enumerate(texts[key]) if text is None]:
+            send(key, patch, 0)
+    left = sum(map(len, pending.values()))
+    total = sum(map(len, texts.values()))
     with (
-        open(out / "work" / "images.jsonl", "a", encoding="utf-8") as lines,
+        open(visits, "a", encoding="utf-8") as lines,
         progress(total, "patches", done=total - left) as advance,
         _pool(workers, images, config, out) as pool,
     ):
@@ -1034,32 +962,31 @@ def _cut(
                 while queue and len(running) < 2 * workers:
                     index, tasks = queue.popleft(), []
                     for key, patch, attempt in pending.pop(index, []):
-                        if index in dead.get(key, ()):
+                        if index in dead[key]:
                             send(key, patch, attempt + 1)
                         else:
                             tasks.append((key, patch, attempt))
                     if tasks or index not in log:
-                        running[pool.submit(_visit, index, tasks)] = index, len(tasks)
+                        running[pool.submit(_visit, index, tasks)] = index
                 done, _ = concurrent.futures.wait(running, return_when="FIRST_COMPLETED")
                 for future in done:
-                    index, tasks = running.pop(future)
                     try:
                         found = future.result()
                     except concurrent.futures.process.BrokenProcessPool:
-                        at = [images[i].path for i, _ in [(index, 0), *running.values()]]
+                        names = ", ".join(images[i].name for i in running.values())
                         raise ValueError(
-                            f"a worker process died at one of {', '.join(at)}; leave the damaged "
-                            "one out, or give fewer --workers if the memory was too small"
+                            f"a worker process died at one of {names}; leave the damaged one out, "
+                            "or give fewer --workers if the memory was too small"
                         ) from None
+                    del running[future]
                     failed = found.pop("failed")
                     lines.write(json.dumps(found) + "\n")
                     lines.flush()
-                    _remember(log, found)
-                    learn(found)
+                    learn(found, lambda *_: True)
                     for key, patch, attempt in failed:
                         send(key, patch, attempt + 1)
-                    advance(tasks - len(failed))
-    return log
+                    advance(len(found["rows"]))
+    return log, texts
 
 
 @contextlib.contextmanager
@@ -1079,195 +1006,154 @@ def _pool(workers: int, *work: object) -> Iterator[concurrent.futures.Executor]:
             raise
 
 
-def _stores(sources: dict, config: PrepareConfig, out: Path) -> dict[str, np.ndarray]:
-    """Make room for every patch, or check what an interrupted run left: patches still to cut."""
-    size = 2 * config.patch_size**2
-    sizes = {}
-    for key in sources:
-        shape = (config.counts[key], config.patch_size, config.patch_size)
-        sizes[out / "patches" / f"{key}.npy"] = NPY_HEADER + shape[0] * size
-        sizes[out / "work" / f"{key}.records"] = shape[0] * RECORD.itemsize
-    needed = sum(sizes.values()) + 200 * sum(config.counts[key] for key in sources)
-    there = sum(path.stat().st_blocks * 512 for path in sizes if path.exists())
-    free = shutil.disk_usage(out).free
-    if needed - there > free:
+def _make_room(sources: dict, config: PrepareConfig, out: Path) -> None:
+    """Files for every patch of `sources`, their whole size reserved. Raises ValueError, OSError."""
+    shapes = {key: (config.counts[key], config.patch_size, config.patch_size) for key in sources}
+    sizes = {key: NPY_HEADER + 2 * math.prod(shape) for key, shape in shapes.items()}
+    paths = {key: out / "patches" / f"{key}.npy" for key in sources}
+    there = {
+        key for key in sources if paths[key].exists() and paths[key].stat().st_size == sizes[key]
+    }
+    needed = sum(sizes[key] for key in sources if key not in there)
+    needed += 500 * sum(config.counts[key] for key in sources)  # indexes and the work folder
+    if needed > (free := shutil.disk_usage(out).free):
         raise ValueError(
-            f"{out}: the patch set needs {(needed - there) / 1e9:.1f} GB and {free / 1e9:.1f} GB "
-            "are free; make room, or lower --count"
+            f"{out}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room or lower "
+            "--count"
         )
-    todo = {}
-    for key in sources:
-        store, records = out / "patches" / f"{key}.npy", out / "work" / f"{key}.records"
-        shape = (config.counts[key], config.patch_size, config.patch_size)
-        for path in (store, records):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists() and path.stat().st_size == sizes[path]:
-                continue
-            with open(path, "wb") as file:
-                if path is store:
-                    header = {"descr": "<u2", "fortran_order": False, "shape": shape}
-                    np.lib.format.write_array_header_1_0(file, header)
-                    assert file.tell() == NPY_HEADER
-                file.flush()
-                os.posix_fallocate(file.fileno(), 0, sizes[path])  # a full disk shows here
-        found = np.fromfile(records, RECORD)
-        done = np.flatnonzero(found["checksum"])
-        with open(store, "rb") as file, progress(len(done), f"checking {key}") as advance:
-            for patch in done:
-                file.seek(NPY_HEADER + int(patch) * size)
-                if found["checksum"][patch] != _checksum(found[patch], file.read(size)):
-                    found["checksum"][patch] = 0
-                advance(1)
-        todo[key] = np.flatnonzero(found["checksum"] == 0)
-    return todo
+    (out / "work").mkdir(exist_ok=True)
+    for key in sources.keys() - there:
+        paths[key].parent.mkdir(parents=True, exist_ok=True)
+        with open(paths[key], "wb") as file:
+            header = {"descr": "<u2", "fortran_order": False, "shape": shapes[key]}
+            np.lib.format.write_array_header_1_0(file, header)
+            assert file.tell() == NPY_HEADER
+            file.flush()
+            os.posix_fallocate(file.fileno(), 0, sizes[key])
 
 
-def _remember(log: dict[int, dict], found: dict) -> None:
-    dead = log.get(found["image"], {"dead": []})["dead"]
-    log[found["image"]] = found | {"dead": sorted({*dead, *found["dead"]})}
+def _read_lines(path: Path) -> Iterator[dict]:
+    """The visits of earlier runs, without a line that a kill cut off."""
+    if path.exists():
+        with open(path, "a+", encoding="utf-8") as file:
+            file.write("\n")  # a cut line stays by itself
+            file.seek(0)
+            for line in file:
+                with contextlib.suppress(json.JSONDecodeError):
+                    yield json.loads(line)
 
 
-def _read_log(path: Path) -> dict[int, dict]:
-    """What earlier runs found at each image; a line that a kill cut off is dropped."""
-    log = {}
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            found = json.loads(line)
-            _remember(log, found)
-    with replace_file(path, "w") as file:
-        file.writelines(json.dumps(found) + "\n" for found in log.values())
-    return log
+def _is_stored(out: Path, size: int, key: str, patch: int, text: str, checksum: int) -> bool:
+    """Whether the patch of an index row is on the disk as it was cut."""
+    body = os.pread(_store(out, key), 2 * size**2, NPY_HEADER + patch * 2 * size**2)
+    return zlib.crc32(body, zlib.crc32(text.encode())) == checksum
 
 
 def _finish(
     images: list[_Image],
-    sources: dict[str, list[int]],
     config: PrepareConfig,
     out: Path,
     log: dict[int, dict],
+    texts: dict[str, list],
     skipped: dict[str, str],
     hide: Callable[[str], str],
     notes: Sequence[str],
 ) -> None:
-    """Write the tables from the records, then mark the patch set whole."""
-    used = set()
-    for key in config.counts:
-        path = out / "patches" / f"{key}.npy"
-        if key not in sources:
-            path.unlink(missing_ok=True)  # its last place turned out to be none
-            continue
-        with open(path, "rb") as file:
+    """Write the tables, then mark the patch set whole."""
+    for key in skipped:
+        (out / "patches" / f"{key}.npy").unlink(missing_ok=True)  # no place turned out to be one
+    for key, rows in texts.items():
+        with open(out / "patches" / f"{key}.npy", "rb") as file:
             os.fsync(file.fileno())
-        records = np.fromfile(out / "work" / f"{key}.records", RECORD)
-        used |= set(records["image"].tolist())
-        rows = (
-            (
-                *(patch, log[int(r["image"])]["uid"], hide(images[r["image"]].patient_id)),
-                *(*r["window"], f"{r['scale']:.6f}", r["flip"], r["rotation"]),
-                *(patch_seed(config.seed, key, patch), f"{r['tissue']:.4f}"),
-                *(r["bbox"] if key[-6:] != "normal" else ("",) * 4),
-            )
-            for patch, r in enumerate(records)
+        lines = (
+            (patch, log[index]["uid"], images[index].patient_id, *text.split(","))
+            for patch, (index, text) in enumerate(rows)
         )
-        write_table(path.with_suffix(".csv"), INDEX_COLUMNS, rows)
-    excluded = []
+        write_table(out / "patches" / f"{key}.csv", INDEX_COLUMNS, lines)
+    used = {index for rows in texts.values() for index, _ in rows}
+    excluded, same = [], defaultdict(list)
     for index, image in enumerate(images):
-        found = log.get(index)
-        if found is None:
-            reason = "no class is cut from its findings"
-        elif found["reason"]:
-            reason = found["reason"]
-            for text in (image.path, os.path.basename(image.path)):
-                reason = reason.replace(text, hide(text))
-        elif index in used:
-            continue
-        elif found["dead"]:
-            reason = f"no window with {config.min_tissue:.0%} breast tissue for its classes"
-        else:
-            reason = "usable; no patch happened to be drawn from it"
-        excluded.append((hide(image.path), reason))
+        found = log.get(index, {"reason": "no class is cut from its findings", "uid": ""})
+        same[found["uid"] or index].append(image.name)
+        reason, path = found["reason"], image.rows[0].image_path
+        if not reason and found["dead"]:
+            reason = (
+                f"no window holds {config.min_tissue:.0%} breast tissue, for {found['dead'][0]}"
+            )
+        if index not in used:
+            reason = reason.replace(path, image.name).replace(os.path.basename(path), image.name)
+            excluded.append((image.name, reason or "usable; no patch happened to be drawn from it"))
     write_table(out / "excluded.csv", ("image_path", "reason"), excluded)
-    patients = {hide(image.patient_id): image.split for image in images}
-    write_table(out / "splits.csv", ("patient_id", "split"), sorted(patients.items()))
+    splits = {image.patient_id: image.split for image in images}
+    write_table(out / "splits.csv", ("patient_id", "split"), sorted(splits.items()))
     lines = (
         (
-            *(hide(image.path), hide(image.patient_id), row.laterality, row.view),
-            *(row.finding, row.pathology, *(row.bbox or ("",) * 4)),
+            *(image.name, image.patient_id, row.laterality, row.view, row.finding, row.pathology),
+            *(row.bbox or ("",) * 4),
             *(hide(row.mask_path) if row.mask_path else "", *(row.spacing_mm or ("",) * 2)),
             image.split,
         )
-        for image in (images[i] for i in sorted(used))
+        for image in (images[index] for index in sorted(used))
         for row in image.rows
     )
     write_table(out / "manifest.csv", MANIFEST_COLUMNS + MANIFEST_OPTIONAL, lines)
-    same = defaultdict(list)
-    for index in sorted(log):
-        same[log[index]["uid"] or index].append(hide(images[index].path))
-    duplicates = [paths for paths in same.values() if len(paths) > 1]
-    for paths in duplicates:
-        click.echo(f"the same image under {len(paths)} names: {', '.join(paths)}", err=True)
+    duplicates = [names for names in same.values() if len(names) > 1]
+    for names in duplicates:
+        click.echo(f"the same image under {len(names)} names: {', '.join(names)}", err=True)
     click.echo(f"{len(excluded)} of {len(images)} images gave no patch: excluded.csv", err=True)
     finish_folder(
         out,
-        counts={key: config.counts[key] for key in sources},
+        counts={key: len(rows) for key, rows in texts.items()},
         skipped=skipped,
         images={"used": len(used), "excluded": len(excluded)},
-        patients={s: sum(split == s for split in patients.values()) for s in SPLITS},
+        patients={split: list(splits.values()).count(split) for split in SPLITS},
         duplicates=duplicates,
         notes=list(notes),
     )
 
 
-def contact_sheet(
-    images: list[_Image], config: PrepareConfig, out: Path, number: int, hide: Callable[[str], str]
-) -> None:
+def contact_sheet(images: list[_Image], config: PrepareConfig, out: Path, number: int) -> None:
     """`out/qc.png`: images with mask outline, lesion boxes and patch windows drawn in."""
-    import matplotlib.figure  # half a second that only this function needs
+    import matplotlib.figure  # half a second, and only here
+    import matplotlib.patches
 
     colours = dict(zip(CLASSES, ("cyan", "red", "orange", "magenta", "yellow"), strict=True))
-    kept = set(read_table(out / "manifest.csv", ("image_path",))["image_path"])
-    images = [image for image in images if hide(image.path) in kept]
+    kept = set(read_table(out / "manifest.csv", ("image_path",))["image_path"].tolist())
+    images = [image for image in images if image.name in kept]
     images = [images[i] for i in np.unique(np.linspace(0, len(images) - 1, number).astype(int))]
     windows = defaultdict(list)
     for key in read_json(out / "config.json")["counts"]:
-        columns = ("image_uid", "row0", "col0", "row1", "col1")
-        for row in zip(*read_table(out / "patches" / f"{key}.csv", columns).values(), strict=True):
-            windows[row[0]].append((key.split("/")[1], *map(int, row[1:])))
+        table = read_table(out / "patches" / f"{key}.csv", INDEX_COLUMNS[1:2] + INDEX_COLUMNS[3:7])
+        for uid, *window in zip(*table.values(), strict=True):
+            windows[uid].append((colours[key.split("/")[1]], 0.7, map(float, window)))
     across = min(4, len(images))
-    down = -(-len(images) // across)
-    figure = matplotlib.figure.Figure(figsize=(4 * across, 4.6 * down), layout="constrained")
-    for axes, image in zip(figure.subplots(down, across, squeeze=False).flat, images, strict=False):
-        found = _Field(image, config)
-        height, width = found.display.shape
-        step = max(height, width) // 900 + 1
+    figure = matplotlib.figure.Figure((4 * across, 4.6 * -(-len(images) // across)), dpi=100)
+    for place, image in enumerate(images):
+        field, first = _Field(image, config), image.rows[0]
+        (height, width), step = field.display.shape, max(field.display.shape) // 900 + 1
+        axes = figure.add_subplot(-(-len(images) // across), across, place + 1)
+        axes.imshow(field.display[::step, ::step], cmap="gray", extent=(0, width, height, 0))
+        outline = breast_mask(field.display)[::step, ::step]
         rows, cols = np.arange(0, height, step), np.arange(0, width, step)
-        axes.imshow(found.display[::step, ::step], cmap="gray", extent=(0, width, height, 0))
-        outline = breast_mask(found.display)[::step, ::step]
         axes.contour(cols, rows, outline, [0.5], colors="lime", linewidths=0.8)
-        for name, *window in windows[found.uid][:: len(windows[found.uid]) // 12 + 1]:
-            axes.add_patch(_rectangle(window, edgecolor=colours[name], linewidth=0.7))
+        shown = windows[field.uid][:: len(windows[field.uid]) // 12 + 1]
         for row in image.rows:
-            if row.bbox:
-                colour = colours.get(f"{row.pathology}_{row.finding}", "white")
-                axes.add_patch(_rectangle(row.bbox, edgecolor=colour, linewidth=2))
-        axes.set_aspect(found.side[1] / found.side[0])
-        axes.set_title(
-            f"{found.uid}  {image.split}  {image.rows[0].laterality} {image.rows[0].view}  "
-            f"{len(windows[found.uid])} patches",
-            fontsize=8,
-        )
-        axes.set_axis_off()
-    lines = [matplotlib.lines.Line2D([], [], color=colours[name], label=name) for name in CLASSES]
-    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), fontsize=9)
+            colour = colours.get(f"{row.pathology}_{row.finding}", "white")
+            shown += [(colour, 2, row.bbox)] if row.bbox else []
+        for colour, line, (row0, col0, row1, col1) in shown:
+            box = matplotlib.patches.Rectangle((col0, row0), col1 - col0, row1 - row0)
+            box.set(fill=False, edgecolor=colour, linewidth=line)
+            axes.add_patch(box)
+        count = f"{len(windows[field.uid])} patches, {len(shown)} boxes drawn"
+        title = f"{field.uid}  {image.split}  {first.laterality} {first.view}  {count}"
+        axes.set(title=title, aspect=field.side[1] / field.side[0], xticks=[], yticks=[])
+        axes.title.set_fontsize(7)
+    text = "lime: breast mask; thick: lesion boxes; thin: patch windows; "
+    text += ", ".join(f"{name} {colour}" for name, colour in colours.items())
+    figure.suptitle(text, fontsize=8)
+    figure.tight_layout()
     with replace_file(out / "qc.png") as file:
-        figure.savefig(file, format="png", dpi=100)
-
-
-def _rectangle(bbox: Sequence[float], **style: object):
-    import matplotlib.patches
-
-    row0, col0, row1, col1 = bbox
-    return matplotlib.patches.Rectangle((col0, row0), col1 - col0, row1 - row0, fill=False, **style)
+        figure.savefig(file, format="png")
 
 
 # --- Patch sets: reading ---
@@ -1283,15 +1169,13 @@ def patch_config(data: Path) -> dict:
         )
     if found.get("complete") is not True:
         raise ValueError(f"{data}: not finished; run the same prepare command again")
-    try:
-        size, keys = int(found["config"]["patch_size"]), dict(found["counts"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{data}/config.json: damaged ({error}); run prepare again") from None
-    if size < 1 or not all(key in KEYS for key in keys):
-        raise ValueError(
-            f"{data}/config.json: damaged (patch_size {size}, {keys}); run prepare again"
-        )
-    return found["config"] | {"held": keys, "fingerprint": fingerprint(data)}
+    config, counts = found["config"], found.get("counts")
+    sizes = [config.get("patch_size"), *(counts.values() if isinstance(counts, dict) else [None])]
+    if not all(isinstance(size, int) and size > 0 for size in sizes) or not counts.keys() <= {
+        *KEYS
+    }:
+        raise ValueError(f"{data}/config.json: damaged (patch_size or counts); run prepare again")
+    return config | {"held": counts, "fingerprint": fingerprint(data)}
 
 
 def fingerprint(data: Path) -> str:
