@@ -55,7 +55,7 @@ def patient(seed: int, number: int) -> Patient:
     depth, half = rng.uniform(66, 92), rng.uniform(56, 72)
     body = float(rng.choice(SPACINGS)), depth, half, rng.uniform(-1, 1)
     place = "LR"[rng.integers(2)], rng.uniform(0.3, 0.65) * depth, rng.uniform(-0.4, 0.4) * half
-    contrast = rng.uniform(0.16, 0.28) if finding == "mass" else rng.uniform(0.28, 0.46)
+    contrast = rng.uniform(0.19, 0.32) if finding == "mass" else rng.uniform(0.28, 0.46)
     return Patient(*body, finding, pathology, *place, rng.uniform(8, 14), contrast)
 
 
