@@ -420,7 +420,7 @@ def _warnings(facts: dict) -> list[str]:
 
 # --- Reinsertion into full mammograms (§4 "As a future step", F7; Figure 3) ---
 
-TRIES_PER_LESION = 20  # ours, as ATTEMPTS_PER_SAMPLE
+TRIES_PER_LESION = 100  # ours
 CATEGORIES = {
     "mass": "synthetic mass",
     "calcification": "synthetic calcification",
@@ -434,7 +434,7 @@ def synthesize_images(
     out: Path,
     at: Sequence[tuple[int, int]] = (),
     lesions: int = 1,
-    strip: int = 0,
+    strip: int = 1,
     component: str = "largest",
     seed: int = 0,
     device: str = "auto",
@@ -444,11 +444,13 @@ def synthesize_images(
 
     files: mammograms, or manifests (.csv) whose images are meant and whose spacing overrides
     at: centres of patches in stored pixels, a lesion each; else `lesions` random places that
-        satisfy the 90% rule; else a row of `strip` contiguous patches (Figure 3)
+        satisfy the 90% rule; or one row of `strip` contiguous patches (Figure 3)
     """
-    if strip and (at or lesions != 1):
-        raise ValueError("--strip: chooses its own places; leave out --at and --lesions")
+    if (strip > 1) + bool(at) + (lesions > 1) > 1:
+        raise ValueError("--at, --lesions, --strip: each says how many lesions; give one of them")
     synth = Synthesizer(gan, device, "", {"component": component, **options})
+    if strip > 1:  # Figure 3 shows a lesion on every patch, of whatever size
+        synth.options["min_area_frac"] = options.get("min_area_frac") or 0.0
     images, failed = _named(files), []
     config = {"images": list(images), "at": [list(map(int, place)) for place in at]}
     config |= {"lesions": lesions, "strip": strip, "seed": seed, **synth.config}
@@ -467,14 +469,14 @@ def synthesize_images(
                     m.spacing_mm = spacing_mm or m.spacing_mm
                     display, placed = insert_lesions(synth, m, at, lesions, strip, seed)
                     note = _write_image(out / name, m, display, placed, *made)
-                    if strip:
+                    if strip > 1:
                         _save(_strip_figure(m, display, placed), out / f"{name}_figure3.png")
                 except (ValueError, OSError) as error:
                     failed.append((str(file), str(error).removeprefix(f"{file}: ")))
                     click.echo(f"{file}: failed: {failed[-1][1]}", err=True)
                 else:
                     image = {"id": number, "file_name": f"{name}_synthetic.png"}
-                    write_json(part, {"image": image, "placed": placed})
+                    write_json(part, {"image": image})
                     click.echo(f"{file}: {len(placed)} x {CATEGORIES[synth.task]}{note}")
             advance()
         records = [read_json(part) for part in sorted(parts.glob("*.json"))]
@@ -491,44 +493,59 @@ def insert_lesions(
     m: mammogram.Mammogram,
     at: Sequence[tuple[int, int]] = (),
     lesions: int = 1,
-    strip: int = 0,
+    strip: int = 1,
     seed: int = 0,
 ) -> tuple[np.ndarray, list[dict]]:
     """New display image, equal to the old one wherever a weight is zero, and what was placed."""
     shape = window_shape(synth, m.spacing_mm)
     if (np.array(m.display.shape) < shape).any():
         raise ValueError(f"{_px(m.display.shape)}, smaller than a patch of {_px(shape)}")
-    tissue, key = breast_mask(m.display), (seed, int(m.image_uid, 16))
+    tissue = breast_mask(m.display)
+    fixed = [_centred(place, shape, tissue) for place in at]
+    # Corners of windows, or of `strip` windows side by side, that all hold 90% tissue
     valid = tissue_windows(tissue, shape)
-    places = [_centred(place, shape, tissue) for place in at]
-    if strip:
-        places = _strip(valid, shape, strip, draw(*key)[1])
+    span = max(valid.shape[1] - (strip - 1) * shape[1], 0)
+    valid = np.logical_and.reduce([valid[:, k * shape[1] :][:, :span] for k in range(strip)])
     display, placed = m.display.copy(), []
-    for k in range(len(places) or lesions):
-        for attempt in range(TRIES_PER_LESION):
-            _, rng = draw(*key, k, attempt)
-            row, col = places[k] if places else _choose(valid, rng, f"lesion {k + 1} of {lesions}")
-            window = slice(row, row + shape[0]), slice(col, col + shape[1])
-            patch = resize(display[window], (synth.side, synth.side))
-            lesion, isolated = synth.isolate(synth.lesions(patch[None], [rng])[0], rng)
-            if isolated is not None:
+    for k in range(len(fixed) or lesions):
+        if not fixed and not valid.any():
+            raise ValueError(f"no place with 90% tissue for {k + 1} x {strip} of {_px(shape)}")
+        for attempt in range(TRIES_PER_LESION * strip):
+            _, rng = draw(seed, int(m.image_uid, 16), k, attempt)
+            row, col = fixed[k] if fixed else _choose(valid, rng)
+            windows = [
+                (slice(row, row + shape[0]), slice(start, start + shape[1]))
+                for start in range(col, col + strip * shape[1], shape[1])
+            ]
+            patches = np.stack([resize(display[w], (synth.side, synth.side)) for w in windows])
+            found = [synth.isolate(lesion, rng) for lesion in synth.lesions(patches, [rng] * strip)]
+            if all(isolated is not None and not _is_cut(isolated) for _, isolated in found):
                 break
         else:
             raise ValueError(
-                f"no lesion accepted in {TRIES_PER_LESION} attempts, the last in the window of "
-                f"{_px(shape)} at row {row}, column {col}"
+                f"no lesion accepted in {attempt + 1} attempts, the last in the window of "
+                f"{_px(shape)} at row {row}, column {col}: too small (S5), or cut by its border"
             )
-        added = resize(isolated.weights * lesion, shape)
-        changed = np.clip(display[window] + added, -1, 1)
-        display[window] = np.where(added == 0, display[window], changed)
-        corners = np.array(isolated.bbox).reshape(2, 2) * shape / synth.side + (row, col)
-        bbox = np.concatenate([np.floor(corners[0]), np.ceil(corners[1])]).astype(int).tolist()
-        mask = resize(isolated.mask, shape) >= 0.5  # of the window
-        corner = (row, col, row + shape[0], col + shape[1])
-        placed.append({"window": corner, "bbox": bbox, "mask": mask})
-        near = (slice(max(p - n + 1, 0), p + n) for p, n in zip((row, col), shape, strict=True))
-        valid[tuple(near)] = False  # the next one does not overlap
+        for window, (lesion, isolated) in zip(windows, found, strict=True):
+            added = resize(isolated.weights * lesion, shape)
+            changed = np.clip(display[window] + added, -1, 1)
+            display[window] = np.where(added == 0, display[window], changed)
+            corner = window[0].start, window[1].start
+            ends = np.array(isolated.bbox).reshape(2, 2) * shape / synth.side + corner
+            bbox = [*np.floor(ends[0]), *np.ceil(ends[1])]  # half-open, in stored pixels
+            mask = np.zeros(display.shape, bool)
+            mask[window] = resize(isolated.mask, shape) >= 0.5
+            placed.append({"window": window, "bbox": list(map(int, bbox)), "mask": mask})
+        near = slice(max(row - shape[0] + 1, 0), row + shape[0])
+        valid[near, max(col - shape[1] + 1, 0) : col + shape[1]] = False  # no overlap
     return display, placed
+
+
+def _is_cut(isolated: IsolatedLesion) -> bool:
+    """Whether the object ends at the generator's zero frame: its straight edge would show."""
+    frame = BORDER_PX * len(isolated.mask) // 256
+    inner = isolated.mask[frame:-frame, frame:-frame]
+    return bool(inner[[0, -1]].any() or inner[:, [0, -1]].any())
 
 
 def window_shape(synth: Synthesizer, spacing_mm: tuple[float, float] | None) -> tuple[int, int]:
@@ -555,11 +572,9 @@ def _px(shape: Sequence[int]) -> str:
     return f"{shape[0]} x {shape[1]} px"
 
 
-def _choose(valid: np.ndarray, rng: np.random.Generator, what: str) -> tuple[int, int]:
+def _choose(valid: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
     """One top left corner, uniform among the valid ones."""
     spots = np.flatnonzero(valid)
-    if not len(spots):
-        raise ValueError(f"no place with 90% tissue for {what}")
     return divmod(int(spots[rng.integers(len(spots))]), valid.shape[1])
 
 
@@ -576,17 +591,6 @@ def _centred(place: tuple[int, int], shape: tuple[int, int], tissue: np.ndarray)
     if not tissue[tuple(place)]:
         raise ValueError(f"--at {place[0]} {place[1]}: outside the breast")
     return int(corner[0]), int(corner[1])
-
-
-def _strip(
-    valid: np.ndarray, shape: tuple[int, int], count: int, rng: np.random.Generator
-) -> list[tuple[int, int]]:
-    """Corners of `count` windows side by side, each with 90% tissue (Figure 3)."""
-    span = max(valid.shape[1] - (count - 1) * shape[1], 0)
-    side_by_side = [valid[:, k * shape[1] :][:, :span] for k in range(count)]
-    together = np.logical_and.reduce(side_by_side)
-    row, col = _choose(together, rng, f"{count} windows of {_px(shape)} side by side")
-    return [(row, col + k * shape[1]) for k in range(count)]
 
 
 def _named(files: Iterable[Path]) -> dict[str, tuple[Path, tuple[float, float] | None]]:
@@ -652,7 +656,7 @@ def tile(rows: Sequence[Sequence[np.ndarray]], mm_per_px: Sequence[float | None]
         for cell, mm in itertools.zip_longest(row, mm_per_px[: len(row)]):
             canvas.paste(Image.fromarray(cell), (left, top))
             if mm:
-                bar = max([b for b in BAR_MM if b / mm <= cell.shape[1] / 2], default=BAR_MM[0])
+                bar = max([b for b in BAR_MM if b / mm <= 0.35 * cell.shape[1]], default=BAR_MM[0])
                 end, y = left + bar / mm, top + len(cell) + 9
                 pen.rectangle((left, y - 1, end, y + 1), fill="black")
                 pen.text((end + 6, y), f"{bar} mm", fill="black", font=font, anchor="lm")
@@ -696,14 +700,15 @@ def _before_after(
         ImageDraw.Draw(whole[1]).rectangle((c0 - 1, r0 - 1, c1, r1), outline=(255, 200, 0))
     rows = [list(map(np.asarray, whole))]
     for image in (before, after):
-        rows.append([grey(image[r0:r1, c0:c1]) for r0, c0, r1, c1 in (p["window"] for p in placed)])
+        rows.append([grey(image[p["window"]]) for p in placed])
     return tile(rows, [])
 
 
 def _strip_figure(m: mammogram.Mammogram, display: np.ndarray, placed: list[dict]) -> Image.Image:
     """Figure 3: the strip of contiguous patches before (above) and after (below)."""
-    (row0, col0, row1, _), (*_, col1) = placed[0]["window"], placed[-1]["window"]
-    rows = [[grey(image[row0:row1, col0:col1])] for image in (m.display, display)]
+    rows = [
+        [grey(np.hstack([image[p["window"]] for p in placed]))] for image in (m.display, display)
+    ]
     return tile(rows, [m.spacing_mm and m.spacing_mm[1]])
 
 
