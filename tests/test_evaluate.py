@@ -2,11 +2,16 @@
 
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from scipy import ndimage
 
+import data
 import evaluate
+import models
 
 Y = [1] * 5 + [0] * 6
 S1 = [0.9, 0.8, 0.7, 0.55, 0.3, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
@@ -395,6 +400,120 @@ def test_detectable_difference_is_found_with_80_percent_power():
         a, b = correlated_scores(rng, y, clusters, 0.5)
         found += evaluate.clustered_test(y, a + more * y, b + less * y, clusters)[5] < 0.05
     assert found / 1500 == pytest.approx(0.8, abs=0.05)
+
+
+# --- The whole evaluation, on made-up patches and networks ---
+
+SIDE = 32
+
+
+def write_data(folder: Path, counts: dict[str, int], patients: int = 12) -> Path:
+    """A patch set: soft tissue, with a bright lump in every lesion patch."""
+    rng, index = np.random.default_rng(0), {}
+    names = {s: [f"{s}-{i:02d}" for i in range(patients)] for s in data.SPLITS}
+    for key, n in counts.items():
+        split, kind = key.split("/")
+        (folder / "patches" / split).mkdir(parents=True, exist_ok=True)
+        patch = 0.2 * ndimage.gaussian_filter(rng.normal(size=(n, SIDE, SIDE)), (0, 3, 3)) * 6
+        if kind != "normal":
+            lump = np.exp(-(((np.indices((SIDE, SIDE)) - 16) / 6) ** 2).sum(axis=0))
+            patch += rng.uniform(0.1, 0.7, (n, 1, 1)) * lump
+        np.save(folder / "patches" / f"{key}.npy", data.to_uint16(patch))
+        who = rng.integers(patients, size=n)
+        index[key] = [(i, f"{split}{w}-{i % 2}", names[split][w]) for i, w in enumerate(who)]
+        columns = ("patch", "image_uid", "patient_id")
+        data.write_table(folder / "patches" / f"{key}.csv", columns, index[key])
+    rows = [(name, split) for split, members in names.items() for name in members]
+    data.write_table(folder / "splits.csv", ("patient_id", "split"), rows)
+    config = {"patch_size": SIDE, "spacing_mm": 0.33, "seed": 0}
+    facts = {"command": "prepare", "config": config, "counts": counts, "complete": True}
+    data.write_json(folder / "config.json", facts)
+    return folder
+
+
+def write_set(folder: Path, patches: Path, task: str, control: str = "", n: int = 40) -> Path:
+    """A synthetic set: a lump added to (or, for removal, taken from) training patches."""
+    folder.mkdir()
+    kind = "malignant_mass" if task == "removal" else "normal"
+    source = np.load(patches / "patches" / "train" / f"{kind}.npy")[:n].astype(np.int32)
+    who = data.read_table(patches / "patches" / "train" / f"{kind}.csv", ("patient_id",))
+    lump = np.exp(-(((np.indices((SIDE, SIDE)) - 15) / 5) ** 2).sum(axis=0)) * 9000
+    combined = np.clip(source + (-1 if task == "removal" else 1) * lump, 0, 65535)
+    arrays = {"input": source.astype(np.uint16), "combined": combined.astype(np.uint16)}
+    arrays["lesion"] = arrays["combined"].astype(np.int32) - source
+    arrays["mask"] = np.broadcast_to(lump > 5000, source.shape)
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    rows = [(i, i, "u", p, i, 80, 9, 9, 20, 20) for i, p in enumerate(who["patient_id"][:n])]
+    data.write_table(folder / "index.csv", data.SYNTHETIC_COLUMNS, rows)
+    config = {"task": task, "control": control, "patch_size": SIDE, "n": n, "generator": "g" * 64}
+    config |= {"data": data.fingerprint(patches), "seed": 0}
+    facts = {"command": "synthesize", "config": config, "complete": True, "short": False}
+    facts |= {"attempts": 3 * n, "acceptance": 1 / 3, "area_median": 0.12, "strength": 0.2}
+    facts["warnings"] = []
+    data.write_json(folder / "config.json", facts)
+    return folder
+
+
+def write_run(folder: Path, patches: Path, proportion: float, sets=(), seed: int = 0) -> Path:
+    """A classifier run with random, but scaled, weights."""
+    folder.mkdir(parents=True)
+    torch.manual_seed(1000 * seed + int(100 * proportion) + len(sets))
+    model = models.classifier(width=16, blocks=(1, 1, 1, 1), weights="none")
+    x = torch.from_numpy(data.to_float(np.load(patches / "patches/train/malignant_mass.npy")))
+    z = torch.from_numpy(data.to_float(np.load(patches / "patches/train/normal.npy")))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for _ in range(8 + seed + int(10 * proportion)):
+        logits = model(torch.cat([x, z])[:, None])
+        y = torch.arange(len(logits)).lt(len(x)).long()
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(logits, y).backward()
+        optimizer.step()
+    model.fc.bias.data += torch.tensor([0.0, float(len(sets))])  # so that some patches rise
+    config = {"width": 16, "blocks": [1, 1, 1, 1], "preset": "tiny", "proportion": proportion}
+    config |= {"seed": seed, "data": data.fingerprint(patches)}
+    config["synthetic"] = [
+        {"fingerprint": s.fingerprint, "task": s.task, "control": s.control}
+        for s in map(data.open_synthetic, sets)
+    ]
+    facts = {"command": "train-cls", "config": config, "complete": True}
+    data.write_json(folder / "config.json", facts)
+    torch.save(
+        {"format": models.CHECKPOINT_FORMAT, "best": model.state_dict()}, folder / "checkpoint.pt"
+    )
+    return folder
+
+
+COUNTS = {"train/normal": 60, "train/malignant_mass": 60, "train/malignant_calcification": 40} | {
+    f"{split}/{kind}": 40
+    for split in ("val", "test")
+    for kind in ("normal", "malignant_mass", "malignant_calcification", "benign_mass")
+}
+
+
+def fake_world(folder: Path, seeds: int = 2) -> dict:
+    """Arguments of evaluate(): a patch set, a baseline, two regimes, a blob control, four sets."""
+    patches = write_data(folder / "data", COUNTS)
+    sets = [
+        write_set(folder / f"{task}{control}", patches, task, control)
+        for task, control in (
+            ("mass", ""),
+            ("calcification", ""),
+            ("removal", ""),
+            ("mass", "blob"),
+        )
+    ]
+    regimes = {"baseline": (0.5, ()), "aug-50": (0.5, sets[:3]), "aug-100": (1.0, sets[:3])}
+    for name, (p, used) in (regimes | {"blob": (0.5, sets[3:])}).items():
+        for k in range(seeds):
+            write_run(folder / name / f"seed-{k}", patches, p, used, k)
+    return {
+        "data": patches,
+        "baseline": folder / "baseline",
+        "augmented": [folder / name for name in ("blob", "aug-100", "aug-50")],
+        "synthetic": sets,
+        "skipped": [("25% w/ decay", "no time <left> & no money")],
+    }
 
 
 if __name__ == "__main__":  # the ten data sets for R, see PROC
