@@ -57,8 +57,8 @@ INDEX_COLUMNS = (
 )
 TRIES = 50  # scales and lesion pixels tried in an image before another is drawn, Q21
 DRAWS = 16  # corners drawn at once among those that can be valid; nine in ten are
-MASK_CELLS = 300  # cells along the longer side of a breast mask: below 1 mm
-BURNT_OUT = 0.96  # display value; what touches the border above it is film frame, not tissue
+MASK_CELLS = 200  # cells along the longer side of a breast mask: about 1 mm
+BURNT_OUT = 249  # of 255; what touches the border above it is film frame, not tissue
 SKIN_LEVEL = 0.35  # of the way from air to Otsu's threshold; set by eye on CBIS-DDSM
 NPY_HEADER = 128  # bytes before the first patch
 PSEUDONYM_KEY = "MAMGAN_PSEUDONYM_KEY"  # environment variable
@@ -412,46 +412,59 @@ def _image_size(path: str) -> tuple[int, int] | None:
 
 
 def _breast_cells(display: np.ndarray) -> tuple[np.ndarray, int]:
-    """Breast mask in cells of f x f pixels, and f: about 300 cells along the longer side.
+    """Breast mask in cells of f x f pixels, and f: about 200 cells along the longer side.
 
     Film: a white frame touches the border, air is a noisy grey, labels and scratches are small or
     thin. Digital: air is exactly -1. Both: tissue rises from air to skin within a few millimetres.
     """
-    step = -(-max(display.shape) // (3 * MASK_CELLS))
-    if min(display.shape) < 48 * step:
+    step = -(-max(display.shape) // (2 * MASK_CELLS))
+    if min(display.shape) < 32 * step:
         raise NotUsable(f"{display.shape} pixels are too few or too narrow for a breast")
-    grey = np.asarray(Image.fromarray(display[::step, ::step].copy()).reduce(3))
-    burnt, _ = ndimage.label(grey > BURNT_OUT)
-    border = np.unique(np.concatenate([burnt[0], burnt[-1], burnt[:, 0], burnt[:, -1]]))
-    frame = ndimage.maximum_filter(np.isin(burnt, border[border > 0]), size=5)
+    rows, cols = (n // (2 * step) * 2 * step for n in display.shape)
+    fine = display[:rows:step, :cols:step]
+    grey = fine[::2, ::2] + fine[1::2, ::2] + fine[::2, 1::2] + fine[1::2, 1::2]
+    grey = ((grey + 4) * (255 / 8)).astype(np.uint8)
+    frame = ndimage.maximum_filter(_touching_border(grey > BURNT_OUT), size=5)
     # Otsu's threshold parts air from tissue; the skin line lies nearer to air.
-    counts, edges = np.histogram(grey[~frame], bins=256, range=(-1, 1))
-    below, moment = counts.cumsum(), (counts * edges[1:]).cumsum()
+    counts = np.bincount(grey[~frame], minlength=256)
+    below, moment = counts.cumsum(), (counts * np.arange(256)).cumsum()
     apart = (moment[-1] * below - moment * below[-1]) ** 2.0
-    otsu = edges[1 + (apart / np.maximum(below * (below[-1] - below), 1)).argmax()]
-    air = np.median(grey[~frame & (grey <= otsu)]) if (~frame & (grey <= otsu)).any() else -1.0
+    otsu = int((apart / np.maximum(below * (below[-1] - below), 1)).argmax())
+    air = np.searchsorted(below, below[otsu] / 2)  # the median below
     tissue = ~frame & (grey > air + SKIN_LEVEL * (otsu - air))
     # The largest object once thin bridges to labels, scratches and film borders are cut.
-    core, objects = ndimage.label(ndimage.minimum_filter(tissue, size=9, mode="constant"))
+    core, objects = ndimage.label(ndimage.minimum_filter(tissue, size=7, mode="constant"))
     if not objects:
         raise NotUsable("no breast found: nothing large is brighter than air")
     core = core == 1 + np.bincount(core.ravel())[1:].argmax()
-    breast = ndimage.binary_fill_holes(ndimage.maximum_filter(core, size=11) & tissue)
-    share, contrast = breast.mean(), np.median(grey[breast]) - air
-    box = breast[np.ix_(breast.any(axis=1), breast.any(axis=0))]
-    if not (0.02 < share < 0.97 and contrast > 0.1 and box.mean() > 0.35):
+    breast = ndimage.maximum_filter(core, size=9) & tissue
+    breast |= ~(breast | _touching_border(~breast))  # holes filled
+    share, contrast = breast.mean(), (np.median(grey[breast]) - air) / 255
+    box = breast[np.ix_(breast.any(axis=1), breast.any(axis=0))].mean()
+    if not (0.02 < share < 0.97 and contrast > 0.05 and box > 0.35):
         raise NotUsable(
             f"breast mask fails its checks: {share:.0%} of the image (expected 2% to 97%), "
-            f"{contrast:.2f} brighter than air (0.1), fills {box.mean():.0%} of its box (35%)"
+            f"{contrast:.0%} brighter than air (5% or more), fills {box:.0%} of its box (35%)"
         )
-    return breast, 3 * step
+    return breast, 2 * step
+
+
+def _touching_border(mask: np.ndarray) -> np.ndarray:
+    """The objects of a bool mask that touch the image border."""
+    labels, objects = ndimage.label(mask)
+    keep = np.zeros(objects + 1, bool)
+    for line in (labels[0], labels[-1], labels[:, 0], labels[:, -1]):
+        keep[line] = True
+    keep[0] = False
+    return keep[labels]
 
 
 def breast_mask(display: np.ndarray) -> np.ndarray:
     """Bool (H, W): the largest object that is tissue, holes filled. Raises NotUsable."""
     cells, f = _breast_cells(display)
-    height, width = display.shape
-    return cells.repeat(f, axis=0).repeat(f, axis=1)[:height, :width]
+    whole = np.zeros(display.shape, bool)
+    whole[: f * len(cells), : f * cells.shape[1]] = cells.repeat(f, axis=0).repeat(f, axis=1)
+    return whole
 
 
 def tissue_windows(
@@ -489,9 +502,9 @@ class Tissue:
 
     def share(self, row: np.ndarray, col: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """Tissue fraction of windows of `size` (h, w)."""
-        (h, w), at = size, self.before
-        inside = at(row + h, col + w) - at(row, col + w) - at(row + h, col) + at(row, col)
-        return inside / (h * w)
+        (top, bottom), (left, right) = (row, row + size[0]), (col, col + size[1])
+        at = self.before(np.array([[top, top], [bottom, bottom]]), np.array([[left, right]] * 2))
+        return (at[1, 1] - at[0, 1] - at[1, 0] + at[0, 0]) / (size[0] * size[1])
 
     def draw(
         self,
@@ -499,8 +512,8 @@ class Tissue:
         size: tuple[int, int],
         span: tuple[int, int, int, int] | None = None,
         forbidden: Sequence[tuple[int, int, int, int]] = (),
-    ) -> tuple[int, int] | None:
-        """A corner, or None when none is valid: the window lies in the image and is >= 90% tissue.
+    ) -> tuple[int, int, float] | None:
+        """A corner and its window's tissue; None when no window in the image is >= 90% tissue.
 
         `span` and `forbidden`: rectangles of corners that are allowed and that are not.
         """
@@ -517,21 +530,23 @@ class Tissue:
         for a0, b0, a1, b1 in forbidden:
             a0, b0 = max(-(-a0 // f) - q0, 0), max(-(-b0 // f) - p0, 0)
             possible[a0 : max(a1 // f - q0, 0), b0 : max(b1 // f - p0, 0)] = False
-        q, p = np.nonzero(possible)
-        if not q.size:
+        blocks = np.flatnonzero(possible)
+        if not blocks.size:
             return None
-        every = q.size * f * f
+        every = blocks.size * f * f
         for draw in (lambda: rng.integers(every, size=DRAWS), lambda: rng.permutation(every)):
             block, corner = np.divmod(draw(), f * f)
-            row, col = (q0 + q[block]) * f + corner // f, (p0 + p[block]) * f + corner % f
+            q, p = np.divmod(blocks[block], p1 - p0)
+            row, col = (q0 + q) * f + corner // f, (p0 + p) * f + corner % f
             ok = (row0 <= row) & (row < row1) & (col0 <= col) & (col < col1)
             for a0, b0, a1, b1 in forbidden:
                 ok &= (row < a0) | (row >= a1) | (col < b0) | (col >= b1)
             row, col = row[ok], col[ok]
-            ok = self.share(row, col, size) >= self.min_tissue - 1e-9
+            share = self.share(row, col, size)
+            ok = share >= self.min_tissue - 1e-9
             if ok.any():
                 first = ok.argmax()
-                return int(row[first]), int(col[first])
+                return int(row[first]), int(col[first]), float(share[first])
         return None
 
 
@@ -711,7 +726,7 @@ class _Field:
         return pixels
 
     def place(self, key: str, rng: np.random.Generator) -> dict | None:
-        """Window, scale, flip, rotation and lesion of a patch; None when 50 tries find no place."""
+        """Window, tissue, scale, flip, rotation and lesion; None when 50 tries find no place."""
         lesions, lesion = self.image.classes[key], None
         for _ in range(TRIES):
             scale = rng.uniform(*self.config.scale) if self.augment else 1.0
@@ -722,7 +737,7 @@ class _Field:
                     (r0 - down - h + 1, c0 - across - w + 1, r1 + down, c1 + across)
                     for r0, c0, r1, c1 in (_whole(row.bbox) for row in lesions)
                 ]
-                corner = self.tissue.draw(rng, (h, w), forbidden=away)
+                found = self.tissue.draw(rng, (h, w), forbidden=away)
             else:  # P8: a pixel of the lesion, of its box without a mask; then an offset, Q23
                 lesion = lesions[int(rng.integers(len(lesions)))]
                 if lesion in self.masks:
@@ -730,10 +745,12 @@ class _Field:
                 else:
                     row0, col0, row1, col1 = _whole(lesion.bbox)
                     row, col = int(rng.integers(row0, row1)), int(rng.integers(col0, col1))
-                corner = self.tissue.draw(rng, (h, w), (row - h + 1, col - w + 1, row + 1, col + 1))
-            if corner:
+                found = self.tissue.draw(rng, (h, w), (row - h + 1, col - w + 1, row + 1, col + 1))
+            if found:
+                row, col, share = found
                 return {
-                    "window": (*corner, corner[0] + h, corner[1] + w),
+                    "window": (row, col, row + h, col + w),
+                    "tissue": share,
                     "scale": scale,
                     "flip": int(rng.integers(2)) if self.augment else 0,
                     "rotation": 90 * int(rng.integers(4)) if self.augment else 0,
@@ -808,11 +825,9 @@ def _visit(index: int, tasks: list[tuple[str, int, int]]) -> dict:
             found["failed"].append((key, patch, attempt))
             continue
         pixels, bbox = field.cut(place)
-        row0, col0, row1, col1 = place["window"]
-        share = field.tissue.share(row0, col0, (row1 - row0, col1 - col0))
         numbers = f"{place['scale']:.6f}", place["flip"], place["rotation"]
         seed = patch_seed(config.seed, key, patch)
-        row = (*place["window"], *numbers, seed, f"{share:.4f}", *(bbox or ("",) * 4))
+        row = (*place["window"], *numbers, seed, f"{place['tissue']:.4f}", *(bbox or ("",) * 4))
         text, body = ",".join(map(str, row)), np.ascontiguousarray(pixels).tobytes()
         os.pwrite(_store(_worker["out"], key), body, NPY_HEADER + patch * len(body))
         found["rows"].append((key, patch, text, zlib.crc32(body, zlib.crc32(text.encode()))))
