@@ -239,7 +239,7 @@ class GanConfig:
     g_lr: float = 1e-5  # T1
     d_lr: float = 1e-5
     g_updates_mass: int = 2  # generator updates per D update for masses (T2); otherwise 1
-    gp_noise: str = "uniform"  # delta ~ U(0, 1) (L4), or "std": half the batch's std times it (Q15)
+    gp_noise: str = "uniform"  # delta ~ U(0, 1) (L4), or "std": times half the patch's std (Q15)
     g_average: float = 0.0  # decay of the average of G's weights that is used; 0 = none, Q11
     bfloat16: bool = True  # on a GPU: autocast; the CPU always computes in float32
     channels_last: bool = True  # layout of images and weights; another order of the same sums
@@ -401,7 +401,7 @@ class Watch:
             ),
             "the lesions cover the patch": (
                 row["lesion_share"] > 0.7,
-                "early this is usual; later lower --g-lr or raise --d-lr",
+                "no lesion is local: lower --g-lr or raise --d-lr",
             ),
             "the lesions ignore their input": (
                 row["spread_x"] < 0.1 * abs(row["lesion_mean"]) or row["dead_units"] > 0.8,
@@ -409,8 +409,11 @@ class Watch:
                 "another --seed or a lower --g-lr",
             ),
         }
+        grown = row["side"] == self.x.shape[-1] and row["alpha"] == 1
         self.lasting = {
-            name: self.lasting.get(name, 0) + 1 for name, (present, _) in signs.items() if present
+            name: self.lasting.get(name, 0) + 1
+            for name, (present, _) in signs.items()
+            if present and grown  # before that, each of them is usual
         }
         for name, rows in self.lasting.items():
             if rows == LASTING:
@@ -463,7 +466,8 @@ def train_gan(config: GanConfig, data: Path, run: Path, device: torch.device) ->
         world = stack.enter_context(join_world(device))
         if config.batch_size % world.size:
             raise ValueError(
-                f"--batch-size {config.batch_size}: must divide by {world.size} processes"
+                f"--batch-size {config.batch_size}: found {world.size} processes; expected a batch "
+                "that they share evenly"
             )
         batches = Batches(config, data, world, pinned=device.type == "cuda")
         stack.callback(batches.reader.shutdown)
@@ -513,7 +517,7 @@ def train_gan(config: GanConfig, data: Path, run: Path, device: torch.device) ->
             delta = torch.empty(B * world.size, *real.shape[1:], device=device)
             delta = world.share(delta.uniform_(0, 1, generator=rng))
             if config.gp_noise == "std":
-                delta *= 0.5 * real.std()
+                delta *= 0.5 * real.std(dim=(1, 2, 3), keepdim=True)
 
             # D: four classes at once, then the penalty on the real ones (L3, L4)
             with torch.no_grad(), autocast:

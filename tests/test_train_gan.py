@@ -1,0 +1,439 @@
+"""§2 Training details, Progressive growing: the loop's bookkeeping, resume, processes, warnings."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import models
+import train
+from train import GAN_PRESETS, Batches, GanConfig, World, growth, train_gan
+
+CPU = torch.device("cpu")
+TINY = GanConfig(  # every stage of growth in seconds
+    patch_size=64,
+    g_base=2,
+    g_center=8,
+    d_base=2,
+    d_center=8,
+    batch_size=2,
+    iters_base=20,
+    iters_fade=20,
+    iters_final=20,
+    g_lr=1e-3,
+    d_lr=1e-3,
+    g_average=0.9,
+    gp_noise="std",
+    log_every=7,
+    save_every=5,
+)
+
+
+def patch_set(out: Path, n: int = 40, leave_out: tuple[str, ...] = ()) -> Path:
+    """A patch set as `prepare` writes it; the value of a patch tells its class and number."""
+    keys = [
+        f"{split}/{c}" for split in ("train", "val") for c in data.CLASSES if c not in leave_out
+    ]
+    rng = np.random.default_rng(0)
+    with data.claim_folder(out, "prepare", {"patch_size": 64, "spacing_mm": 0.33}):
+        for i, key in enumerate(keys):
+            file = out / "patches" / f"{key}.npy"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            patches = rng.integers(0, 20_000, (n, 64, 64)) + 4_000 * i
+            patches[:, 0, 0] = 1_000 * i + np.arange(n)
+            np.save(file, patches.astype(np.uint16))
+        (out / "splits.csv").write_text("patient_id,split\n")
+        data.finish_folder(out, counts=dict.fromkeys(keys, n))
+    return out
+
+
+@pytest.fixture(scope="module")
+def patches(tmp_path_factory) -> Path:
+    return patch_set(tmp_path_factory.mktemp("data") / "patches")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def log_of(run: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def state_of(run: Path) -> dict:
+    return torch.load(run / "checkpoint.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def finished(patches, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "run"
+    train_gan(TINY, patches, run, CPU)
+    return run
+
+
+# --- The paper's numbers ---
+
+
+def test_T1_to_T6_paper_preset_holds_the_papers_numbers():
+    paper = GAN_PRESETS["paper"]
+    assert (paper.patch_size, paper.g_base, paper.g_center) == (256, 16, 2048)
+    assert (paper.d_base, paper.d_center) == (8 * 16, 8 * 2048)
+    assert (paper.g_lr, paper.d_lr) == (1e-5, 1e-5)
+    assert train.ADAM == {"betas": (0.0, 0.99), "eps": 1e-8}
+    assert (paper.g_updates_mass, paper.iters_fade, paper.gp_noise) == (2, 3000, "uniform")
+    assert paper.sn_g and paper.sn_d and paper.g_average == 0
+    assert (paper.batch_size, paper.iters_base, paper.iters_final) == (8, 30_000, 30_000)  # Q18
+
+
+@pytest.mark.parametrize("preset", GAN_PRESETS)
+def test_presets_keep_the_papers_topology(preset):
+    config = GAN_PRESETS[preset]
+    assert config.g_center == 128 * config.g_base
+    assert config.d_center == 128 * config.d_base
+
+
+def test_T3_T5_schedule_of_the_growth():
+    paper = GAN_PRESETS["paper"]
+    assert growth(paper, 0) == growth(paper, 29_999) == (128, 1.0)
+    assert growth(paper, 30_000) == (256, 0.0)
+    assert growth(paper, 31_500) == (256, 0.5)
+    assert growth(paper, 33_000) == growth(paper, 62_999) == (256, 1.0)
+    assert growth(dataclasses.replace(paper, iters_fade=0), 30_000) == (256, 1.0)
+
+
+def test_T1_T2_optimisers_and_updates_per_step(patches, tmp_path):
+    base = dataclasses.replace(TINY, iters_base=5, iters_fade=0, iters_final=5, g_updates_mass=2)
+    for task, updates in (("mass", 20), ("calcification", 10), ("removal", 10)):
+        config = dataclasses.replace(base, task=task, g_lr=2e-5, d_lr=1e-5)
+        train_gan(config, patches, tmp_path / task, CPU)
+        state = state_of(tmp_path / task)
+        for name, lr, steps in (("opt_G", 2e-5, updates), ("opt_D", 1e-5, 10)):
+            (group,) = state[name]["param_groups"]
+            assert (group["lr"], list(group["betas"]), group["eps"]) == (lr, [0.0, 0.99], 1e-8)
+            assert max(float(s["step"]) for s in state[name]["state"].values()) == steps
+
+
+def test_G14_Q14_classes_of_each_task(patches):
+    expected = {
+        "mass": ("normal", "malignant_mass", "benign_mass", "normal"),
+        "calcification": (
+            "normal",
+            "malignant_calcification",
+            "benign_calcification",
+            "normal",
+        ),
+        "removal": (
+            "malignant_mass+malignant_calcification",
+            "normal",
+            "benign_mass+benign_calcification",
+            "malignant_mass+malignant_calcification",
+        ),
+    }
+    for task, names in expected.items():
+        batches = Batches(dataclasses.replace(TINY, task=task), patches, World(), pinned=False)
+        assert [pool.name for pool in batches.pools] == [f"train/{name}" for name in names]
+
+
+def test_L2_Q10_sub_batches_are_equal_disjoint_and_fresh(patches):
+    for task in ("mass", "removal"):
+        config = dataclasses.replace(TINY, task=task, batch_size=8, g_updates_mass=2)
+        batches = Batches(config, patches, World(), pinned=False)
+        drawn = [batches.at(step) for step in range(20)]
+        for tensors in drawn:
+            assert len(tensors) == 4 + (2 if task == "mass" else 1)
+            assert all(t.shape == (8, 1, 64, 64) for t in tensors)
+            kept = [{float(v) for v in t[:, 0, 0, 0]} for t in tensors]
+            assert all(len(values) == 8 for values in kept)  # no patch twice in a sub-batch
+            source, shared = kept[0], kept[batches.shared]
+            assert not source & shared
+        assert not torch.equal(drawn[0][0], drawn[1][0])
+        again = Batches(config, patches, World(), pinned=False).at(7)
+        assert all(torch.equal(a, b) for a, b in zip(again, drawn[7], strict=True))
+
+
+def test_real_patches_are_what_the_patch_set_holds(patches):
+    batches = Batches(TINY, patches, World(), pinned=False)
+    stored = data.open_patches(patches, "train", "malignant_mass")
+    real = batches.at(0)[1]
+    numbers = [int(n) for n in data.to_uint16(real[:, 0, 0, 0].numpy()) - 1_000]
+    np.testing.assert_array_equal(real[:, 0].numpy(), data.to_float(stored[numbers]))
+
+
+# --- What a run leaves ---
+
+
+def test_run_folder_explains_itself(finished, patches):
+    config = data.read_json(finished / "config.json")
+    assert config["complete"] and config["command"] == "train-gan"
+    facts = {"data": data.fingerprint(patches), "spacing_mm": 0.33}
+    assert config["config"] == dataclasses.asdict(TINY) | facts
+    rows = log_of(finished)
+    assert [row["step"] for row in rows] == [*range(7, 60, 7), 60]
+    assert [row["side"] for row in rows] == [32] * 2 + [64] * 7
+    for row in rows:
+        for name in ("real_right", "fake_right", "benign_right", "normal_right", "acceptance"):
+            assert 0 <= row[name] <= 1
+        for name in ("penalty", "gradient_norm", "dead_units", "lesion_mean", "lesion_std"):
+            assert math.isfinite(row[name])
+        assert row["spread_z"] > 0  # G6: noise reaches the lesion
+        assert len(row["gamma"]) == 3
+    assert (finished / "gan.png").exists()
+    assert len(list((finished / "samples").glob("*.png"))) == 12
+    assert not (finished / "checkpoint-previous.pt").exists()
+
+
+def test_the_average_of_the_weights_is_what_is_used(finished):
+    state = state_of(finished)
+    G, config, name = models.load_generator(finished, CPU)
+    assert name == data.read_json(finished / "config.json")["generator"]
+    assert config["task"] == "mass" and not G.training
+    key = "to_lesion.parametrizations.weight.original"
+    assert torch.equal(G.state_dict()[key], state["average"][key])
+    assert not torch.equal(state["average"][key], state["G"][key])
+
+
+def test_unfinished_and_foreign_runs_are_not_taken_for_generators(finished, patches, tmp_path):
+    with data.claim_folder(tmp_path / "run", "train-gan", {}):
+        pass
+    with pytest.raises(ValueError, match="not finished; run the same train-gan command again"):
+        models.load_generator(tmp_path / "run", CPU)
+    with pytest.raises(ValueError, match="made by 'prepare'; expected a run of 'train-gan'"):
+        models.load_generator(patches, CPU)
+    with pytest.raises(ValueError, match=r"made with other options \(g_lr: 0.001 there, 0.5 now"):
+        train_gan(dataclasses.replace(TINY, g_lr=0.5), patches, finished, CPU)
+
+
+def test_bad_data_are_refused_before_anything_is_written(patches, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(ValueError, match="holds patches of 64 px, the preset trains on 256 px"):
+        train_gan(GAN_PRESETS["paper"], patches, run, CPU)
+    with pytest.raises(ValueError, match="train/normal holds 40 patches; expected at least 42"):
+        train_gan(dataclasses.replace(TINY, batch_size=21), patches, run, CPU)
+    lacking = patch_set(tmp_path / "lacking", leave_out=("benign_mass",))
+    with pytest.raises(ValueError, match="holds no train/benign_mass"):
+        train_gan(TINY, lacking, run, CPU)
+    assert not run.exists()
+    removal = dataclasses.replace(TINY, task="removal", iters_base=1, iters_fade=0, iters_final=1)
+    train_gan(removal, lacking, run, CPU)  # the union of the lesion types that are there
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(
+    patches, tmp_path, monkeypatch
+):
+    calls = []
+
+    def poisoned(fake):
+        calls.append(fake)
+        return models.generator_loss(fake) * (math.nan if len(calls) == 12 else 1)
+
+    monkeypatch.setattr(train, "generator_loss", poisoned)
+    config = dataclasses.replace(TINY, g_updates_mass=1, log_every=5, save_every=5)
+    with pytest.raises(ValueError, match=r"step 12: loss_g is nan; expected a finite value"):
+        train_gan(config, patches, tmp_path / "run", CPU)
+    state = models.load_checkpoint(tmp_path / "run")
+    assert state["step"] == 10
+    assert all(v.isfinite().all() for v in state["G"].values())
+
+
+@pytest.mark.parametrize(
+    ("figures", "sign"),
+    [
+        ({"real_right": 0.99, "fake_right": 1.0}, "D wins outright"),
+        ({"lesion_share": 0.0}, "the lesions vanish"),
+        ({"lesion_share": 0.9}, "the lesions cover the patch"),
+        ({"dead_units": 0.95}, "the lesions ignore their input"),
+        ({"spread_x": 0.0001}, "the lesions ignore their input"),
+    ],
+)
+def test_a_run_that_fails_says_so_in_words_once_it_lasts(patches, capsys, figures, sign):
+    watch = train.Watch(TINY, patches, CPU)
+    good = {"real_right": 0.7, "fake_right": 0.7, "lesion_share": 0.1, "lesion_mean": 0.05}
+    good |= {"spread_x": 0.05, "dead_units": 0.1, "side": 64, "alpha": 1.0}
+    for step in range(10):
+        assert watch.warnings(good | {"step": step}) == []
+    said = [watch.warnings(good | figures | {"step": step}) for step in range(5)]
+    assert said == [[], [], [sign], [sign], [sign]]
+    assert capsys.readouterr().err.count(sign) == 1
+    early = train.Watch(TINY, patches, CPU)
+    for step in range(5):  # at half size nothing is said yet
+        assert early.warnings(good | figures | {"step": step, "side": 32}) == []
+
+
+def test_the_figures_of_the_watch_by_hand(patches):
+    watch = train.Watch(TINY, patches, CPU)
+
+    class Constant(models.Generator):
+        def forward(self, x, z=None, size=None, alpha=1.0):
+            super().forward(x, z, size, alpha)
+            lesion = torch.zeros_like(x)
+            lesion[:, :, 10:40, 10:40] = 0.5 + 0.1 * z[:, :1, None, None]
+            return torch.cat([lesion, x, x + lesion], dim=1)
+
+    figures, made = watch.look(Constant(64, 2, 8), 64, 1.0)
+    inside = 900 / 4096
+    assert figures["lesion_share"] == pytest.approx(inside)
+    assert figures["acceptance"] == 1
+    z = watch.z[:8, 0]
+    assert figures["spread_z"] == pytest.approx(float((0.5 + 0.1 * z).std()) * inside, rel=1e-3)
+    assert made.shape == (40, 3, 64, 64)
+
+
+# --- Resume ---
+
+
+def child(config: GanConfig, patches: Path, run: Path, env: dict | None = None) -> None:
+    os.environ.update(env or {})
+    sys.stderr = open(os.devnull, "w")
+    torch.set_num_threads(1)
+    try:
+        train_gan(config, patches, run, CPU)
+    except KeyboardInterrupt:
+        sys.exit(1)
+
+
+def processes():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+    return context
+
+
+def steps_logged(run: Path) -> int:
+    try:
+        lines = (run / "log.jsonl").read_text().splitlines()
+        return json.loads(lines[-1])["step"] if lines else 0
+    except (OSError, ValueError):
+        return 0
+
+
+def test_killed_at_twenty_moments_over_all_stages_a_run_ends_bitwise_the_same(
+    patches, finished, tmp_path
+):
+    rng, run = random.Random(0), tmp_path / "run"
+    targets = sorted(rng.sample(range(60), 20))
+    kills = 0
+    for i, target in enumerate(targets):
+        process = processes().Process(target=child, args=(TINY, patches, run))
+        process.start()
+        deadline = time.monotonic() + 60
+        while steps_logged(run) < target - 7 and process.is_alive():
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.3))
+        if process.is_alive():
+            os.kill(process.pid, (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[i % 3])
+            kills += 1
+        process.join()
+    assert kills >= 15
+    train_gan(TINY, patches, run, CPU)
+    assert (run / "checkpoint.pt").read_bytes() == (finished / "checkpoint.pt").read_bytes()
+    assert log_of(run) == log_of(finished)
+    assert (run / "gan.png").read_bytes() == (finished / "gan.png").read_bytes()
+    samples = sorted((finished / "samples").iterdir())
+    assert [p.read_bytes() for p in sorted((run / "samples").iterdir())] == [
+        p.read_bytes() for p in samples
+    ]
+
+
+def test_stopping_saves_the_step_it_was_in(patches, tmp_path):
+    run = tmp_path / "run"
+    config = dataclasses.replace(TINY, save_every=10_000)
+    process = processes().Process(target=child, args=(config, patches, run))
+    process.start()
+    while steps_logged(run) < 14:
+        time.sleep(0.005)
+    asked = time.monotonic()
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    assert time.monotonic() - asked < 2
+    assert process.exitcode == 1
+    assert models.load_checkpoint(run)["step"] >= 14
+
+
+def test_log_keeps_what_the_checkpoint_knows_and_refuses_damage(tmp_path):
+    log = tmp_path / "log.jsonl"
+    rows = [{"step": step, "x": 1 / 3} for step in (5, 10, 15)]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 2')
+    with train.open_log(tmp_path, 10) as opened:
+        opened.write({"step": 15, "x": 2})
+    assert train.read_log(tmp_path) == [*rows[:2], {"step": 15, "x": 2}]
+    log.write_text('{"step": 5}\nrubbish\n{"step": 10}\n')
+    with (
+        pytest.raises(ValueError, match=r"log\.jsonl: line 2 is damaged"),
+        train.open_log(tmp_path, 10),
+    ):
+        pass
+
+
+def test_checkpoints_of_equal_values_are_equal_bytes_and_the_one_before_stays(tmp_path):
+    def state(step):
+        return {"step": step, "w": torch.arange(4.0)[::2], "t": (1, "a" * 3), "d": {"aaa": 1.5}}
+
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        train.save_checkpoint(tmp_path / name, state(1))
+        train.save_checkpoint(tmp_path / name, state(2))
+    loaded = models.load_checkpoint(tmp_path / "a")
+    assert loaded["step"] == 2
+    train.save_checkpoint(tmp_path / "b", {k: v for k, v in loaded.items() if k != "format"})
+    one, other = ((tmp_path / n / "checkpoint.pt").read_bytes() for n in ("a", "b"))
+    assert one == other
+    assert torch.load(tmp_path / "a/checkpoint-previous.pt", weights_only=True)["step"] == 1
+
+
+# --- Several processes ---
+
+
+def test_two_processes_with_half_the_batch_equal_one(patches, tmp_path):
+    config = dataclasses.replace(
+        TINY, batch_size=4, iters_base=4, iters_fade=3, iters_final=3, g_lr=1e-4, d_lr=1e-4
+    )
+    config = dataclasses.replace(config, log_every=1, save_every=10)
+    train_gan(config, patches, tmp_path / "one", CPU)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    both = [
+        processes().Process(
+            target=child, args=(config, patches, tmp_path / "two", env | {"RANK": str(rank)})
+        )
+        for rank in (0, 1)
+    ]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+        assert process.exitcode == 0
+    rows = list(zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True))
+    assert len(rows) == 10
+    for one, two in rows:
+        for name in train.RECORDED:
+            assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), (one["step"], name)
+
+
+def test_a_batch_that_the_processes_cannot_share_evenly_is_refused(patches, tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def two(device):
+        yield World(0, 2)
+
+    monkeypatch.setattr(train, "join_world", two)
+    with pytest.raises(ValueError, match="--batch-size 3: found 2 processes"):
+        train_gan(dataclasses.replace(TINY, batch_size=3), patches, tmp_path / "run", CPU)
