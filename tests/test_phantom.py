@@ -375,7 +375,7 @@ def test_malignant_grains_are_pleomorphic_and_benign_ones_alike():
             assert ndimage.label(coarse > 0.1)[1] >= 4
         spread[pathology] = np.median(sizes), np.median(peaks)
     assert spread["malignant"][0] > 1.5 * spread["benign"][0]
-    assert spread["malignant"][1] > 3 * spread["benign"][1]
+    assert spread["malignant"][1] > 0.12 > 0.08 > spread["benign"][1]
 
 
 def test_lesions_are_neither_invisible_nor_white(rows):
