@@ -476,12 +476,18 @@ def synthesize_images(
                     click.echo(f"{file}: failed: {failed[-1][1]}", err=True)
                 else:
                     image = {"id": number, "file_name": f"{name}_synthetic.png"}
-                    write_json(part, {"image": image})
+                    image |= {"height": m.display.shape[0], "width": m.display.shape[1]}
+                    label = {"image_id": number, "category": CATEGORIES[synth.task]}
+                    write_json(part, mammogram.coco([image], [label | p for p in placed]))
                     click.echo(f"{file}: {len(placed)} x {CATEGORIES[synth.task]}{note}")
             advance()
         records = [read_json(part) for part in sorted(parts.glob("*.json"))]
         if records:
-            write_json(out / "annotations.json", mammogram.coco(records, []))
+            for key in ("images", "annotations"):
+                records[0][key] = [entry for record in records for entry in record[key]]
+            for number, annotation in enumerate(records[0]["annotations"], start=1):
+                annotation["id"] = number
+            write_json(out / "annotations.json", records[0])
             finish_folder(out, failed=failed)
         shutil.rmtree(parts)
     click.echo(f"{out}: {len(records)} images written, {len(failed)} failed")
@@ -535,7 +541,8 @@ def insert_lesions(
             bbox = [*np.floor(ends[0]), *np.ceil(ends[1])]  # half-open, in stored pixels
             mask = np.zeros(display.shape, bool)
             mask[window] = resize(isolated.mask, shape) >= 0.5
-            placed.append({"window": window, "bbox": list(map(int, bbox)), "mask": mask})
+            corners = [*corner, *(s.stop for s in window)]
+            placed.append({"window": corners, "bbox": list(map(int, bbox)), "mask": mask})
         near = slice(max(row - shape[0] + 1, 0), row + shape[0])
         valid[near, max(col - shape[1] + 1, 0) : col + shape[1]] = False  # no overlap
     return display, placed
@@ -700,16 +707,19 @@ def _before_after(
         ImageDraw.Draw(whole[1]).rectangle((c0 - 1, r0 - 1, c1, r1), outline=(255, 200, 0))
     rows = [list(map(np.asarray, whole))]
     for image in (before, after):
-        rows.append([grey(image[p["window"]]) for p in placed])
+        rows.append([grey(_cut(image, p["window"])) for p in placed])
     return tile(rows, [])
 
 
 def _strip_figure(m: mammogram.Mammogram, display: np.ndarray, placed: list[dict]) -> Image.Image:
     """Figure 3: the strip of contiguous patches before (above) and after (below)."""
-    rows = [
-        [grey(np.hstack([image[p["window"]] for p in placed]))] for image in (m.display, display)
-    ]
+    whole = (*placed[0]["window"][:2], *placed[-1]["window"][2:])
+    rows = [[grey(_cut(image, whole))] for image in (m.display, display)]
     return tile(rows, [m.spacing_mm and m.spacing_mm[1]])
+
+
+def _cut(image: np.ndarray, window: Sequence[int]) -> np.ndarray:
+    return image[window[0] : window[2], window[1] : window[3]]
 
 
 def _save(image: Image.Image, path: Path) -> None:

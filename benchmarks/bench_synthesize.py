@@ -76,30 +76,50 @@ def write_patch_set(data: Path, side: int, counts: dict[str, int], splits: dict[
     write_json(data / "config.json", facts)
 
 
-def write_run(run: Path, data: Path, task: str = "mass", gain: float = 1.0, **config) -> None:
-    """A finished GAN run whose lesion is gain * relu(input + 0.3), z and context left aside.
+def bright(G: Generator, gain: float) -> None:
+    """Make the lesion gain * relu(input + 0.3), every second pixel twice; z is left aside.
 
     The input reaches the last decoder block through the first skip; spectral normalisation leaves
     the single 1 of each kernel alone (and would undo another gain).
     """
+    first, second = G.decoder[-1]
+    skip = first.in_channels - 1 - G.encoder[0].out_channels  # behind the decoder's own channels
+    for layer, channel, bias, weight in (
+        (G.encoder[0], 0, 1.0, 1.0),
+        (first, skip, 0.0, 1.0),
+        (second, 0, -0.7, 1.0),
+        (G.to_lesion, 0, 0.0, gain),
+    ):
+        normalised = getattr(layer, "parametrizations", None)
+        kernel = normalised.weight.original if normalised else layer.weight
+        kernel.zero_()
+        layer.bias.zero_()
+        kernel[0, channel, kernel.shape[2] // 2, kernel.shape[3] // 2] = weight
+        layer.bias[0] = bias
+
+
+def square(G: Generator, gain: float) -> None:
+    """Make the lesion a blurred square in the middle, on any input (without normalisation).
+
+    A sum over 3 x 3 of a constant is 9 but at the border, where the padding is zero.
+    """
+    for parameter in G.parameters():
+        parameter.zero_()
+    G.compress.bias[0] = 1
+    for i, block in enumerate(G.decoder):
+        for layer in block:
+            layer.weight[0, 0] = 1 if i == 0 else 1 / 9
+            layer.bias[0] = -8 if i == 0 else 0
+    G.to_lesion.weight[0, 0] = gain
+
+
+def write_run(run: Path, data: Path, task="mass", lesion=bright, gain=1.0, **config) -> None:
+    """A finished GAN run with a generator whose last layers are set by hand."""
     config = {"patch_size": 256, "g_base": 16, "g_center": 2048, "sn_g": True} | config
     config |= {"task": task, "seed": 0, "data": fingerprint(data)}
     G = Generator(config["patch_size"], config["g_base"], config["g_center"], config["sn_g"])
-    first, second = G.decoder[-1]
-    layers = [  # convolution, input channel that is passed on to output channel 0, bias, factor
-        (G.encoder[0], 0, 1.0, 1.0),
-        (first, config["g_base"], 0.0, 1.0),  # after the decoder's own channels: the skip
-        (second, 0, -0.7, 1.0),
-        (G.to_lesion, 0, 0.0, gain),
-    ]
     with torch.no_grad():
-        for layer, channel, bias, factor in layers:
-            weight = torch.zeros_like(layer.weight)
-            weight[0, channel, weight.shape[2] // 2, weight.shape[3] // 2] = factor
-            normalised = getattr(layer, "parametrizations", None)
-            (normalised.weight.original if normalised else layer.weight).copy_(weight)
-            layer.bias.zero_()
-            layer.bias[0] = bias
+        lesion(G, gain)
         for _ in range(5):  # the power iterations of spectral normalisation
             G.train()(torch.zeros(1, 1, G.patch_size, G.patch_size))
     run.mkdir(parents=True)
