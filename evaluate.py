@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from scipy import special, stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.manifold import TSNE
-from sklearn.metrics import pairwise_distances_argmin_min, roc_curve
+from sklearn.metrics import pairwise_distances_argmin_min
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -395,7 +395,7 @@ def linear_detector(x, y, x_held_out) -> np.ndarray:
     return model.fit(x, y).decision_function(x_held_out)
 
 
-def network_detector(device: torch.device, seed: int, steps: int = 300, batch: int = 32):
+def network_detector(device: torch.device, seed: int, steps: int = 200, batch: int = 32):
     """A small convolutional network on the pixels (uint16 patches), trained from scratch."""
 
     def fit_predict(x, y, x_held_out) -> np.ndarray:
@@ -403,7 +403,7 @@ def network_detector(device: torch.device, seed: int, steps: int = 300, batch: i
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             layers, c_in = [], 1
-            for c_out in (16, 32, 64, 64):
+            for c_out in (8, 16, 32, 64):
                 layers += [nn.Conv2d(c_in, c_out, kernel_size=3, stride=2, padding=1)]
                 layers += [nn.GroupNorm(8, c_out), nn.ReLU()]
                 c_in = c_out
@@ -666,13 +666,15 @@ def roc_band(y, scores, patients, seed: int, draws: int = 300) -> np.ndarray:
 
     The band is pointwise, over patients drawn with replacement.
     """
-    drawn = patient_draws(patients, draws, seed)
+    drawn = np.concatenate([np.ones((1, len(y)), int), patient_draws(patients, draws, seed)])
     drawn = drawn[(drawn @ y > 0) & (drawn @ ~y > 0)]
-    curves = np.zeros((len(drawn) + 1, len(GRID)))
-    for curve, weights in zip(curves, [np.ones(len(y)), *drawn], strict=True):
-        for values in scores:
-            fpr, tpr, _ = roc_curve(y, values, sample_weight=weights, drop_intermediate=False)
-            curve += np.interp(GRID, fpr, tpr) / len(scores)
+    curves = np.zeros((len(drawn), len(GRID)))
+    for values in scores:
+        order = np.argsort(-values, kind="stable")
+        last = np.flatnonzero(np.append(np.diff(values[order]) != 0, True))  # of each run of ties
+        fpr, tpr = (np.cumsum((drawn * c)[:, order], axis=1)[:, last] for c in (~y, y))
+        for curve, f, t in zip(curves, fpr, tpr, strict=True):
+            curve += np.interp(GRID, np.r_[0, f / f[-1]], np.r_[0, t / t[-1]]) / len(scores)
     return np.array([curves[0], *np.percentile(curves[1:], [2.5, 97.5], axis=0)])
 
 
@@ -851,10 +853,10 @@ def evaluate(
         if not (main := tables[MAIN]):
             raise ValueError(f"{data}: fewer than two test patients a class; prepare it with more")
         rows = main["rows"]
-        # without those that are empty or, with one kind of lesion only, the whole test set again
-        tables = {
-            c: t for c, t in tables.items() if t and (c == MAIN or t["patches"] < main["patches"])
-        }
+        for c in [c for c, t in tables.items() if t is not main]:
+            kinds = set(sum(CONDITIONS[c], ())) & set(test.values)
+            if not tables[c] or kinds == set(sum(CONDITIONS[MAIN], ())) & set(test.values):
+                del tables[c]  # empty or, with one kind of lesion, the whole test set again
         at = np.isin(test.kind, sum(CONDITIONS[MAIN], ()))
         y, patients = test.kind[at] != "normal", test.patient[at]
         bands = {name: roc_band(y, s[:, at], patients, seed) for name, s in scores.items()}
@@ -921,7 +923,8 @@ table { border-collapse: collapse; width: 100%; font-size: .86rem; margin: .5rem
   font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .5rem .3rem 0;
   border-bottom: 1px solid #d8d8d8; }
-thead th { border-bottom: 2px solid #888; } figure { margin: 1rem 0; } img { max-width: 100%; }
+thead th { border-bottom: 2px solid #888; } figure { margin: 1rem 0; }
+img { width: 46rem; max-width: 100%; }
 @media screen and (max-width: 40rem) {
   thead, .none { display: none !important; } tr, tbody th { display: block; }
   tr { border: 1px solid #ccc; border-radius: 6px; margin: .6rem 0; padding: .3rem .6rem; }
@@ -1012,7 +1015,7 @@ def verdict(row: dict, rows: list[dict]) -> str:
     if row["delta"] is None:
         return "-"
     if row["p_clustered"] >= ALPHA:
-        return f"no difference shown; 80% power only for {row['detectable']:.3f} or more"
+        return f"no difference shown (one of {row['detectable']:.3f} is found with 80% power)"
     word = "higher" if row["delta"] > 0 else "lower"
     blob = next((r for r in rows if r["regime"] == BLOB), None)
     if blob is None:
@@ -1122,6 +1125,9 @@ def report(metrics: dict, out: Path) -> str:
     ]
     compared = [c for c in controls if "linear" in c]
     near = [[c["set"], *c["nearest"].values()] for c in compared if "nearest" in c]
+    data = metrics["data"]
+    wide = data["patch_size"] * (data["spacing_mm"] or 0)
+    wide = f"; a patch is about {wide:.0f} mm wide" if wide else ""
     points = ", ".join(f"{n} {EMBEDDED[kind][2]}" for kind, n in facts["points"].items())
     return PAGE.format(
         style=STYLE,
@@ -1147,7 +1153,9 @@ def report(metrics: dict, out: Path) -> str:
             if name != MAIN
         ),
         groups=_table(["Regime", *keys], group_rows),
-        figure1=figure("figure1", "Figure 1. Pairs: real patch (left), synthetic one (right)."),
+        figure1=figure(
+            "figure1", f"Figure 1. Pairs: real patch (left), synthetic one (right){wide}."
+        ),
         sets=_table(
             ["Set", "Task", "Made", "Accepted", "Object, median", "Mean change inside", "Remarks"],
             [

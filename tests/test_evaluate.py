@@ -1,7 +1,10 @@
 """§3 Results: the statistics against hand-worked numbers, definitions, R, and simulation."""
 
+import functools
 import math
+import shutil
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -460,8 +463,8 @@ def write_run(folder: Path, patches: Path, proportion: float, sets=(), seed: int
     folder.mkdir(parents=True)
     torch.manual_seed(1000 * seed + int(100 * proportion) + len(sets))
     model = models.classifier(width=16, blocks=(1, 1, 1, 1), weights="none")
-    x = torch.from_numpy(data.to_float(np.load(patches / "patches/train/malignant_mass.npy")))
-    z = torch.from_numpy(data.to_float(np.load(patches / "patches/train/normal.npy")))
+    x = torch.from_numpy(data.to_float(np.load(patches / "patches/train/malignant_mass.npy")[:20]))
+    z = torch.from_numpy(data.to_float(np.load(patches / "patches/train/normal.npy")[:20]))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for _ in range(8 + seed + int(10 * proportion)):
         logits = model(torch.cat([x, z])[:, None])
@@ -514,6 +517,320 @@ def fake_world(folder: Path, seeds: int = 2) -> dict:
         "synthetic": sets,
         "skipped": [("25% w/ decay", "no time <left> & no money")],
     }
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """One whole evaluation, its arguments and its folder."""
+    root = tmp_path_factory.mktemp("evaluate")
+    world = fake_world(root)
+    with pytest.MonkeyPatch.context() as patch:
+        quick = functools.partial(evaluate.network_detector, steps=3)
+        patch.setattr(evaluate, "network_detector", quick)
+        rows = evaluate.evaluate(**world, out=root / "out")
+        again = evaluate.evaluate(**world, out=root / "again")
+        assert rows == again
+    return world, root / "out", rows
+
+
+def test_E1_table_has_the_papers_rows_and_columns(evaluated):
+    _, out, rows = evaluated
+    header, *lines = (out / "table1.csv").read_text().splitlines()
+    assert header == (
+        "regime,proportion,seeds,patients,patches,auc,low,high,delta,delta_low,delta_high,"
+        "p_delong,p_clustered"
+    )
+    names = ["Baseline", "50% w/ decay", "100% w/ decay", "Blob control", "25% w/ decay"]
+    assert [line.split(",")[0] for line in lines] == names == [row["regime"] for row in rows]
+    assert lines[-1] == "25% w/ decay,,0,,,,,,,,,,"  # skipped, and said so
+    assert [row["proportion"] for row in rows[:4]] == [0, 0.5, 1, 0.5]
+    assert all(row["seeds"] == 2 and row["patches"] == 120 for row in rows[:4])
+    assert rows[0]["delta"] is None and rows[1]["delta"] == pytest.approx(
+        rows[1]["auc"] - rows[0]["auc"]
+    )
+
+
+def test_table_is_what_the_models_score(evaluated):
+    """The row of a regime from its checkpoints, by the public functions alone."""
+    world, _, rows = evaluated
+    kinds = ("normal", "malignant_mass", "malignant_calcification")
+    patches = np.concatenate([data.open_patches(world["data"], "test", k) for k in kinds])
+    folder = world["data"] / "patches" / "test"
+    who = [data.read_table(folder / f"{k}.csv", ("patient_id",))["patient_id"] for k in kinds]
+    y = np.arange(len(patches)) >= len(who[0])
+    scores = {}
+    for name in ("baseline", "aug-50"):
+        runs = [world["baseline"].parent / name / f"seed-{k}" for k in range(2)]
+        loaded = [models.load_classifier(run, torch.device("cpu"))[0] for run in runs]
+        cpu = torch.device("cpu")
+        scores[name] = np.array([models.classifier_scores(m, patches, cpu) for m in loaded])
+    aucs = [evaluate.auc_ci(y, s)[0] for s in scores["aug-50"]]
+    assert rows[1]["auc"] == pytest.approx(np.mean(aucs))
+    found = evaluate.compare(y, scores["aug-50"], scores["baseline"], np.concatenate(who))
+    assert rows[1]["p_clustered"] == pytest.approx(found["p_clustered"])
+
+
+def test_same_command_same_bytes(evaluated):
+    _, out, _ = evaluated
+    names = sorted(p.name for p in out.iterdir())
+    assert {"table1.csv", "metrics.json", "report.html", "roc.png", "difference.png"} < set(names)
+    assert {f"figure{k}.png" for k in (1, 4, 5, 6)} | {"nearest.png"} < set(names)
+    for name in names:
+        assert (out / name).read_bytes() == (out.parent / "again" / name).read_bytes(), name
+
+
+def test_report_is_one_file_without_script(evaluated):
+    _, out, _ = evaluated
+    html = (out / "report.html").read_text()
+    page = Page()
+    page.feed(html)
+    page.close()
+    assert not page.open
+    assert "script" not in page.tags and not page.handlers
+    sources = [value for tag, name, value in page.attributes if name in ("src", "href")]
+    assert len(sources) == 7 and all(s.startswith("data:image/png;base64,") for s in sources)
+    assert "Research only, not for clinical use" in html
+    for said in ("0.846", "1e-4", "p &lt; 1e-8 for 50%", "no time &lt;left&gt; &amp; no money"):
+        assert said in html
+    assert "no time <left>" not in html
+    assert str(out) not in html and str(out.parent) not in html  # folder names, no paths
+
+
+def test_metrics_hold_what_the_report_says(evaluated):
+    _, out, _ = evaluated
+    metrics = data.read_json(out / "metrics.json")
+    assert set(metrics["conditions"]) == set(evaluate.CONDITIONS)
+    for control in metrics["controls"]:
+        assert 0 <= control["linear"][1] <= control["linear"][0] <= control["linear"][2] <= 1
+        assert ("nearest" in control) == (control["set"] != "removal")
+    assert metrics["controls"][3]["task"] == "mass blob"
+    assert len(metrics["conditions"]["Malignant against normal"]["against_blob"]) == 2
+    points = metrics["feature_space"]["points"]
+    assert points["normal"] == 40 and points["mass"] == 40  # F4: min of the paper's and ours
+    assert metrics["feature_space"]["up"] > 0
+
+
+class Page(HTMLParser):
+    """Tags, attributes, and elements left open."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.attributes, self.handlers, self.open = set(), [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes += [(tag, *a) for a in attrs]
+        self.handlers += [name for name, _ in attrs if name.startswith("on")]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_names_from_files_are_escaped(evaluated, tmp_path):
+    """Folder names, reasons and options are text to the report, whatever they hold."""
+    metrics = data.read_json(evaluated[1] / "metrics.json")
+    evil = "<img src=x onerror=alert(1)>\"'&"
+    metrics["data"]["name"] = metrics["controls"][0]["set"] = metrics["runs"][0]["run"] = evil
+    metrics["controls"][0]["warnings"] = [evil]
+    metrics["skipped"] = [[evil, evil]]
+    metrics["runs"][0]["config"] = {"preset": evil, "synthetic": []}
+    page = Page()
+    page.feed(evaluate.report(metrics, evaluated[1]))
+    assert not page.handlers and not page.open and "script" not in page.tags
+
+
+def test_E4_holm_corrects_the_rows(evaluated, tmp_path):
+    rng = np.random.default_rng(4)
+    clusters, y = patients(rng)
+    kind = np.where(y, "malignant_mass", "normal")
+    test = evaluate.Patches({}, kind, clusters.astype(str), clusters.astype(str))
+    names = ("Baseline", "10% w/ decay", "25% w/ decay")
+    scores = dict(zip(names, correlated_scores(rng, y, clusters, 0.3, 3)[:, None], strict=True))
+    plain, holm = (
+        evaluate.condition_table(test, scores, evaluate.MAIN, corrected, 0)["rows"]
+        for corrected in (False, True)
+    )
+    raw = [row["p_clustered"] for row in plain[1:]]
+    assert [row["p_clustered"] for row in holm[1:]] == evaluate.holm(raw)
+    assert [row["p_clustered_raw"] for row in holm[1:]] == raw
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": {"data": "0" * 64}}, "trained on patch set 000000000000"),
+        ({"complete": False}, "not finished"),
+        ({"command": "train-gan"}, "expected a run of 'train-cls'"),
+        ({"config": {"width": 8}}, "differs from"),
+    ],
+)
+def test_runs_that_do_not_fit_are_refused(evaluated, tmp_path, change, message):
+    world, _, _ = evaluated
+    run = tmp_path / "run"
+    shutil.copytree(world["augmented"][0], run)
+    facts = data.read_json(run / "seed-1" / "config.json")
+    config = facts["config"] | change.pop("config", {})
+    data.write_json(run / "seed-1" / "config.json", facts | change | {"config": config})
+    with pytest.raises(ValueError, match=message):
+        evaluate.evaluate(**world | {"augmented": [run]}, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_arguments_that_do_not_fit_are_refused(evaluated, tmp_path):
+    world, out, _ = evaluated
+    for change, message in (
+        ({"baseline": world["augmented"][0]}, "trained with synthetic patches"),
+        ({"augmented": world["augmented"] * 2}, "a second 50% w/ decay"),
+        ({"synthetic": [world["data"]]}, "expected a set of synthesize"),
+        ({"out": out, "seed": 1}, "other options"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate.evaluate(**{**world, "out": tmp_path / "out", **change})
+
+
+def test_baseline_alone_and_one_lesion_type(tmp_path):
+    """The least there can be: one model, masses only, no set, no benign patches."""
+    kinds = ("normal", "malignant_mass")
+    counts = {f"{split}/{kind}": 30 for split in data.SPLITS for kind in kinds}
+    patches = write_data(tmp_path / "data", counts)
+    run = write_run(tmp_path / "run", patches, 0.5)
+    (row,) = evaluate.evaluate(patches, run, [], [], tmp_path / "out")
+    assert row["regime"] == "Baseline" and row["seeds"] == 1
+    metrics = data.read_json(tmp_path / "out" / "metrics.json")
+    assert set(metrics["conditions"]) == {evaluate.MAIN}  # masses alone would be the same again
+    assert "None was run" in (tmp_path / "out" / "report.html").read_text()
+
+
+# --- Controls ---
+
+
+def test_kid_is_the_textbook_estimate_when_every_patch_has_its_own_patient():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(20, 5)), rng.normal(0.3, 1, size=(15, 5))
+    k = lambda a, b: (a @ b.T / 5 + 1) ** 3  # noqa: E731
+    within = [(k(a, a).sum() - np.trace(k(a, a))) / (len(a) * (len(a) - 1)) for a in (x, y)]
+    expected = sum(within) - 2 * k(x, y).mean()
+    value, low, high = evaluate.kid(x, y, np.arange(20), 100 + np.arange(15))
+    assert value == pytest.approx(expected) and low < value < high
+
+
+def test_kid_is_unbiased_for_equal_distributions_even_with_patients():
+    """Mean over 400 draws is 0 within its error; a plain estimate would be far above."""
+    rng, values = np.random.default_rng(1), []
+    who = np.repeat(np.arange(12), 4)
+    for _ in range(400):
+        x, y = (rng.normal(size=(12, 6))[who] + rng.normal(size=(48, 6)) for _ in range(2))
+        values.append(evaluate.kid(x, y, who, who + 12))
+    means = np.array(values)[:, 0]
+    assert abs(means.mean()) < 3 * means.std() / 20
+    covered = np.mean([low <= 0 <= high for _, low, high in values])
+    assert 0.9 <= covered <= 1  # the jackknife is cautious where the distributions are equal
+    singles = [evaluate.kid(x, y, np.arange(48), np.arange(48, 96))[0]]
+    assert singles[0] > 3 * means.std() / 20
+
+
+def test_kid_finds_a_shift_and_refuses_too_few_patients():
+    rng, who = np.random.default_rng(2), np.arange(60) // 3
+    x, y = rng.normal(size=(60, 6)), rng.normal(0.5, 1, size=(60, 6))
+    assert evaluate.kid(x, y, who, who + 20)[1] > 0
+    with pytest.raises(ValueError, match="three patients"):
+        evaluate.kid(x, y, np.zeros(60), who)
+
+
+def test_detectors_tell_apart_what_differs_and_only_that():
+    rng, who = np.random.default_rng(3), np.arange(120) // 4
+    same, other = rng.normal(size=(120, 8)), rng.normal(size=(120, 8))
+    args = who, who + 30, evaluate.linear_detector
+    _, low, high = evaluate.detectability(same, other, *args)
+    assert low < 0.5 < high
+    assert evaluate.detectability(same, other + 2, *args)[1] > 0.9
+    noise = data.to_uint16(0.3 * rng.normal(size=(2, 120, 32, 32)))
+    network = evaluate.network_detector(torch.device("cpu"), seed=0, steps=60)
+    args = who, who + 30, network, 2
+    _, low, high = evaluate.detectability(*noise, *args)
+    assert low < 0.5 < high
+    smooth = data.to_uint16(ndimage.gaussian_filter(data.to_float(noise[1]), (0, 1, 1)))
+    assert evaluate.detectability(noise[0], smooth, *args)[1] > 0.9
+
+
+def test_a_detector_never_sees_the_patient_it_is_asked_about():
+    """Patients recognisable by a feature, labels mixed within them: a leak would give AUC 1."""
+    rng, who = np.random.default_rng(3), np.repeat(np.arange(20), 6)
+    seen = []
+
+    def fit_predict(x, y, held_out):
+        seen.append(set(x[:, 0]) & set(held_out[:, 0]))
+        return rng.normal(size=len(held_out))
+
+    evaluate.detectability(who[:, None], who[:, None], who, who, fit_predict)
+    assert len(seen) == 5 and not any(seen)
+
+
+def test_copies_are_nearest_to_their_originals():
+    rng = np.random.default_rng(5)
+    training, held_out = rng.normal(size=(50, 8)), rng.normal(size=(200, 8))
+    at, distance, found = evaluate.nearest_training(training[[7, 3]] + 1e-3, training, held_out)
+    assert at.tolist() == [7, 3] and distance.max() < 0.01
+    assert found["closer_than_first_percentile"] == 1.0
+    fresh = evaluate.nearest_training(rng.normal(size=(200, 8)), training, held_out)[2]
+    assert fresh["closer_than_first_percentile"] < 0.05
+
+
+def test_same_image_auc_by_hand():
+    y = np.array([1, 1, 0, 0, 1, 0, 1, 0], bool)
+    scores = np.array([0.9, 0.4, 0.5, 0.4, 0.2, 0.3, 0.99, 0.0])
+    images = np.array(["a", "a", "a", "a", "b", "b", "c", "d"])
+    # a: 0.9 beats both; 0.4 loses to 0.5, ties 0.4. b: loses. c and d hold one class only.
+    auc, low, high, number = evaluate.same_image_auc(y, scores, images, images)
+    assert (auc, number) == (pytest.approx(2.5 / 5), 2)
+    assert low <= auc <= high
+    assert evaluate.same_image_auc(y[4:], scores[4:], images[4:], images[4:]) is None
+
+
+def test_F5_rescued_patches_cross_one_half_largest_rise_first():
+    base = np.array([0.1, 0.4, 0.6, 0.3, 0.2, 0.45, 0.49, 0.05, 0.9, 0.5])
+    ours = np.array([0.9, 0.6, 0.9, 0.4, 0.8, 0.75, 0.51, 0.7, 0.3, 0.9])
+    best, found = evaluate.rescue(base, ours)
+    assert best.tolist() == [0, 7, 4, 5, 1]
+    assert found == {
+        "up": 6,
+        "down": 1,
+        "rise": pytest.approx((0.8 + 0.65 + 0.6 + 0.3 + 0.2) / 5),
+        "fall": pytest.approx(-0.6),
+    }
+
+
+def test_roc_band_is_the_curve_whose_area_is_the_auc():
+    rng = np.random.default_rng(9)
+    clusters, y = patients(rng, number=120)
+    a = correlated_scores(rng, y, clusters, 0.5)[:1]
+    mean, low, high = evaluate.roc_band(y, a, clusters, seed=0)
+    assert np.trapezoid(mean, evaluate.GRID) == pytest.approx(evaluate.auc_ci(y, a[0])[0], abs=0.01)
+    assert (low <= mean + 1e-9).all() and (mean <= high + 1e-9).all()
+    for area, end in zip(
+        evaluate.clustered_ci(y, a[0], clusters)[1:], (low, high), strict=True
+    ):  # pointwise bands are wider than the band of the area
+        assert np.trapezoid(end, evaluate.GRID) == pytest.approx(area, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("delta", "p", "blob", "expected"),
+    [
+        (0.02, 0.2, None, "no difference shown (one of 0.030 is found with 80% power)"),
+        (0.02, 0.01, None, "higher; no blob control was run"),
+        (0.02, 0.01, (0.01, 0.3), "higher"),
+        (-0.02, 0.01, (0.03, 0.01), "lower"),
+        (0.02, 0.01, (0.03, 0.01), "higher, but so is the blob control: not found"),
+    ],
+)
+def test_E3_a_difference_counts_only_if_the_blob_control_does_not_show_it(delta, p, blob, expected):
+    row = {"regime": "50% w/ decay", "delta": delta, "p_clustered": p, "detectable": 0.03}
+    rows = [row]
+    if blob:
+        rows.append({"regime": "Blob control", "delta": blob[0], "p_clustered": blob[1]})
+    assert evaluate.verdict(row, rows) == expected
 
 
 if __name__ == "__main__":  # the ten data sets for R, see PROC
