@@ -20,6 +20,7 @@ from scipy import ndimage, optimize
 
 import mammogram
 from data import (
+    SYNTHETIC_COLUMNS,
     breast_mask,
     claim_folder,
     finish_folder,
@@ -46,8 +47,8 @@ SMOOTH_SIGMA = 10.0  # §3 "10px Gaussian smoothing filter", S7; read as sigma, 
 CLUSTER_PX, CLUSTER_MIN_AREA_FRAC = 10.0, 0.02  # ours, for calcifications; Q27
 CONNECTIVITY = {4: ndimage.generate_binary_structure(2, 1), 8: np.ones((3, 3), bool)}  # Q26
 ATTEMPTS_PER_SAMPLE = 20  # ours; Q27
+ADVICE = "Train longer, or for calcifications give --component cluster"
 BATCH, CHUNK = 16, 128  # attempts per forward pass (it may move a last bit) and per part file
-EDGES = ("row0", "col0", "row1", "col1")
 SOURCES = {  # train classes that each task's generator takes as input; S1, S9
     "mass": ("normal",),
     "calcification": ("normal",),
@@ -156,10 +157,8 @@ def _bbox(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def _grow(bbox: tuple[int, int, int, int], by: int, side: int) -> tuple[slice, slice]:
-    return (
-        slice(max(bbox[0] - by, 0), min(bbox[2] + by, side)),
-        slice(max(bbox[1] - by, 0), min(bbox[3] + by, side)),
-    )
+    low, high = np.maximum(bbox[:2], by) - by, np.minimum(bbox[2:], side - by) + by
+    return slice(low[0], high[0]), slice(low[1], high[1])
 
 
 # --- Control: a bump of the same size that nobody learned ---
@@ -173,26 +172,23 @@ def blob(
     Its place is uniform among those where it fits inside the generator's zero frame. The profile
     is a Gaussian that falls to the threshold at the edge of the area.
     """
-    side = len(lesion)
-    scale = side / 256
-    frame = int(BORDER_PX * scale)
-    radius = math.sqrt(isolated.area / math.pi)
+    side, area = len(lesion), isolated.area
+    frame, radius = BORDER_PX * side // 256, math.sqrt(area / math.pi)
     if component == "cluster":  # `area` is that of the joined object: joining will widen the bump
-        radius = max(radius - CLUSTER_PX * scale, 0.6)
+        radius = max(radius - CLUSTER_PX * side / 256, 0.6)
+        area = max(round(math.pi * radius**2), 1)
     low = min(frame + radius, side / 2)
     row, col = rng.uniform(low, side - low, size=2) - 0.5
     r2 = (np.arange(side)[:, None] - row) ** 2 + (np.arange(side) - col) ** 2
-    inside = np.zeros((side, side), bool)
-    inside[frame : side - frame, frame : side - frame] = True
+    inside = np.pad(np.ones((side - 2 * frame,) * 2, bool), frame)
     ranked = np.sort(r2[inside])
-    area = isolated.area if component == "largest" else round(math.pi * radius**2)
-    k = min(max(area, 1), len(ranked) - 1)
-    edge2 = (ranked[k - 1] + ranked[k]) / 2  # exactly k pixels lie above the threshold
+    edge2 = ranked[min(area, len(ranked) - 1) :][:1] - 1e-6  # exactly `area` pixels pass
     # mean of a Gaussian of height p over the disc where it exceeds t: (p - t) / ln(p / t)
-    t, mean = LESION_THRESHOLD, abs(float(lesion[isolated.mask].mean()))
+    t, strength = LESION_THRESHOLD, float(lesion[isolated.mask].mean())
+    mean = max(abs(strength), 1.001 * t)
     peak = optimize.brentq(lambda p: (p - t) / math.log(p / t) - mean, t * (1 + 1e-9), 100.0)
     bump = np.where(inside, np.minimum(peak * np.exp(-math.log(peak / t) * r2 / edge2), 1), 0)
-    return np.copysign(bump, float(lesion[isolated.mask].mean())).astype(np.float32)
+    return np.copysign(bump, strength)
 
 
 # --- A trained generator and what is done with its lesions ---
@@ -218,10 +214,8 @@ class Synthesizer:
             raise ValueError(f"--gan {self.gan}: gives values that are not finite; train it again")
         return lesions
 
-    def isolate(
-        self, lesion: np.ndarray, rng: np.random.Generator
-    ) -> tuple[np.ndarray, IsolatedLesion | None]:
-        """The lesion channel to use, and its object unless it is discarded."""
+    def isolate(self, lesion: np.ndarray, rng: np.random.Generator) -> tuple:
+        """(lesion channel to use, its IsolatedLesion or None)."""
         removal = self.task == "removal"
         isolated = isolate_lesion(lesion, removal, **self.options)
         if isolated is not None and self.control == "blob":
@@ -289,20 +283,18 @@ def synthesize_set(
         attempts, accepted, empty = counts.tolist()
         if not accepted:
             raise ValueError(
-                f"--gan {gan}: no lesion accepted in {attempts} attempts; in {empty} of them no "
-                "pixel passed the threshold of 0.1, in the others the largest object was too small "
-                "(S5). Train longer, or for calcifications give --component cluster"
+                f"--gan {gan}: no lesion accepted in {attempts} attempts; {empty} had no pixel "
+                f"over the threshold of 0.1, the others too small an object (S5). {ADVICE}"
             )
         facts = {"attempts": attempts, "accepted": accepted, "empty": empty, "short": accepted < n}
         facts["acceptance"] = accepted / attempts
         facts |= _assemble(out, sorted(parts.glob("*.npz")), config, sources)
         facts["warnings"] = _warnings(facts)
         click.echo(
-            f"{out}: {accepted} of {n} samples from {attempts} attempts "
-            f"({facts['acceptance']:.1%} accepted), {len(facts['patients'])} training patients\n"
-            f"area in tenths of the patch: {facts['area_histogram']}, "
-            f"median {facts['area_median']:.1%}\n"
-            f"strength inside the lesion: {facts['strength']:+.3f} on average, of [-1, 1]"
+            f"{out}: {accepted} of {n} samples, {facts['acceptance']:.1%} of {attempts} attempts, "
+            f"from {len(facts['patients'])} training patients; area in tenths of the patch: "
+            f"{facts['area_histogram']}, median {facts['area_median']:.1%}; mean strength inside "
+            f"the lesion: {facts['strength']:+.3f} of [-1, 1]"
         )
         for warning in facts["warnings"]:
             click.echo(f"Warning: {warning}")
@@ -329,9 +321,8 @@ class TrainingPatches:
         for patient in map(str, np.unique(self.columns["patient_id"])):
             if splits.get(patient) != "train":
                 raise ValueError(
-                    f"{folder}: holds patches of patient {patient}, who is in split "
-                    f"{splits.get(patient)!r}; synthetic patches are made from training patients "
-                    "only. Prepare the patch set again"
+                    f"{folder}: patient {patient} is in split {splits.get(patient)!r}; synthetic "
+                    "patches are made from training patients only. Prepare the patch set again"
                 )
 
     def __len__(self) -> int:
@@ -379,22 +370,25 @@ def _assemble(out: Path, parts: list[Path], config: dict, sources: TrainingPatch
             np.lib.format.write_array_header_1_0(file, header)
             for part in parts:
                 samples = np.load(part)["samples"]
-                if name == "lesion":
-                    values = samples["combined"].astype(dtype) - samples["input"]
-                else:
-                    values = samples[name]
-                file.write(values.tobytes())
+                lesion = samples["combined"].astype(np.int32) - samples["input"]
+                file.write((lesion if name == "lesion" else samples[name]).tobytes())
     source = {c: values[rows["source"]].tolist() for c, values in sources.columns.items()}
-    columns = {"sample": range(len(rows))}
-    columns |= {c: source[c] for c in ("source_patch", "image_uid", "patient_id")}
-    columns |= {"seed": rows["seed"], "area": rows["area"]}
-    columns |= {f"bbox_{edge}": rows["bbox"][:, k] for k, edge in enumerate(EDGES)}
     masks = np.load(out / "mask.npy", mmap_mode="r")
-    columns |= {"source_class": source["source_class"], "strength": rows["strength"].round(6)}
-    columns["mask_rle"] = (mammogram.rle(mask)["counts"] for mask in masks)
-    write_table(out / "index.csv", tuple(columns), zip(*columns.values(), strict=True))
-    scales = np.array(source["scale"][:FIGURE_SAMPLES], float)
-    _set_figures(out, [config["spacing_mm"] and config["spacing_mm"] / s for s in scales])
+    columns = [range(len(rows)), source["source_patch"], source["image_uid"], source["patient_id"]]
+    columns += [rows["seed"], rows["area"], *rows["bbox"].T, source["source_class"]]
+    columns += [rows["strength"].round(6), (mammogram.rle(mask)["counts"] for mask in masks)]
+    header = (*SYNTHETIC_COLUMNS, "source_class", "strength", "mask_rle")
+    write_table(out / "index.csv", header, zip(*columns, strict=True))
+    shown = slice(0, FIGURE_SAMPLES)
+    before, lesion, after = (
+        np.load(out / f"{name}.npy", mmap_mode="r")[shown]
+        for name in ("input", "lesion", "combined")
+    )
+    lesion = lesion / max(1, int(np.abs(lesion).max()))  # mid-grey is no change; stretched
+    mm = [config["spacing_mm"] and config["spacing_mm"] / float(s) for s in source["scale"][shown]]
+    pairs = [grey(patch) for pair in zip(before, after, strict=True) for patch in pair]
+    save_tiles(out / "figure1.png", [pairs], np.repeat(mm, 2))
+    save_tiles(out / "figure2a.png", [list(map(grey, a)) for a in (before, lesion, after)], mm)
     share = rows["area"] / side**2
     return {
         "patients": sorted(set(source["patient_id"])),
@@ -406,14 +400,8 @@ def _assemble(out: Path, parts: list[Path], config: dict, sources: TrainingPatch
 
 def _warnings(facts: dict) -> list[str]:
     few = f"short, {facts['accepted']} samples: {facts['attempts']} attempts are the most made"
-    rare = (
-        f"only {facts['acceptance']:.1%} of the attempts were accepted: these are the generator's "
-        "rare results. Train longer, or for calcifications give --component cluster"
-    )
-    wide = (
-        f"half of the lesions cover more than {facts['area_median']:.0%} of the patch: this "
-        "generator changes whole patches. Train longer"
-    )
+    rare = f"only {facts['acceptance']:.1%} accepted, the generator's rare results. {ADVICE}"
+    wide = f"half of the lesions cover over {facts['area_median']:.0%} of the patch. {ADVICE}"
     said = {few: facts["short"], rare: facts["acceptance"] < 0.05, wide: facts["area_median"] > 0.5}
     return [text for text, applies in said.items() if applies]
 
@@ -421,11 +409,8 @@ def _warnings(facts: dict) -> list[str]:
 # --- Reinsertion into full mammograms (§4 "As a future step", F7; Figure 3) ---
 
 TRIES_PER_LESION = 100  # ours
-CATEGORIES = {
-    "mass": "synthetic mass",
-    "calcification": "synthetic calcification",
-    "removal": "removed lesion",
-}
+FILES = ("synthetic.dcm", "synthetic.png", "before_after.png", "figure3.png")  # after <name>_
+CATEGORY = {"mass": "synthetic mass", "calcification": "synthetic calcification"}
 
 
 def synthesize_images(
@@ -454,10 +439,8 @@ def synthesize_images(
     images, failed = _named(files), []
     config = {"images": list(images), "at": [list(map(int, place)) for place in at]}
     config |= {"lesions": lesions, "strip": strip, "seed": seed, **synth.config}
-    made = (
-        f"{CATEGORIES[synth.task]} by contextual GAN {synth.hash[:16]}; research only",
-        f"{seed} {synth.hash}",
-    )
+    category = CATEGORY.get(synth.task, "removed lesion")
+    made = f"{category} by contextual GAN {synth.hash[:16]}; research only", f"{seed} {synth.hash}"
     with claim_folder(out, "synthesize", config), progress(len(images), "synthesize") as advance:
         parts = out / "parts"  # a record per finished image: a killed run goes on with the others
         parts.mkdir(exist_ok=True)
@@ -468,18 +451,16 @@ def synthesize_images(
                     m = mammogram.read_mammogram(file)
                     m.spacing_mm = spacing_mm or m.spacing_mm
                     display, placed = insert_lesions(synth, m, at, lesions, strip, seed)
-                    note = _write_image(out / name, m, display, placed, *made)
-                    if strip > 1:
-                        _save(_strip_figure(m, display, placed), out / f"{name}_figure3.png")
+                    note = _write_image(out / name, m, display, placed, strip, made)
                 except (ValueError, OSError) as error:
                     failed.append((str(file), str(error).removeprefix(f"{file}: ")))
                     click.echo(f"{file}: failed: {failed[-1][1]}", err=True)
                 else:
                     image = {"id": number, "file_name": f"{name}_synthetic.png"}
                     image |= {"height": m.display.shape[0], "width": m.display.shape[1]}
-                    label = {"image_id": number, "category": CATEGORIES[synth.task]}
+                    label = {"image_id": number, "category": category}
                     write_json(part, mammogram.coco([image], [label | p for p in placed]))
-                    click.echo(f"{file}: {len(placed)} x {CATEGORIES[synth.task]}{note}")
+                    click.echo(f"{file}: {len(placed)} x {category}{note}")
             advance()
         records = [read_json(part) for part in sorted(parts.glob("*.json"))]
         if records:
@@ -558,15 +539,13 @@ def _is_cut(isolated: IsolatedLesion) -> bool:
 def window_shape(synth: Synthesizer, spacing_mm: tuple[float, float] | None) -> tuple[int, int]:
     """Stored pixels of one patch: its own size, or the physical size that it was trained at."""
     trained_mm = synth.run["spacing_mm"]
-    if trained_mm is None:
-        return synth.side, synth.side
-    if spacing_mm is None:
+    if trained_mm and not spacing_mm:
         raise ValueError(
             f"pixel spacing unknown; the generator was trained at {trained_mm} mm. Give a manifest "
             "with spacing_row_mm and spacing_col_mm"
         )
-    rows, cols = (round(synth.side * trained_mm / mm) for mm in spacing_mm)
-    return rows, cols
+    rows, cols = (trained_mm / mm for mm in spacing_mm) if trained_mm else (1, 1)
+    return round(synth.side * rows), round(synth.side * cols)
 
 
 def resize(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -615,15 +594,10 @@ def _named(files: Iterable[Path]) -> dict[str, tuple[Path, tuple[float, float] |
 
 
 def _write_image(
-    stem: Path,
-    m: mammogram.Mammogram,
-    display: np.ndarray,
-    placed: list[dict],
-    derivation: str,
-    seed: str,
+    stem: Path, m: mammogram.Mammogram, display: np.ndarray, placed: list[dict], strip: int, made
 ) -> str:
     """The files of one mammogram; returns what the user should know about them."""
-    note = ""
+    note, files = "", {kind: Path(f"{stem}_{kind}") for kind in FILES}
     try:
         stored = m.restore(display)
     except ValueError as error:
@@ -631,11 +605,13 @@ def _write_image(
     else:
         display = m.table.apply(stored)  # what a viewer makes of the new stored values
         if m.ds is not None:
-            mammogram.write_derived_dicom(
-                m, stored, Path(f"{stem}_synthetic.dcm"), derivation, seed
-            )
-    mammogram.write_png16(Path(f"{stem}_synthetic.png"), to_uint16(display))
-    _save(_before_after(m.display, display, placed), Path(f"{stem}_before_after.png"))
+            mammogram.write_derived_dicom(m, stored, files["synthetic.dcm"], *made)
+    mammogram.write_png16(files["synthetic.png"], to_uint16(display))
+    _before_after(files["before_after.png"], m.display, display, placed)
+    if strip > 1:  # Figure 3: before above after
+        whole = (*placed[0]["window"][:2], *placed[-1]["window"][2:])
+        rows = [[grey(cut(image, whole))] for image in (m.display, display)]
+        save_tiles(files["figure3.png"], rows, [m.spacing_mm and m.spacing_mm[1]])
     return note
 
 
@@ -650,78 +626,45 @@ def grey(values: np.ndarray) -> np.ndarray:
     return ((values if values.dtype == np.uint16 else to_uint16(values)) >> 8).astype(np.uint8)
 
 
-def tile(rows: Sequence[Sequence[np.ndarray]], mm_per_px: Sequence[float | None]) -> Image.Image:
+def save_tiles(
+    path: Path, rows: Sequence[Sequence[np.ndarray]], mm_per_px: Sequence[float | None]
+) -> None:
     """Rows of uint8 images; below each a scale bar where the spacing of its column is known."""
-    gap, below = 4, 20
-    heights = [max(len(cell) for cell in row) + below for row in rows]
-    width = max(sum(cell.shape[1] + gap for cell in row) for row in rows)
-    canvas = Image.new("RGB", (width + gap, sum(heights) + gap), "white")
-    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=12)
-    top = gap
-    for row, height in zip(rows, heights, strict=True):
-        left = gap
-        for cell, mm in itertools.zip_longest(row, mm_per_px[: len(row)]):
-            canvas.paste(Image.fromarray(cell), (left, top))
-            if mm:
-                bar = max([b for b in BAR_MM if b / mm <= 0.35 * cell.shape[1]], default=BAR_MM[0])
-                end, y = left + bar / mm, top + len(cell) + 9
-                pen.rectangle((left, y - 1, end, y + 1), fill="black")
-                pen.text((end + 6, y), f"{bar} mm", fill="black", font=font, anchor="lm")
-            left += cell.shape[1] + gap
-        top += height
-    return canvas
+    rows = [[_barred(*cell) for cell in itertools.zip_longest(row, mm_per_px)] for row in rows]
+    rows = [np.hstack(row) for row in rows]
+    width = max(row.shape[1] for row in rows)
+    rows = [np.pad(r, ((0, 0), (0, width - r.shape[1]), (0, 0)), constant_values=255) for r in rows]
+    with replace_file(path) as file:
+        Image.fromarray(np.vstack(rows)).save(file, format="PNG")
 
 
-def pairs_figure(
-    before: np.ndarray, after: np.ndarray, mm_per_px: Sequence[float | None]
-) -> Image.Image:
-    """One row of Figure 1: pairs of a real patch (left) and its synthetic counterpart (right)."""
-    pairs = zip(grey(before), grey(after), strict=True)
-    return tile([[patch for pair in pairs for patch in pair]], np.repeat(mm_per_px, 2))
-
-
-def _set_figures(out: Path, mm_per_px: list[float | None]) -> None:
-    """Figure 1 (pairs) and Figure 2a (input, lesion, sum) of the first samples."""
-    before, lesion, after = (
-        np.load(out / f"{name}.npy", mmap_mode="r")[:FIGURE_SAMPLES]
-        for name in ("input", "lesion", "combined")
-    )
-    _save(pairs_figure(before, after, mm_per_px), out / "figure1.png")
-    shown = lesion / max(1, int(np.abs(lesion).max()))  # mid-grey is no change; stretched
-    _save(
-        tile([list(map(grey, a)) for a in (before, shown, after)], mm_per_px), out / "figure2a.png"
-    )
+def _barred(values: np.ndarray, mm: float | None) -> np.ndarray:
+    """(H, W) or (H, W, 3) -> (H + 24, W + 4, 3) with white margins and a bar of so many mm."""
+    rows, cols = values.shape[:2]
+    canvas = Image.new("RGB", (cols + 4, rows + 24), "white")
+    canvas.paste(Image.fromarray(values), (4, 4))
+    if mm:
+        bar = max([b for b in BAR_MM if b / mm <= 0.35 * cols], default=BAR_MM[0])
+        pen, end, y = ImageDraw.Draw(canvas), 4 + bar / mm, rows + 13
+        pen.rectangle((4, y - 1, end, y + 1), fill="black")
+        font = ImageFont.load_default(size=12)
+        pen.text((end + 6, y), f"{bar} mm", fill="black", font=font, anchor="lm")
+    return np.asarray(canvas)
 
 
 def _before_after(
-    before: np.ndarray, after: np.ndarray, placed: list[dict], height: int = 1200
-) -> Image.Image:
+    path: Path, before: np.ndarray, after: np.ndarray, placed: list[dict], height: int = 1200
+) -> None:
     """The whole mammogram before and after, boxes drawn in; below, every window at full size."""
     factor = min(1.0, height / len(before))
     shape = tuple(max(1, round(n * factor)) for n in before.shape)
-    whole = [
-        Image.fromarray(grey(resize(image, shape))).convert("RGB") for image in (before, after)
-    ]
+    whole = [Image.fromarray(grey(resize(a, shape))).convert("RGB") for a in (before, after)]
     for lesion in placed:
         r0, c0, r1, c1 = (round(v * factor) for v in lesion["bbox"])
         ImageDraw.Draw(whole[1]).rectangle((c0 - 1, r0 - 1, c1, r1), outline=(255, 200, 0))
-    rows = [list(map(np.asarray, whole))]
-    for image in (before, after):
-        rows.append([grey(_cut(image, p["window"])) for p in placed])
-    return tile(rows, [])
+    windows = [[grey(cut(a, p["window"])) for p in placed] for a in (before, after)]
+    save_tiles(path, [list(map(np.asarray, whole)), *windows], [])
 
 
-def _strip_figure(m: mammogram.Mammogram, display: np.ndarray, placed: list[dict]) -> Image.Image:
-    """Figure 3: the strip of contiguous patches before (above) and after (below)."""
-    whole = (*placed[0]["window"][:2], *placed[-1]["window"][2:])
-    rows = [[grey(_cut(image, whole))] for image in (m.display, display)]
-    return tile(rows, [m.spacing_mm and m.spacing_mm[1]])
-
-
-def _cut(image: np.ndarray, window: Sequence[int]) -> np.ndarray:
+def cut(image: np.ndarray, window: Sequence[int]) -> np.ndarray:
     return image[window[0] : window[2], window[1] : window[3]]
-
-
-def _save(image: Image.Image, path: Path) -> None:
-    with replace_file(path) as file:
-        image.save(file, format="PNG")
