@@ -250,8 +250,8 @@ def _mean_auc(y, v, clusters, groups) -> tuple[float, float, float]:
     groups: (weight, rows of v) per regime, the rows being its training seeds. The seeds of a
     regime are what the readers are in a multi-reader study, so the variance is Obuchowski and
     Rockette's (1995) with patient-clustered covariances of the AUCs: for a difference
-        s_a^2/K_a + s_b^2/K_b + max(0, cov2_a + cov2_b - 2 cov3),
-    s^2 among the seeds of one regime, cov2 between two of its seeds, cov3 across the regimes.
+        s^2 (1/K_a + 1/K_b) + max(0, cov2_a + cov2_b - 2 cov3),
+    s^2 among the seeds of a regime (pooled), cov2 between two seeds of one regime, cov3 across.
     Degrees of freedom after Satterthwaite with the test-set part taken as known (Hillis 2007).
     A regime with a single seed makes the seeds fixed: then it is Obuchowski 1997 on the means.
     """
@@ -260,18 +260,18 @@ def _mean_auc(y, v, clusters, groups) -> tuple[float, float, float]:
     if min(len(rows) for _, rows in groups) == 1:
         return value, float(clustered_covariance(y, contrast, clusters)[0, 0]), math.inf
     covariance, aucs = clustered_covariance(y, v, clusters), v[:, y].mean(axis=1)
-    test, seed_parts = 0.0, []
+    test = 0.0
     for weight, rows in groups:
-        k = len(rows)
-        seed_parts.append((weight**2 * float(aucs[rows].var(ddof=1)) / k, k - 1))
         for other_weight, others in groups:
-            block = covariance[np.ix_(rows, others)]
+            block, k = covariance[np.ix_(rows, others)], len(rows)
             same = rows is others
             mean = (block.sum() - np.trace(block)) / (k * (k - 1)) if same else block.mean()
             test += weight * other_weight * float(mean)
-    variance = max(0.0, test) + sum(part for part, _ in seed_parts)
-    spread = sum(part**2 / df for part, df in seed_parts)
-    return value, variance, variance**2 / spread if spread else math.inf
+    free = sum(len(rows) - 1 for _, rows in groups)
+    pooled = sum(float(aucs[rows].var()) * len(rows) for _, rows in groups) / free
+    seeds = pooled * sum(weight**2 / len(rows) for weight, rows in groups)
+    variance = max(0.0, test) + seeds
+    return value, variance, free * (variance / seeds) ** 2 if seeds else math.inf
 
 
 def compare(y, scores, baseline, clusters, level: float = 0.95) -> dict[str, float]:
@@ -932,7 +932,8 @@ img { width: 46rem; max-width: 100%; }
   td { display: flex; gap: .8rem; border: 0; padding: .12rem 0; }
   td::before { content: attr(data-label); flex: 0 0 40%; color: #555; }
 }
-@media print { body { font-size: 10pt; max-width: none; padding: 0; } @page { margin: 15mm; } }
+@media print { body { font-size: 9pt; max-width: none; padding: 0; } table { font-size: 7.5pt; }
+  img { width: 34rem; } @page { margin: 13mm; } }
 """
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>Synthetic lesions: evaluation</title>
@@ -973,8 +974,8 @@ one patient, interval by jackknife over patients.</p>
 (a smooth bump of the same size and brightness in place of each lesion) does not show the same.</li>
 <li>No difference shown is not equality: see from which size on one would have been found.</li>
 <li>Patches of one patient resemble each other, so DeLong's test calls too much significant. With
-fewer than about 30 patients on either side the clustered intervals are rather too narrow as well;
-with two or three seeds they are wide, since so few say little about how seeds vary.</li>
+fewer than about 30 patients on either side, or with only two seeds, the clustered intervals are
+rather too narrow as well.</li>
 <li>With one seed the result is about these very models; training again may give another.</li>
 </ul><p class="note">The same for machines: table1.csv and metrics.json.</p></body></html>
 """
@@ -1170,7 +1171,14 @@ def report(metrics: dict, out: Path) -> str:
             ],
         ),
         controls=_table(
-            ["Set", "Told apart by features", "floor", "by pixels", "KID x 1000", "floor"],
+            [
+                "Set",
+                "Told apart by features",
+                "(floor)",
+                "by pixels",
+                "KID x 1000",
+                "(floor of KID)",
+            ],
             [
                 [c["set"], *(_ci(c[k]) for k in ("linear", "floor_linear", "network"))]
                 + [_ci([1000 * v for v in c[k]], ".2f") for k in ("kid", "floor_kid")]
