@@ -147,8 +147,9 @@ class Generator(nn.Module):
         noise = iter(z[:, :, None, None, None].unbind(1))  # each (N, 1, 1, 1)
 
         def with_noise(*maps: Tensor) -> Tensor:  # constant over space, own value per sample (G4)
-            h = maps[0]
-            return torch.cat([*maps, next(noise).to(h).expand(-1, -1, *h.shape[2:])], dim=1)
+            plane = next(noise).to(maps[0]).expand(-1, -1, *maps[0].shape[2:])
+            # In this layout the maps keep theirs; otherwise each block would copy them back.
+            return torch.cat([*maps, plane.contiguous(memory_format=torch.channels_last)], dim=1)
 
         h, skips = x, []
         for i, layer in enumerate(self.encoder):

@@ -250,6 +250,24 @@ class GanConfig:
 
 GAN_PRESETS = {
     "paper": GanConfig(),
+    "tiny": GanConfig(
+        patch_size=64,
+        g_base=8,
+        g_center=1024,
+        d_base=16,
+        d_center=2048,
+        sn_d=False,
+        iters_base=600,
+        iters_fade=100,
+        iters_final=600,
+        g_lr=2e-4,
+        d_lr=2e-4,
+        g_updates_mass=1,
+        gp_noise="std",
+        g_average=0.99,
+        log_every=50,
+        save_every=200,
+    ),
 }
 
 ADAM = {"betas": (0.0, 0.99), "eps": 1e-8}  # T1
