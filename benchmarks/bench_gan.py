@@ -1,0 +1,235 @@
+"""Speed of `train-gan` against the same networks in a plain eager float32 loop with a DataLoader.
+
+    python benchmarks/bench_gan.py --preset tiny --device cpu
+    python benchmarks/bench_gan.py --preset paper --device cuda   # --dry-run works without a GPU
+
+Prints a Markdown table: steps and images per second of both loops, memory, FLOPs (counted at
+dispatch, double backward included), on a GPU the share of the bfloat16 matrix-product rate measured
+on the same card and where the time goes, and the time for the preset's schedule. Patches are random
+numbers: the arithmetic does not depend on them.
+"""
+
+import dataclasses
+import json
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import flop_registry
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import data
+import models
+import train
+
+STYLEGAN2_ADA = "12.5 s on one A100, 20.8 s on one V100 (its README, 256 px, one GPU)"
+
+
+def random_patches(out: Path, side: int, count: int) -> Path:
+    """A patch set of noise in the format of `prepare`."""
+    keys = [f"{split}/{name}" for split in ("train", "val") for name in data.CLASSES]
+    rng = np.random.default_rng(0)
+    with data.claim_folder(out, "prepare", {"patch_size": side, "spacing_mm": None}):
+        for key in keys:
+            file = out / "patches" / f"{key}.npy"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            np.save(file, rng.integers(0, 65536, (count, side, side), dtype=np.uint16))
+        (out / "splits.csv").write_text("patient_id,split\n")
+        data.finish_folder(out, counts=dict.fromkeys(keys, count))
+    return out
+
+
+def schedule(config: train.GanConfig, steps: int, half: bool) -> train.GanConfig:
+    """`steps` steps of one stage: half size, or full size after the fade."""
+    stages = {"iters_base": steps, "iters_final": 0} if half else {"iters_base": 0}
+    stages = {"iters_fade": 0, "iters_final": steps} | stages
+    return dataclasses.replace(config, **stages, save_every=10 * steps)
+
+
+def ours(config: train.GanConfig, patches: Path, device, steps: int, half: bool) -> list[float]:
+    """Seconds per step of the shipped loop: its own log, the first rows (warm-up) left out."""
+    every = max(1, steps // 4)
+    config = dataclasses.replace(schedule(config, steps, half), log_every=every)
+    with tempfile.TemporaryDirectory() as folder:
+        train.train_gan(config, patches, Path(folder) / "run", device)
+        rows = [json.loads(r) for r in (Path(folder) / "run/log.jsonl").read_text().splitlines()]
+    return [row["seconds"] / every for row in rows[1:]]
+
+
+class Patches(Dataset):
+    """Samples of [source, real, benign, normal], as a user would write them."""
+
+    def __init__(self, folder: Path, task: str):
+        self.pools = [train.Pool(folder, "train", names) for names in train.TASKS[task]]
+
+    def __len__(self) -> int:
+        return 1_000_000
+
+    def __getitem__(self, i: int) -> list[torch.Tensor]:
+        rng = np.random.default_rng(i)
+        return [torch.from_numpy(p.take(rng.integers(len(p), size=1))[0]) for p in self.pools]
+
+
+def plain_step(config, G, D, opt_G, opt_D, batches, device, half: bool) -> None:
+    """One step as the paper's text reads: a pass per class, nothing shared or switched off."""
+    size = config.patch_size // 2 if half else config.patch_size
+    source, real, benign, normal = (x.to(device) for x in next(batches))
+    if half:
+        real, benign, normal = (models.down2(x) for x in (real, benign, normal))
+    fake = G(source, size=size)[:, 2:].detach()
+    loss = models.discriminator_loss(*(D(x, size) for x in (real, fake, benign, normal)))
+    loss = loss + models.gradient_penalty(lambda x: D(x, size), real)
+    opt_D.zero_grad()
+    loss.backward()
+    opt_D.step()
+    for _ in range(config.g_updates_mass if config.task == "mass" else 1):
+        source = next(batches)[0].to(device)
+        loss = models.generator_loss(D(G(source, size=size)[:, 2:], size))
+        opt_G.zero_grad()
+        loss.backward()
+        opt_G.step()
+
+
+def plain(config: train.GanConfig, patches: Path, device, steps: int, half: bool) -> list[float]:
+    """Seconds per step of the plain loop, the first quarter (warm-up) left out."""
+    G, D = train.networks(dataclasses.replace(config, channels_last=False), device)
+    opt_G = torch.optim.Adam(G.parameters(), lr=config.g_lr, **train.ADAM)
+    opt_D = torch.optim.Adam(D.parameters(), lr=config.d_lr, **train.ADAM)
+    loader = DataLoader(Patches(patches, config.task), batch_size=config.batch_size, num_workers=1)
+    batches, times = iter(loader), []
+    for _ in range(steps):
+        start = time.perf_counter()
+        plain_step(config, G, D, opt_G, opt_D, batches, device, half)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return times[steps // 4 :]
+
+
+class FlopCounter(TorchDispatchMode):
+    """torch's own formulas at dispatch; its FlopCounterMode fails inside autograd.grad."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if formula := flop_registry.get(func._overloadpacket):
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def flops_per_step(config: train.GanConfig, patches: Path, device, half: bool) -> float:
+    """Two steps of the shipped loop less one: what each run does besides steps cancels."""
+    counts = []
+    for steps in (1, 2):
+        one = dataclasses.replace(schedule(config, steps, half), log_every=10, compile=False)
+        with tempfile.TemporaryDirectory() as folder, FlopCounter() as counter:
+            train.train_gan(one, patches, Path(folder) / "run", device)
+        counts.append(counter.total)
+    return counts[1] - counts[0]
+
+
+def matrix_product_rate(device) -> float:
+    """bfloat16 FLOP/s of a large square product on this card."""
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(5):
+        a @ b
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(50):
+        a @ b
+    torch.cuda.synchronize()
+    return 50 * 2 * 8192**3 / (time.perf_counter() - start)
+
+
+def where_time_goes(config: train.GanConfig, patches: Path, device) -> str:
+    """The twelve operations that take most of ten steps."""
+    activities = [ProfilerActivity.CPU]
+    activities += [ProfilerActivity.CUDA] if device.type == "cuda" else []
+    ten = dataclasses.replace(schedule(config, 10, half=False), log_every=100)
+    with tempfile.TemporaryDirectory() as folder, profile(activities=activities) as profiler:
+        train.train_gan(ten, patches, Path(folder) / "run", device)
+    key = f"self_{device.type}_time_total"
+    return profiler.key_averages().table(sort_by=key, row_limit=12, max_name_column_width=60)
+
+
+@click.command()
+@click.option("--preset", type=click.Choice(list(train.GAN_PRESETS)), default="tiny")
+@click.option("--task", type=click.Choice(list(train.TASKS)), default="mass")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@click.option("--steps", default=60, help="Steps of each measurement.")
+@click.option("--rounds", default=2, help="The two loops take turns so often.")
+@click.option("--batch-size", type=int, default=None, help="Per class; default: the preset's.")
+@click.option("--threads", type=int, default=None, help="CPU threads (default: torch's).")
+@click.option("--profile", "profiled", is_flag=True, help="Print where the time goes.")
+@click.option("--dry-run", is_flag=True, help="Everything once, with few steps and one round.")
+def main(preset, task, device, steps, rounds, batch_size, threads, profiled, dry_run) -> None:
+    config = dataclasses.replace(train.GAN_PRESETS[preset], task=task)
+    if dry_run:
+        steps, rounds, batch_size = 4, 1, 1
+    if batch_size:
+        config = dataclasses.replace(config, batch_size=batch_size)
+    if threads:
+        torch.set_num_threads(threads)
+    device = models.choose_device(device)
+    gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name() if gpu else f"{platform.processor()} CPU"
+    print(
+        f"{preset}, {task}, batch {config.batch_size} per class, torch {torch.__version__}, "
+        f"{name}, {torch.get_num_threads()} threads, {steps} steps x {rounds} rounds\n"
+    )
+    rate = matrix_product_rate(device) if gpu else None
+    print(
+        "| stage | loop | s / step | steps / s | real images / s | s / 1,000 real images | "
+        "GFLOP / real image | share of bf16 product rate | peak GiB |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    real = 3 * config.batch_size  # real images that D sees in a step
+    per_step = {}
+    with tempfile.TemporaryDirectory() as folder:
+        patches = random_patches(Path(folder) / "data", config.patch_size, 4 * config.batch_size)
+        for stage, half in (("half", True), ("full", False)):
+            flops = flops_per_step(config, patches, device, half)
+            times, peak = {"plain": [], "ours": []}, {}
+            for _ in range(rounds):  # in turns: what else runs on the machine meets both
+                for loop, measure in (("plain", plain), ("ours", ours)):
+                    if gpu:
+                        torch.cuda.reset_peak_memory_stats()
+                    times[loop] += measure(config, patches, device, steps, half)
+                    if gpu:
+                        peak[loop] = torch.cuda.max_memory_allocated() / 2**30
+            for loop, values in times.items():
+                s = per_step[stage, loop] = statistics.median(values)
+                share = f"{flops / s / rate:.0%}" if rate else "not measured"
+                memory = f"{peak[loop]:.1f}" if gpu else "not measured"
+                print(
+                    f"| {stage} size | {loop} | {s:.3f} | {1 / s:.2f} | {real / s:.1f} | "
+                    f"{1000 * s / real:.2f} | {flops / real / 1e9:.3f} | {share} | {memory} |"
+                )
+        times = [per_step["half", "ours"], per_step["full", "ours"]]
+        total = config.iters_base * times[0] + (config.iters_fade + config.iters_final) * times[1]
+        for stage in ("half", "full"):
+            gain = per_step[stage, "plain"] / per_step[stage, "ours"]
+            print(f"\n{stage} size: ours is {gain:.2f} times as fast as the plain loop")
+        print(
+            f"\nThe preset's schedule takes {total / 60:.1f} min. Process peak (CPU memory) "
+            f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB."
+        )
+        print(f"StyleGAN2-ADA needs {STYLEGAN2_ADA} per 1,000 real images.")
+        if profiled:
+            print(where_time_goes(config, patches, device))
+
+
+if __name__ == "__main__":
+    main()
