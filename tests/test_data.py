@@ -853,7 +853,7 @@ def edit(folder: Path, **facts: object) -> None:
 
 
 def test_a_class_that_is_missing_is_named(patches):
-    with pytest.raises(ValueError, match=rr"holds no val/benign_mass; found .*val/normal"):
+    with pytest.raises(ValueError, match=r"holds no val/benign_mass; found .*val/normal"):
         data.open_patches(patches, "val", "benign_mass")
 
 
