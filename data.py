@@ -471,7 +471,7 @@ def tissue_windows(
     mask: np.ndarray, side: int | tuple[int, int], min_tissue: float = 0.9
 ) -> np.ndarray:
     """Bool (H - h + 1, W - w + 1): top-left corners whose window is >= 90% tissue (P6, Q21)."""
-    h, w = (side, side) if isinstance(side, int) else side
+    h, w = np.broadcast_to(side, 2).tolist()
     if h > mask.shape[0] or w > mask.shape[1]:
         return np.zeros((max(mask.shape[0] - h + 1, 0), max(mask.shape[1] - w + 1, 0)), bool)
     table = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), np.int32)  # summed-area table
@@ -809,8 +809,9 @@ def _visit(index: int, tasks: list[tuple[str, int, int]]) -> dict:
     found = {"image": index, "uid": "", "reason": "", "dead": [], "rows": [], "failed": tasks}
     try:
         field = _Field(image, config)
-    except (ValueError, OSError) as error:
-        return found | {"reason": " ".join(str(error).split())}
+    except (ValueError, OSError) as error:  # an OSError would name the file
+        reason = getattr(error, "strerror", None) or str(error)
+        return found | {"reason": " ".join(reason.split())}
     # Whether a class has any place here may not depend on which patches ask first.
     for key in sorted({key for key, _, _ in tasks}):
         rng = np.random.default_rng((config.seed, index, KEYS.index(key)))
@@ -1088,16 +1089,14 @@ def _finish(
     used = {index for rows in texts.values() for index, _ in rows}
     excluded, same = [], defaultdict(list)
     for index, image in enumerate(images):
-        found = log.get(index, {"reason": "no class is cut from its findings", "uid": ""})
+        unread = {"reason": f"none of its findings is a class wanted in {image.split}", "uid": ""}
+        found = log.get(index, unread)
         same[found["uid"] or index].append(image.name)
-        reason, path = found["reason"], image.rows[0].image_path
-        if not reason and found["dead"]:
-            reason = (
-                f"no window holds {config.min_tissue:.0%} breast tissue, for {found['dead'][0]}"
-            )
+        reason = found["reason"] or "usable; no patch happened to be drawn from it"
+        if not found["reason"] and found["dead"]:
+            reason = f"no window with enough tissue for {found['dead'][0]}"
         if index not in used:
-            reason = reason.replace(path, image.name).replace(os.path.basename(path), image.name)
-            excluded.append((image.name, reason or "usable; no patch happened to be drawn from it"))
+            excluded.append((image.name, reason))
     write_table(out / "excluded.csv", ("image_path", "reason"), excluded)
     splits = {image.patient_id: image.split for image in images}
     write_table(out / "splits.csv", ("patient_id", "split"), sorted(splits.items()))
@@ -1116,6 +1115,8 @@ def _finish(
     for names in duplicates:
         click.echo(f"the same image under {len(names)} names: {', '.join(names)}", err=True)
     click.echo(f"{len(excluded)} of {len(images)} images gave no patch: excluded.csv", err=True)
+    if not texts:
+        raise ValueError(f"{out}: no patch could be cut; excluded.csv says why for each image")
     finish_folder(
         out,
         counts={key: len(rows) for key, rows in texts.items()},

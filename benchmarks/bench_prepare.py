@@ -137,11 +137,11 @@ def measure(
         jobs = [(path, windows[path], config.patch_size) for path in paths]
         seconds["bare"].append(write_patches(folder / "bare", config, jobs, bare, workers))
     best = {key: min(values) for key, values in seconds.items()}
-    decodes = decoded.stat().st_size / 3
+    decodes = decoded.stat().st_size / 3 / len(paths)
     print(
         f"{name}: {total} patches of {len(paths)} images, {workers} workers: prepare "
         f"{best['prepare']:.2f} s, bare loop {best['bare']:.2f} s, ratio "
-        f"{best['prepare'] / best['bare']:.2f} (at most 1.3); {decodes / len(paths):.2f} decodes a file"
+        f"{best['prepare'] / best['bare']:.2f} (at most 1.3); {decodes:.2f} decodes a file"
     )
     return total / best["prepare"]
 

@@ -480,7 +480,7 @@ def test_P3_Q24_lesions_without_box_or_class_give_no_patch(source, tmp_path):
     }
     excluded = data.read_table(tmp_path / "set" / "excluded.csv", ("image_path", "reason"))
     reasons = dict(zip(excluded["image_path"].tolist(), excluded["reason"].tolist(), strict=True))
-    assert all("no class" in reasons[row.image_path] for row in rows[:3])
+    assert all("none of its findings is a class" in reasons[row.image_path] for row in rows[:3])
 
 
 def test_normals_from_annotated_keep_away_from_every_box(source, tmp_path):
@@ -536,8 +536,11 @@ def test_Q19_spacing_resamples_anisotropic_pixels(tmp_path):
             white = patch > 50_000
             assert abs(white.sum() - np.pi * 20**2) < 60
     finding = dataclasses.replace(finding, spacing_mm=None)
-    with pytest.raises(ValueError, match="no image has a place"):
-        prepare([finding], tmp_path / "b", config.with_counts(["test/malignant_mass=4"]))
+    with pytest.raises(ValueError, match=r"no patch could be cut; excluded\.csv says why"):
+        prepare([finding], tmp_path / "b", config)
+    assert "no pixel spacing" in (tmp_path / "b" / "excluded.csv").read_text()
+    with pytest.raises(ValueError, match="not finished"):
+        data.patch_config(tmp_path / "b")
 
 
 def test_native_dicom_patches_agree_with_an_independent_reading(tmp_path):
@@ -709,7 +712,7 @@ def test_a_class_that_is_not_there_is_skipped_or_an_error_when_asked_for(source,
 
 @pytest.mark.parametrize("text", ["train/normal", "train/normal=x", "train/lump=3", "normal=-4"])
 def test_count_that_is_none_is_refused(text):
-    with pytest.raises(ValueError, match="--count .*expected SPLIT/CLASS=N"):
+    with pytest.raises(ValueError, match=r"--count .*expected SPLIT/CLASS=N"):
         SMALL.with_counts([text])
 
 
