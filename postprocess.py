@@ -341,6 +341,8 @@ def attempt(
     sample += [("seed", "i8"), ("source", "i8"), ("area", "i8"), ("bbox", "i8", 4)]
     kept, tried, empty = [], 0, 0
     for start in range(attempts.start, attempts.stop, BATCH):
+        if len(kept) == wanted:
+            break
         # Always a whole batch: what comes out does not depend on where the attempts end.
         named = [draw(seed, a) for a in range(start, start + BATCH)]
         chosen = [int(rng.integers(len(sources))) for _, rng in named]
