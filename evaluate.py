@@ -6,6 +6,7 @@ Scores are p(cancer), labels 1 malignant and 0 not; a cluster is a patient.
 import base64
 import functools
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -437,15 +438,9 @@ def nearest_training(fake, training, held_out) -> tuple[np.ndarray, np.ndarray, 
     """
     at, distance = pairwise_distances_argmin_min(fake, training)
     reference = pairwise_distances_argmin_min(held_out, training)[1]
-    return (
-        at,
-        distance,
-        {
-            "median": float(np.median(distance)),
-            "reference_median": float(np.median(reference)),
-            "closer_than_first_percentile": float((distance < np.percentile(reference, 1)).mean()),
-        },
-    )
+    found = {"median": float(np.median(distance)), "reference": float(np.median(reference))}
+    found["closer"] = float((distance < np.percentile(reference, 1)).mean())
+    return at, distance, found
 
 
 # --- Runs and patches ---
@@ -522,11 +517,9 @@ def open_regimes(baseline: Path, augmented: Sequence[Path], fingerprint: str) ->
     regimes = [open_regime(Path(folder), fingerprint) for folder in augmented]
     regimes.sort(key=lambda r: (r.name == BLOB, r.proportion))
     regimes.insert(0, open_regime(Path(baseline), fingerprint, baseline=True))
-    for i, regime in enumerate(regimes):
-        if regime.name in (r.name for r in regimes[:i]):
-            raise ValueError(
-                f"--augmented {regime.folder}: a second {regime.name}; give one of them"
-            )
+    names = [regime.name for regime in regimes]
+    if double := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"--augmented: {double[0]} is given twice; give one run of it")
     return regimes
 
 
@@ -627,16 +620,19 @@ def control_of(
     found |= {"fingerprint": syn.fingerprint, "generator": syn.generator}
     found |= {key: facts[key] for key in (*SET_FACTS, "warnings") if key in facts}
     found["patients"] = len(set(syn.index["patient_id"]))
-    if missing := [s for s in ("train", "val") if kind not in splits[s].values]:
-        return found | {"warnings": [f"not compared: no {kind} in {missing[0]}"]}, []
-    arrays = {s: (splits[s].values[kind], splits[s].patients(kind)) for s in ("train", "val")}
+    arrays = {
+        s: (splits[s].values.get(kind, ()), splits[s].patients(kind)) for s in ("train", "val")
+    }
     arrays["synthetic"] = syn.combined, syn.index["patient_id"]
+    if min(len(set(who)) for _, who in arrays.values()) < 3:
+        return found | {"warnings": [f"Not compared: fewer than three patients with {kind}."]}, []
     found["compared"] = n = min(CONTROL_PATCHES, *(len(a) for a, _ in arrays.values()))
     rng, pixels, patients, deep = np.random.default_rng(seed), {}, {}, {}
     for name, (values, who) in arrays.items():
         at = np.sort(rng.permutation(len(values))[:n])
         pixels[name], patients[name] = values[at], who[at]
-        deep[name] = features(pixels[name])
+        whole = name != "train" or syn.task in LESIONS  # not all 400,000 normal patches
+        deep[name] = features(values)[at] if whole else features(pixels[name])
     for prefix, side in (("", "synthetic"), ("floor_", "train")):
         pair = deep["val"], deep[side], patients["val"], patients[side]
         found[f"{prefix}linear"] = detectability(*pair, linear_detector)
@@ -719,18 +715,17 @@ def difference_figure(rows: list[dict]) -> Figure:
     return figure
 
 
-def patch_figure(rows: dict[str, list[np.ndarray]], titles: dict[str, Sequence[str]]) -> Figure:
-    """Rows of patches (uint16) by label, with a title above each patch (repeated in turn)."""
-    columns = max(map(len, rows.values()))
+def patch_figure(rows: list[tuple[str, Sequence[np.ndarray], Sequence[str]]]) -> Figure:
+    """Rows of patches (uint16): label, patches, titles above them (repeated in turn)."""
+    columns = max(len(patches) for _, patches, _ in rows)
     figure = Figure(figsize=(1.35 * columns, 1.6 * len(rows)), layout="constrained")
-    for line, (label, patches) in zip(
-        figure.subplots(len(rows), columns, squeeze=False), rows.items(), strict=True
-    ):
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for line, (label, patches, titles) in zip(grid, rows, strict=True):
         for i, ax in enumerate(line):
             ax.set(xticks=[], yticks=[], frame_on=False)
             if i < len(patches):
                 ax.imshow(patches[i], cmap="gray", vmin=0, vmax=65535, interpolation="nearest")
-                ax.set_title(titles[label][i % len(titles[label])], fontsize=9)
+                ax.set_title(titles[i % len(titles)], fontsize=9)
         line[0].set_ylabel(label, fontsize=9)
     return figure
 
@@ -766,9 +761,8 @@ def rescue(baseline: np.ndarray, augmented: np.ndarray) -> tuple[np.ndarray, dic
     down = np.flatnonzero((baseline > 0.5) & (augmented < 0.5))
     best, worst = (at[np.argsort(-abs(rise[at]), kind="stable")[:RESCUED]] for at in (up, down))
     means = [float(rise[at].mean()) if len(at) else None for at in (best, worst)]
-    return best, dict(
-        zip(("up", "down", "rise", "fall"), (len(up), len(down), *means), strict=True)
-    )
+    found = {"up": len(up), "down": len(down), "rise": means[0], "fall": means[1]}
+    return best, found
 
 
 def figures_4_to_6(
@@ -798,9 +792,7 @@ def figures_4_to_6(
     facts["points"] = {kind: len(at) for kind, at in chosen.items()}
     groups = np.repeat([*chosen, "rescued"], [*facts["points"].values(), len(rescued)])
     panels = {}
-    for regime in [
-        r for r in regimes if r.name == BASELINE or (rescued and r.name == facts["regime"])
-    ]:
+    for regime in (r for r in regimes if r.name in (BASELINE, rescued and facts["regime"])):
         features = read(regime)
         points = [features(sources[kind])[at] for kind, at in chosen.items()]
         points += [features(np.array(rescued))] if rescued else []
@@ -810,7 +802,7 @@ def figures_4_to_6(
     _save(embedding_figure(first, groups[alone]), out / "figure4.png")
     if rescued:
         _save(embedding_figure(panels, groups), out / "figure5.png")
-        _save(patch_figure({"": rescued}, {"": titles}), out / "figure6.png")
+        _save(patch_figure([("", rescued, titles)]), out / "figure6.png")
     return facts
 
 
@@ -864,33 +856,27 @@ def evaluate(
         if len(rows) > 1:
             _save(difference_figure(rows), out / "difference.png")
         read = functools.cache(lambda regime: feature_reader(regime.runs[0], device))
-        controls, nearest, pairs, titles = [], {}, {}, {}
+        controls, nearest, pairs = [], [], []
         for syn in sets:
             found, closest = control_of(syn, splits, read(regimes[0]), device, seed)
             controls.append(found)
-            nearest |= {syn.path.name: closest} if closest else {}
-            both = zip(syn.input[:3], syn.combined[:3], strict=True)
-            pairs[syn.path.name] = [p for pair in both for p in pair]
-            titles[syn.path.name] = (
-                ("lesion", "removed") if not syn.label else ("real", "synthetic")
-            )
+            if closest:
+                nearest.append((syn.path.name, closest, ("synthetic", "nearest")))
+            both = [p for pair in zip(syn.input[:3], syn.combined[:3], strict=True) for p in pair]
+            titles = ("real", "synthetic") if syn.label else ("lesion", "removed")
+            pairs.append((syn.path.name, both, titles))
             advance(1, f"{syn.path.name}: controls")
-        if pairs:
-            _save(patch_figure(pairs, titles), out / "figure1.png")
-        if nearest:
-            titles = dict.fromkeys(nearest, ("synthetic", "nearest"))
-            _save(patch_figure(nearest, titles), out / "nearest.png")
+        for name, patches in (("figure1", pairs), ("nearest", nearest)):
+            if patches:
+                _save(patch_figure(patches), out / f"{name}.png")
         metrics = {"conditions": tables, "controls": controls, "holm": holm, "seed": seed}
         metrics["skipped"] = claimed["skipped"]
         metrics["score_groups"] = {name: score_groups(test, s) for name, s in scores.items()}
         metrics["feature_space"] = figures_4_to_6(regimes, splits, sets, scores, read, seed, out)
-        metrics["data"] = {"name": data.name, **config} | {
-            "patients": {
-                f"{split}/{kind}": len(set(patches.patients(kind)))
-                for split, patches in splits.items()
-                for kind in patches.values
-            }
-        }
+        metrics["data"] = {"name": data.name, **config, "patients": {}}
+        for split, patches in splits.items():
+            for kind in patches.values:
+                metrics["data"]["patients"][f"{split}/{kind}"] = len(set(patches.patients(kind)))
         metrics["runs"] = [
             {"regime": r.name, "run": r.folder.name, "seeds": r.seeds, "weights": r.hashes}
             | {"config": r.config, "proportion": r.proportion}
@@ -911,37 +897,33 @@ def evaluate(
 # --- The report: one file, no script, for a screen, a telephone and paper ---
 
 STYLE = """
-* { box-sizing: border-box; }
+* { box-sizing: border-box; } h2, h3 { break-after: avoid; } tr, figure { break-inside: avoid; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; margin: 0 auto;
   max-width: 62rem; padding: 1rem; overflow-wrap: break-word; }
 h1 { font-size: 1.5rem; line-height: 1.2; } h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
 h2 { font-size: 1.15rem; margin: 2rem 0 .4rem; border-top: 2px solid #0b62a8; padding-top: .5rem; }
-h2, h3 { break-after: avoid; } tr, figure { break-inside: avoid; }
 .box { border-left: 4px solid #c2500a; background: #fdf3ec; padding: .6rem .9rem; }
 .note, figcaption { color: #444; font-size: .88rem; }
-table { border-collapse: collapse; width: 100%; font-size: .86rem; margin: .5rem 0;
-  font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; width: 100%; font-size: .86rem; margin: .5rem 0; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .5rem .3rem 0;
-  border-bottom: 1px solid #d8d8d8; }
-thead th { border-bottom: 2px solid #888; } figure { margin: 1rem 0; }
-img { width: 46rem; max-width: 100%; }
-@media screen and (max-width: 40rem) {
-  thead, .none { display: none !important; } tr, tbody th { display: block; }
-  tr { border: 1px solid #ccc; border-radius: 6px; margin: .6rem 0; padding: .3rem .6rem; }
-  tbody th { font-size: 1rem; border: 0; }
+  border-bottom: 1px solid #d8d8d8; font-variant-numeric: tabular-nums; }
+figure { margin: 1rem 0; } img { width: 46rem; max-width: 100%; }
+@media screen and (max-width: 40rem) { thead, .none { display: none !important; }
+  tr { display: block; border: 1px solid #ccc; border-radius: 6px; margin: .6rem 0; padding: .4rem }
+  tbody th { display: block; font-size: 1rem; border: 0; }
   td { display: flex; gap: .8rem; border: 0; padding: .12rem 0; }
-  td::before { content: attr(data-label); flex: 0 0 40%; color: #555; }
-}
+  td::before { content: attr(data-label); flex: 0 0 40%; color: #555; } }
 @media print { body { font-size: 9pt; max-width: none; padding: 0; } table { font-size: 7.5pt; }
   img { width: 34rem; } @page { margin: 13mm; } }
 """
+FIGURES = ("difference", "roc", "figure1", "nearest", "figure4", "figure5", "figure6")
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>Synthetic lesions: evaluation</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head>
 <body><h1>Do synthetic lesions improve a breast cancer patch classifier?</h1>
 <p class="box"><b>Research only, not for clinical use.</b> An AUC on patches centred on annotated
 lesions says nothing about sensitivity on whole mammograms or in screening.</p>
-<h2>In short</h2>{short}
+<h2>In short</h2><ul>{short}</ul>
 <h2>Table 1: the whole test set</h2>{table1}
 <p class="note">Difference: to the baseline. Intervals and <i>p, patients</i>: patients are the unit
 (Obuchowski 1997); with several training seeds the difference must hold beyond these trainings too
@@ -949,7 +931,11 @@ lesions says nothing about sensitivity on whole mammograms or in screening.</p>
 every patch for a new patient. {holm} Paper: Table 1, on OMI-DB; other data give other values. The
 paper contradicts itself (Q37): its text has p &lt; 1e-8 for 50% where the table has 1e-4, and calls
 10% and 25% significant where the table has 0.10 and 0.055. The table fits the AUCs better.</p>
-{difference}{roc}
+<figure>{difference}<figcaption>Difference in AUC to the baseline. Thick: 95% interval over
+patients and seeds. Thin: DeLong's, as if patches were independent. Ticks: single
+seeds.</figcaption></figure>
+<figure>{roc}<figcaption>ROC curves, mean over seeds, with pointwise 95% bands over
+patients.</figcaption></figure>
 <h2>The clustered analysis in full</h2>{full}
 <p class="note">Clustered: patients and, where there are several, seeds vary. Bootstrap: patients
 are drawn with replacement, the models stay; with one seed it should agree with the clustered
@@ -958,17 +944,31 @@ interval, with several it is narrower. DeLong: patches as if independent.</p>
 {conditions}
 <h2>Lesion or image?</h2>{groups}
 <p class="note">p(cancer): median (quartiles), number of patches. Same image: AUC over the pairs of
-a lesion patch and a normal patch of one image; a model that recognises images has 0.5 there.</p>
-<h2>Are the synthetic patches realistic?</h2>{figure1}{sets}{controls}
+a lesion patch and a normal patch of one image, number of images; a model that recognises images has
+0.5 there.</p>
+<h2>Are the synthetic patches realistic?</h2>
+<figure>{figure1}<figcaption>Figure 1. Pairs: real patch (left), synthetic one
+(right).{wide}</figcaption></figure>{sets}{controls}
 <p class="note">Told apart: AUC of a detector of synthetic patches, cross-validated, each patient in
 one fold; 0.5 is chance, 1 always. By features: logistic regression on the baseline's features,
 against validation patches; its floor is the same for real training patches: what differs between
 the splits and what the baseline remembers. By pixels: a small network, against training patches;
 its floor is 0.5. KID: kernel inception distance on the same features, unbiased, without pairs of
 one patient, interval by jackknife over patients.</p>
-<h3>Copies of training lesions?</h3>{copies}{nearest}
-<h2>Feature space: Figures 4 to 6</h2>{figure4}{rescued}{figure5}{figure6}
-<h2>What was run</h2>{run}
+<h3>Copies of training lesions?</h3>{copies}
+<figure>{nearest}<figcaption>The three synthetic patches of each set closest to a training patch of
+the class in the baseline's features, and that patch. Closer: the share closer than the closest 1%
+of real validation patches; copies would look alike and make it far more than
+1%.</figcaption></figure>
+<h2>Feature space</h2>
+<figure>{figure4}<figcaption>Figure 4. t-SNE of the baseline's pooled features. Real patches are the
+stored validation patches; synthetic ones come from training patients.</figcaption></figure>
+<p>{rescued}</p>
+<figure>{figure5}<figcaption>Figure 5. The rescued patches among the points of Figure
+4.</figcaption></figure>
+<figure>{figure6}<figcaption>Figure 6. The rescued patches: p(cancer) before and
+after.</figcaption></figure>
+<h2>What was run</h2><p><code>{command}</code></p><p>{size}</p>{held}{runs}
 <h2>How to read this</h2><ul>
 <li>A difference counts as found only if its clustered interval excludes zero and the blob control
 (a smooth bump of the same size and brightness in place of each lesion) does not show the same.</li>
@@ -992,23 +992,24 @@ def _p(p: float | None) -> str:
     return "-" if p is None else f"{p:.3f}" if p >= 0.001 else f"{p:.0e}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence]) -> str:
+def _difference(row: dict, kind: str = "") -> str:
+    return _ci([row[f"delta{end}"] for end in ("", f"{kind}_low", f"{kind}_high")], "+.3f")
+
+
+def _table(head: str, rows: Sequence[Sequence]) -> str:
     """Escaped; on a telephone each row is a card and each cell carries its heading."""
     if not rows:
         return "<p>None was run.</p>"
-    html = "".join(f'<th scope="col">{escape(h)}</th>' for h in head)
+    head = [escape(h) for h in head.split("|")]
+    html = "".join(f'<th scope="col">{h}</th>' for h in head)
     html = f"<table><thead><tr>{html}</tr></thead><tbody>"
     for first, *cells in rows:
         html += f'<tr><th scope="row">{escape(str(first))}</th>'
         for h, cell in zip(head[1:], map(str, cells), strict=True):
             empty = ' class="none"' if cell == "-" else ""
-            html += f'<td{empty} data-label="{escape(h)}"><span>{escape(cell)}</span></td>'
+            html += f'<td{empty} data-label="{h}"><span>{escape(cell)}</span></td>'
         html += "</tr>"
     return html + "</tbody></table>"
-
-
-def _list(lines: Sequence[str]) -> str:
-    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
 
 
 def verdict(row: dict, rows: list[dict]) -> str:
@@ -1026,182 +1027,124 @@ def verdict(row: dict, rows: list[dict]) -> str:
     return word
 
 
-def _condition(found: dict, skipped: Sequence, paper: bool) -> str:
-    head = ["Regime", "Seeds", "AUC (95% CI)", "Difference (95% CI)", "p, patients", "p, DeLong"]
-    head += ["Result", *(["Paper: AUC", "Paper: p"] if paper else [])]
+def _condition(found: dict, skipped: Sequence = (), paper: bool = False) -> str:
+    head = "Regime|Seeds|AUC (95% CI)|Difference (95% CI)|p, patients|p, DeLong|Result"
     rows = []
     for row in found["rows"]:
-        auc = _ci((row["auc"], row["low"], row["high"]))
-        delta = _ci((row["delta"], row["delta_low"], row["delta_high"]), "+.3f")
-        p = _p(row["p_clustered"]), _p(row["p_delong"])
-        rows.append([row["regime"], row["seeds"], auc, delta, *p, verdict(row, found["rows"])])
+        auc, p = (
+            _ci((row["auc"], row["low"], row["high"])),
+            map(_p, (row["p_clustered"], row["p_delong"])),
+        )
+        rows.append(
+            [row["regime"], row["seeds"], auc, _difference(row), *p, verdict(row, found["rows"])]
+        )
     rows += [[name, 0, *"----", f"not run: {reason}"] for name, reason in skipped]
     for row in rows if paper else ():
         row += PAPER_TABLE_1.get(row[0], ("-", "-"))
     size = "{patches} test patches of {patients} patients; {positives} malignant ones of "
-    size = (size + "{positive_patients} patients.").format(**found)
-    return f'<p class="note">{escape(size)}</p>' + _table(head, rows)
+    size += "{positive_patients} patients."
+    head += "|Paper: AUC|Paper: p" if paper else ""
+    return f'<p class="note">{size.format(**found)}</p>' + _table(head, rows)
 
 
 def _rescued(facts: dict) -> str:
     if "regime" not in facts:
-        return "<p>Figures 5 and 6 need an augmented regime.</p>"
-    text = (
-        "{up} malignant test patches rise from below 0.5 to above it under {regime}, {down} fall "
-    )
-    text += "(first seed of each)."
+        return "Figures 5 and 6 need an augmented regime."
+    text = "{up} malignant test patches rise from below 0.5 to above it under {regime}, {down} "
+    text += "fall (first seed of each)."
     if facts["up"]:
         text += " The largest rises (Figures 5 and 6; at most five, of {patients} patients) are "
-        text += "{rise:.2f} on average; the paper's 0.32."
+        text += "{rise:.2f} on average; the paper's 0.32. Some of so many are large by chance."
     if facts["down"]:
         text += " The largest falls are {fall:.2f} on average."
     if between := facts.get("between_baseline_seeds"):
         text += f" Between two seeds of the baseline {between['up']} rise"
         text += f", at most by {between['rise']:.2f} on average." if between["up"] else "."
-    text += " The largest of many rises are large by selection."
-    return f"<p>{escape(text.format(**facts))}</p>"
-
-
-def _what_was_run(metrics: dict) -> str:
-    data, runs = metrics["data"], metrics["runs"]
-    command = [f"mamgan.py evaluate --data {data['name']} --baseline {runs[0]['run']}"]
-    command += [f"--augmented {r['run']}" for r in runs[1:]]
-    command += [f"--synthetic {c['set']}" for c in metrics["controls"]]
-    command += [*(["--holm"] if metrics["holm"] else []), f"--seed {metrics['seed']}"]
-    spacing = f"{data['spacing_mm']} mm" if data.get("spacing_mm") else "native pixels"
-    size = f"Patch set {data['fingerprint'][:12]}, {data['patch_size']} px, {spacing}; patches "
-    held = [
-        [kind, *(f"{data['held'].get(k, 0)} ({data['patients'].get(k, 0)})" for k in keys)]
-        for kind in CLASSES
-        if any((keys := [f"{s}/{kind}" for s in SPLITS])[i] in data["held"] for i in range(3))
-    ]
-    options = []
-    for r in runs:
-        settings = (f"{k} {v}" for k, v in r["config"].items() if k not in ("data", "synthetic"))
-        sets = (s["fingerprint"][:12] for s in r["config"]["synthetic"])
-        lists = map(str, r["seeds"]), (h[:12] for h in r["weights"]), settings, sets
-        options.append([r["regime"], r["run"], *(", ".join(part) or "-" for part in lists)])
-    head = ["Regime", "Folder", "Seeds", "Weights (sha256)", "Options", "Synthetic sets"]
-    return (
-        f"<p><code>{escape(' '.join(command))}</code></p>"
-        f"<p>{escape(size)}(patients) per split:</p>"
-        + _table(["Class", *SPLITS], held)
-        + _table(head, options)
-    )
+    return escape(text.format(**facts))
 
 
 def report(metrics: dict, out: Path) -> str:
     """report.html: metrics.json in words, with the figures in `out` inside."""
-    main, controls = metrics["conditions"][MAIN], metrics["controls"]
-    rows, groups, facts = main["rows"], metrics["score_groups"], metrics["feature_space"]
-
-    def figure(name: str, caption: str) -> str:
-        if not (out / f"{name}.png").exists():
-            return ""
-        uri = base64.b64encode((out / f"{name}.png").read_bytes()).decode()
-        caption = escape(caption)
-        img = f'<img src="data:image/png;base64,{uri}" alt="{caption}">'
-        return f"<figure>{img}<figcaption>{caption}</figcaption></figure>"
-
-    def difference(row: dict, kind: str = "") -> str:
-        return _ci([row[f"delta{k}"] for k in ("", f"{kind}_low", f"{kind}_high")], "+.3f")
-
-    short, full = [], []
+    main, controls, data = metrics["conditions"][MAIN], metrics["controls"], metrics["data"]
+    groups, runs, rows = metrics["score_groups"], metrics["runs"], main["rows"]
+    short, full, sets, options = "", [], [], []
     for row in rows:
         text = f"{row['regime']}: AUC {_ci((row['auc'], row['low'], row['high']))}"
-        short.append(text + ("" if row["delta"] is None else f"; {verdict(row, rows)}"))
+        text += "" if row["delta"] is None else f"; {verdict(row, rows)}"
+        short += f"<li>{escape(text)}</li>"
         seeds = ", ".join(f"{auc:.3f}" for auc in row["seed_aucs"])
-        intervals = (difference(row, kind) for kind in ("", "_bootstrap", "_delong"))
+        intervals = (_difference(row, kind) for kind in ("", "_bootstrap", "_delong"))
         full.append([row["regime"], *intervals, seeds])
     keys = list(dict.fromkeys(key for found in groups.values() for key in found))
-    group_rows = [
-        [name]
-        + [
-            "-"
-            if not (v := found.get(k))
-            else f"{_ci(v, '.3f' if 'image,' in k else '.2f')}, {v[3]}"
-            for k in keys
-        ]
-        for name, found in groups.items()
-    ]
-    compared = [c for c in controls if "linear" in c]
-    near = [[c["set"], *c["nearest"].values()] for c in compared if "nearest" in c]
-    data = metrics["data"]
-    wide = data["patch_size"] * (data["spacing_mm"] or 0)
-    wide = f"; a patch is about {wide:.0f} mm wide" if wide else ""
-    points = ", ".join(f"{n} {EMBEDDED[kind][2]}" for kind, n in facts["points"].items())
-    return PAGE.format(
+    forms = [".3f" if key.startswith("same image") else ".2f" for key in keys]
+    group_rows = []
+    for name, found in groups.items():
+        values = zip(map(found.get, keys), forms, strict=True)
+        group_rows.append([name, *(f"{_ci(v, form)}, {v[3]}" if v else "-" for v, form in values)])
+    for c in controls:
+        made = f"{c['samples']} of {c['requested']} ({c['patients']} patients)"
+        facts = (f"{c[key]:{form}}" if key in c else "-" for key, form in SET_FACTS.items())
+        sets.append([c["set"], c["task"], made, *facts, " ".join(c.get("warnings", [])) or "-"])
+    compared, near = [], []
+    for c in (c for c in controls if "linear" in c):
+        kids = (_ci([1000 * v for v in c[key]], ".2f") for key in ("kid", "floor_kid"))
+        aucs = (_ci(c[key]) for key in ("linear", "floor_linear", "network"))
+        compared.append([c["set"], *aucs, *kids])
+        if n := c.get("nearest"):
+            near.append(
+                [c["set"], f"{n['median']:.2f}", f"{n['reference']:.2f}", f"{n['closer']:.1%}"]
+            )
+    for r in runs:
+        settings = (f"{k} {v}" for k, v in r["config"].items() if k not in ("data", "synthetic"))
+        used = (s["fingerprint"][:12] for s in r["config"]["synthetic"])
+        lists = map(str, r["seeds"]), (h[:12] for h in r["weights"]), settings, used
+        options.append([r["regime"], r["run"], *(", ".join(part) or "-" for part in lists)])
+    held = []
+    for kind in CLASSES:
+        at = [f"{split}/{kind}" for split in SPLITS]
+        cells = (
+            f"{data['held'][k]} ({data['patients'][k]})" if k in data["held"] else "-" for k in at
+        )
+        held.append([kind, *cells])
+    command = [f"mamgan.py evaluate --data {data['name']} --baseline {runs[0]['run']}"]
+    command += [f"--augmented {r['run']}" for r in runs[1:]]
+    command += [f"--synthetic {c['set']}" for c in controls]
+    command += [*(["--holm"] if metrics["holm"] else []), f"--seed {metrics['seed']}"]
+    spacing, side = data.get("spacing_mm"), data["patch_size"]
+    size = f"Patch set {data['fingerprint'][:12]}, {side} px, "
+    size += f"{spacing} mm a pixel" if spacing else "native pixels"
+    holm = "Not corrected for the number of regimes, as in the paper (--holm does)."
+    if metrics["holm"]:
+        holm = "Both p-values are corrected for the number of regimes (Holm); intervals are not."
+    slots = {}
+    for name in FIGURES:
+        if (out / f"{name}.png").exists():
+            uri = base64.b64encode((out / f"{name}.png").read_bytes()).decode()
+            slots[name] = f'<img src="data:image/png;base64,{uri}" alt="{name}, described below">'
+    page = re.sub(  # without the captions of figures that there are not
+        r"(?s)<figure>{(\w+)}.*?</figure>", lambda m: m[0] if m[1] in slots else "", PAGE
+    )
+    against = [[r["regime"], _difference(r), _p(r["p_clustered"])] for r in main["against_blob"]]
+    others = [(name, found) for name, found in metrics["conditions"].items() if name != MAIN]
+    return page.format(
+        **slots,
         style=STYLE,
-        short=_list(short),
+        short=short,
         table1=_condition(main, metrics["skipped"], paper=True),
-        holm="Both p-values are corrected for the number of regimes (Holm); intervals are not."
-        if metrics["holm"]
-        else "Not corrected for the number of regimes, as in the paper (--holm does).",
-        difference=figure(
-            "difference",
-            "Difference in AUC to the baseline. Thick: 95% interval over patients and seeds. Thin: "
-            "DeLong's, as if patches were independent. Ticks: single seeds.",
-        ),
-        roc=figure("roc", "ROC curves, mean over seeds, with pointwise 95% bands over patients."),
-        full=_table(["Regime", "Clustered", "Bootstrap", "DeLong", "AUC of each seed"], full),
-        against_blob=_table(
-            ["Regime", "Difference (95% CI)", "p, patients"],
-            [[r["regime"], difference(r), _p(r["p_clustered"])] for r in main["against_blob"]],
-        ),
-        conditions="".join(
-            f"<h2>{escape(name)}</h2>{_condition(found, (), paper=False)}"
-            for name, found in metrics["conditions"].items()
-            if name != MAIN
-        ),
-        groups=_table(["Regime", *keys], group_rows),
-        figure1=figure(
-            "figure1", f"Figure 1. Pairs: real patch (left), synthetic one (right){wide}."
-        ),
-        sets=_table(
-            ["Set", "Task", "Made", "Accepted", "Object, median", "Mean change inside", "Remarks"],
-            [
-                [
-                    c["set"],
-                    c["task"],
-                    f"{c['samples']} of {c['requested']} ({c['patients']} patients)",
-                ]
-                + [f"{c[k]:{form}}" if k in c else "-" for k, form in SET_FACTS.items()]
-                + [" ".join(c.get("warnings", [])) or "-"]
-                for c in controls
-            ],
-        ),
+        holm=holm,
+        full=_table("Regime|Clustered|Bootstrap|DeLong|AUC of each seed", full),
+        against_blob=_table("Regime|Difference (95% CI)|p, patients", against),
+        conditions="".join(f"<h2>{name}</h2>{_condition(found)}" for name, found in others),
+        groups=_table("|".join(["Regime", *keys]), group_rows),
+        wide=f" A patch is about {spacing * side:.0f} mm wide." if spacing else "",
+        sets=_table("Set|Task|Made|Accepted|Object, median|Mean change inside|Remarks", sets),
         controls=_table(
-            [
-                "Set",
-                "Told apart by features",
-                "(floor)",
-                "by pixels",
-                "KID x 1000",
-                "(floor of KID)",
-            ],
-            [
-                [c["set"], *(_ci(c[k]) for k in ("linear", "floor_linear", "network"))]
-                + [_ci([1000 * v for v in c[k]], ".2f") for k in ("kid", "floor_kid")]
-                for c in compared
-            ],
+            "Set|Told apart by features|(floor)|by pixels|KID x 1000|(floor of KID)", compared
         ),
-        copies=_table(
-            ["Set", "Distance to nearest training patch", "of real validation patches", "Closer"],
-            [[name, f"{a:.2f}", f"{b:.2f}", f"{share:.1%}"] for name, a, b, share in near],
-        ),
-        nearest=figure(
-            "nearest",
-            "The three synthetic patches of each set closest to a training patch of the class in "
-            "the baseline's features, and that patch. Closer: the share closer than the closest 1% "
-            "of real validation patches; copies would look alike and make it far more than 1%.",
-        ),
-        figure4=figure(
-            "figure4",
-            f"Figure 4. t-SNE of the baseline's pooled features: {points}. Real patches are the "
-            "stored validation patches; synthetic ones come from training patients.",
-        ),
-        rescued=_rescued(facts),
-        figure5=figure("figure5", "Figure 5. The rescued patches among the points of Figure 4."),
-        figure6=figure("figure6", "Figure 6. The rescued patches: p(cancer) before and after."),
-        run=_what_was_run(metrics),
+        copies=_table("Set|Distance to nearest training patch|of real validation|Closer", near),
+        rescued=_rescued(metrics["feature_space"]),
+        command=escape(" ".join(command)),
+        size=f"{escape(size)}; patches (patients) per split:",
+        held=_table("|".join(["Class", *SPLITS]), held),
+        runs=_table("Regime|Folder|Seeds|Weights (sha256)|Options|Synthetic sets", options),
     )
