@@ -585,21 +585,20 @@ def split_patients(findings: list[Finding], seed: int) -> dict[str, str]:
 # --- §3 "we generated patches according to the following quantities" ---
 
 
+def _counts(train: tuple[int, ...], other: int) -> dict[str, int]:
+    """Patches of each class for training, and of each class that is evaluated (P5: no benign)."""
+    evaluated = {f"{split}/{name}": other for split in ("val", "test") for name in EVALUATED}
+    return {f"train/{name}": n for name, n in zip(CLASSES, train, strict=True)} | evaluated
+
+
 @dataclass(frozen=True)
 class PrepareConfig:
     """Everything that decides the bytes of a patch set, beside the manifest."""
 
     patch_size: int = 256  # px, P9
     spacing_mm: float | None = None  # resample to this; None = native pixels, as the paper, Q19
-    counts: dict[str, int] = field(  # "split/class": patches
-        default_factory=lambda: {
-            "train/normal": 400_000,  # P4
-            "train/malignant_mass": 42_280,
-            "train/benign_mass": 3_500,
-            "train/malignant_calcification": 24_100,
-            "train/benign_calcification": 6_580,
-            **{f"{split}/{name}": 1_000 for split in ("val", "test") for name in EVALUATED},  # P5
-        }
+    counts: dict[str, int] = field(  # "split/class": patches, P4, P5
+        default_factory=lambda: _counts((400_000, 42_280, 3_500, 24_100, 6_580), 1_000)
     )
     required: tuple[str, ...] = ()  # counts the user asked for: an error when there is no source
     seed: int = 0
@@ -624,11 +623,6 @@ class PrepareConfig:
             counts[key] = int(number)
         required = {t.partition("=")[0] for t in texts} | set(self.required)
         return replace(self, counts=counts, required=tuple(sorted(required)))
-
-
-def _counts(train: tuple[int, ...], other: int) -> dict[str, int]:
-    evaluated = {f"{split}/{name}": other for split in ("val", "test") for name in EVALUATED}
-    return {f"train/{name}": n for name, n in zip(CLASSES, train, strict=True)} | evaluated
 
 
 PREPARE_PRESETS = {
@@ -837,7 +831,7 @@ def _visit(index: int, tasks: list[tuple[str, int, int]]) -> dict:
 
 @functools.cache
 def _store(out: Path, key: str) -> int:
-    """A class's patches, open in a worker."""
+    """A class's patches, open in a worker; the parent may make the file anew and keeps none."""
     return os.open(out / "patches" / f"{key}.npy", os.O_RDWR)
 
 
@@ -855,41 +849,21 @@ def prepare(
     image with two patients, no space; OSError: files that cannot be written.
     """
     _raise_all("the source: found", check_findings(findings), "correct it")
-    images = _images(findings, config, hide := _pseudonyms(config.pseudonymise))
-    wanted = [key for key in KEYS if config.counts.get(key)]
-    sources = {key: [i for i, im in enumerate(images) if key in im.classes] for key in wanted}
-    skipped = {}
-    for key in [key for key in sources if not sources[key]]:
-        _skip(key, "the source holds none", config, skipped)
-        del sources[key]
-    if not sources:
-        raise ValueError("the source holds no class that is wanted; see --normals-from-annotated")
+    run = _Run(findings, out, config)
     base = os.path.commonpath([os.path.dirname(row.image_path) for row in findings])
-    rows = [
-        replace(
-            row, image_path=os.path.relpath(row.image_path, base), mask_path=bool(row.mask_path)
-        )
-        for image in images
-        for row in image.rows
-    ]
-    settings = {"source": sha256(repr(rows).encode()), "key": hide("key")}
+    rows = [(os.path.relpath(row.image_path, base), row) for im in run.images for row in im.rows]
+    rows = [(name, replace(row, image_path="", mask_path="")) for name, row in rows]
+    settings = {"source": sha256(repr(rows).encode()), "key": run.hide("key")}
     with claim_folder(out, "prepare", asdict(config) | settings):
         if read_json(out / "config.json")["complete"]:
             click.echo(f"{out}: is complete", err=True)
         else:
-            log, texts = _cut(images, sources, config, out, workers, skipped)
-            _finish(images, config, out, log, texts, skipped, hide, notes)
+            run.make_room()
+            run.cut(workers)
+            run.finish(notes)
         shutil.rmtree(out / "work", ignore_errors=True)
         if qc:
-            contact_sheet(images, config, out, qc)
-
-
-def _skip(key: str, why: str, config: PrepareConfig, skipped: dict[str, str]) -> None:
-    text = f"{key}: {why}; {config.counts[key]} patches wanted"
-    if key in config.required:
-        raise ValueError(f"--count {text}")
-    skipped[key] = why
-    click.echo(f"{text}: skipped", err=True)
+            contact_sheet(run.images, config, out, qc)
 
 
 def _pseudonyms(wanted: bool) -> Callable[[str], str]:
@@ -909,100 +883,208 @@ def _pseudonyms(wanted: bool) -> Callable[[str], str]:
     return lambda text: hmac.new(key, text.encode(), "sha256").hexdigest()[:16]
 
 
-def _cut(
-    images: list[_Image],
-    sources: dict[str, list[int]],
-    config: PrepareConfig,
-    out: Path,
-    workers: int,
-    skipped: dict[str, str],
-) -> tuple[dict[int, dict], dict[str, list]]:
-    """Cut every patch; returns what was found at each image, image and index row of each patch.
+class _Run:
+    """`prepare` at work.
 
     A patch goes to the image of its first attempt; where that image has no place for it, to that of
     its next. Each image is visited once with all patches that want it; only patches sent on to an
     image that was visited already cause a second visit. `work/visits.jsonl` has a line per visit:
     what it holds is done, whenever the run is killed.
     """
-    _make_room(sources, config, out)
-    log, texts = {}, {key: [None] * config.counts[key] for key in sources}
-    pending, owners = defaultdict(list), {}
-    dead = {key: set() for key in sources}  # images without a place for a class
 
-    def send(key: str, patch: int, attempt: int) -> None:
-        while key in sources:
-            draw = _attempt(config.seed, key, patch, attempt).random()
-            image = sources[key][int(draw * len(sources[key]))]
-            if image not in dead[key]:
-                pending[image].append((key, patch, attempt))
+    def __init__(self, findings: list[Finding], out: Path, config: PrepareConfig):
+        self.out, self.config, self.hide = out, config, _pseudonyms(config.pseudonymise)
+        self.images = _images(findings, config, self.hide)
+        self.sources = {  # "split/class": images it is drawn from
+            key: [index for index, image in enumerate(self.images) if key in image.classes]
+            for key in KEYS
+            if config.counts.get(key)
+        }
+        self.skipped: dict[str, str] = {}
+        self.texts = {key: [None] * config.counts[key] for key in self.sources}  # image, index row
+        self.log: dict[int, dict] = {}  # what was found at each image
+        self.pending = defaultdict(list)  # image: patches that want it
+        self.dead = {key: set() for key in self.sources}  # images without a place for a class
+        self.owners: dict[str, int] = {}  # image_uid: first image
+        for key in [key for key, indexes in self.sources.items() if not indexes]:
+            self.skip(key, "the source holds none")
+        if not self.sources:
+            raise ValueError("the source holds no wanted class; see --normals-from-annotated")
+
+    def skip(self, key: str, why: str) -> None:
+        text = f"{key}: {why}; {self.config.counts[key]} patches wanted"
+        if key in self.config.required:
+            raise ValueError(f"--count {text}")
+        self.skipped[key] = why
+        del self.sources[key], self.texts[key]
+        click.echo(f"{text}: skipped", err=True)
+
+    def make_room(self) -> None:
+        """Files for every patch, their whole size reserved. Raises ValueError, OSError."""
+        size, sizes = self.config.patch_size, {}
+        for key, texts in self.texts.items():
+            path = self.out / "patches" / f"{key}.npy"
+            length = NPY_HEADER + 2 * len(texts) * size**2
+            if not path.exists() or path.stat().st_size != length:
+                sizes[path] = length, (len(texts), size, size)
+        needed = sum(length for length, _ in sizes.values())
+        needed += 500 * sum(map(len, self.texts.values()))  # indexes and the work folder
+        if needed > (free := shutil.disk_usage(self.out).free):
+            raise ValueError(
+                f"{self.out}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room "
+                "or lower --count"
+            )
+        (self.out / "work").mkdir(exist_ok=True)
+        for path, (length, shape) in sizes.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "wb") as file:
+                header = {"descr": "<u2", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                assert file.tell() == NPY_HEADER
+                file.flush()
+                os.posix_fallocate(file.fileno(), 0, length)
+
+    def stored(self, key: str, patch: int, text: str, checksum: int) -> bool:
+        """Whether the patch of an index row is on the disk as it was cut."""
+        size = 2 * self.config.patch_size**2
+        with open(self.out / "patches" / f"{key}.npy", "rb") as file:
+            body = os.pread(file.fileno(), size, NPY_HEADER + patch * size)
+        return zlib.crc32(body, zlib.crc32(text.encode())) == checksum
+
+    def send(self, key: str, patch: int, attempt: int) -> None:
+        """Give a patch to the image of its first attempt from `attempt` that may have a place."""
+        while key in self.sources:
+            draw = _attempt(self.config.seed, key, patch, attempt).random()
+            image = self.sources[key][int(draw * len(self.sources[key]))]
+            if image not in self.dead[key]:
+                self.pending[image].append((key, patch, attempt))
                 return
             attempt += 1
 
-    def learn(found: dict, checked: Callable) -> None:
+    def learn(self, found: dict, rows: Iterable) -> None:
+        """Take in a visit, this run's or an earlier one's. Raises ValueError: two patients."""
         index = found["image"]
-        found["dead"] = sorted({*found["dead"], *log.get(index, found)["dead"]})
-        log[index] = {name: found[name] for name in ("image", "uid", "reason", "dead")}
-        for key, patch, text, checksum in found["rows"]:
-            if checked(key, patch, text, checksum):
-                texts[key][patch] = index, text
-        for key in list(sources):
-            if key in found["dead"] or (found["reason"] and index in sources[key]):
-                dead[key].add(index)
-                if dead[key].issuperset(sources[key]):
-                    _skip(key, "no image has a place for it", config, skipped)
-                    del sources[key], texts[key]
-        other = images[owners.setdefault(found["uid"] or index, index)]
-        if other.patient_id != images[index].patient_id:
+        found["dead"] = sorted({*found["dead"], *self.log.get(index, found)["dead"]})
+        self.log[index] = {name: found[name] for name in ("uid", "reason", "dead")}
+        for key, patch, text, _ in rows:
+            self.texts[key][patch] = index, text
+        for key in self.images[index].classes.keys() & self.sources.keys():
+            if key in found["dead"] or found["reason"]:
+                self.dead[key].add(index)
+                if self.dead[key].issuperset(self.sources[key]):
+                    self.skip(key, "no image has a place for it")
+        image = self.images[index]
+        other = self.images[self.owners.setdefault(found["uid"] or index, index)]
+        if other.patient_id != image.patient_id:
             raise ValueError(
-                f"{other.name} and {images[index].name} are the same image, and yet of patients "
-                f"{other.patient_id} and {images[index].patient_id}; correct the source"
+                f"{other.name} and {image.name} are the same image, and yet of patients "
+                f"{other.patient_id} and {image.patient_id}; correct the source"
             )
 
-    wanted = sorted({i for indexes in sources.values() for i in indexes})
-    visits = out / "work" / "visits.jsonl"
-    for found in _read_lines(visits):
-        learn(found, lambda *row: _is_stored(out, config.patch_size, *row))
-    for key in list(sources):
-        for patch in [i for i, text in enumerate(texts[key]) if text is None]:
-            send(key, patch, 0)
-    left = sum(map(len, pending.values()))
-    total = sum(map(len, texts.values()))
-    with (
-        open(visits, "a", encoding="utf-8") as lines,
-        progress(total, "patches", done=total - left) as advance,
-        _pool(workers, images, config, out) as pool,
-    ):
-        running = {}
-        while queue := deque([i for i in wanted if i not in log] + sorted(log.keys() & pending)):
-            while queue or running:
-                while queue and len(running) < 2 * workers:
-                    index, tasks = queue.popleft(), []
-                    for key, patch, attempt in pending.pop(index, []):
-                        if index in dead[key]:
-                            send(key, patch, attempt + 1)
-                        else:
-                            tasks.append((key, patch, attempt))
-                    if tasks or index not in log:
-                        running[pool.submit(_visit, index, tasks)] = index
-                done, _ = concurrent.futures.wait(running, return_when="FIRST_COMPLETED")
-                for future in done:
-                    try:
-                        found = future.result()
-                    except concurrent.futures.process.BrokenProcessPool:
-                        names = ", ".join(images[i].name for i in running.values())
-                        raise ValueError(
-                            f"a worker process died at one of {names}; leave the damaged one out, "
-                            "or give fewer --workers if the memory was too small"
-                        ) from None
-                    del running[future]
-                    failed = found.pop("failed")
-                    lines.write(json.dumps(found) + "\n")
-                    lines.flush()
-                    learn(found, lambda *_: True)
-                    for key, patch, attempt in failed:
-                        send(key, patch, attempt + 1)
-                    advance(len(found["rows"]))
-    return log, texts
+    def tasks(self, index: int) -> list[tuple[str, int, int]]:
+        """What an image is visited for; what it is known to have no place for goes on."""
+        tasks = self.pending.pop(index, [])
+        for key, patch, attempt in tasks:
+            if index in self.dead[key]:
+                self.send(key, patch, attempt + 1)
+        return [task for task in tasks if index not in self.dead[task[0]]]
+
+    def cut(self, workers: int) -> None:
+        """Cut every patch that no earlier run has cut."""
+        wanted = sorted({index for indexes in self.sources.values() for index in indexes})
+        visits = self.out / "work" / "visits.jsonl"
+        for found in _read_lines(visits):
+            self.learn(found, [row for row in found["rows"] if self.stored(*row)])
+        for key, texts in self.texts.items():
+            for patch in [patch for patch, text in enumerate(texts) if text is None]:
+                self.send(key, patch, 0)
+        total, left = (sum(map(len, d.values())) for d in (self.texts, self.pending))
+        with (
+            open(visits, "a", encoding="utf-8") as lines,
+            progress(total, "patches", done=total - left) as advance,
+            _pool(workers, self.images, self.config, self.out) as pool,
+        ):
+            running = {}
+            while queue := deque(
+                [i for i in wanted if i not in self.log] + sorted(self.log.keys() & self.pending)
+            ):
+                while queue or running:
+                    while queue and len(running) < 2 * workers:
+                        index = queue.popleft()
+                        if (tasks := self.tasks(index)) or index not in self.log:
+                            running[pool.submit(_visit, index, tasks)] = index
+                    done, _ = concurrent.futures.wait(running, return_when="FIRST_COMPLETED")
+                    for future in done:
+                        try:
+                            found = future.result()
+                        except concurrent.futures.process.BrokenProcessPool:
+                            names = ", ".join(self.images[i].name for i in running.values())
+                            raise ValueError(
+                                f"a worker process died at one of {names}; leave the damaged one "
+                                "out, or give fewer --workers if the memory was too small"
+                            ) from None
+                        del running[future]
+                        failed = found.pop("failed")
+                        lines.write(json.dumps(found) + "\n")
+                        lines.flush()
+                        self.learn(found, found["rows"])
+                        for key, patch, attempt in failed:
+                            self.send(key, patch, attempt + 1)
+                        advance(len(found["rows"]))
+
+    def finish(self, notes: Sequence[str]) -> None:
+        """Write the tables, then mark the patch set whole."""
+        images, out = self.images, self.out
+        for key in self.skipped:
+            (out / "patches" / f"{key}.npy").unlink(missing_ok=True)
+        for key, texts in self.texts.items():
+            with open(out / "patches" / f"{key}.npy", "rb") as file:
+                os.fsync(file.fileno())
+            rows = (
+                (patch, self.log[index]["uid"], images[index].patient_id, *text.split(","))
+                for patch, (index, text) in enumerate(texts)
+            )
+            write_table(out / "patches" / f"{key}.csv", INDEX_COLUMNS, rows)
+        used = {index for texts in self.texts.values() for index, _ in texts}
+        excluded, same = [], defaultdict(list)
+        for index, image in enumerate(images):
+            unread = f"none of its findings is a class wanted in {image.split}"
+            found = self.log.get(index, {"uid": "", "reason": unread})
+            same[found["uid"] or index].append(image.name)
+            reason = found["reason"] or "usable; no patch happened to be drawn from it"
+            if not found["reason"] and found["dead"]:
+                reason = f"no window with enough tissue for {found['dead'][0]}"
+            if index not in used:
+                excluded.append((image.name, reason))
+        write_table(out / "excluded.csv", ("image_path", "reason"), excluded)
+        splits = {image.patient_id: image.split for image in images}
+        write_table(out / "splits.csv", ("patient_id", "split"), sorted(splits.items()))
+        rows = (
+            (
+                *(image.name, image.patient_id, row.laterality, row.view, row.finding),
+                *(row.pathology, *(row.bbox or ("",) * 4)),
+                *(row.mask_path and self.hide(row.mask_path), *(row.spacing_mm or ("",) * 2)),
+                image.split,
+            )
+            for image in (images[index] for index in sorted(used))
+            for row in image.rows
+        )
+        write_table(out / "manifest.csv", MANIFEST_COLUMNS + MANIFEST_OPTIONAL, rows)
+        duplicates = [names for names in same.values() if len(names) > 1]
+        for names in duplicates:
+            click.echo(f"the same image under {len(names)} names: {', '.join(names)}", err=True)
+        click.echo(f"{len(excluded)} of {len(images)} images gave no patch: excluded.csv", err=True)
+        if not self.texts:
+            raise ValueError(f"{out}: no patch could be cut; excluded.csv says why for each image")
+        finish_folder(
+            out,
+            counts={key: len(texts) for key, texts in self.texts.items()},
+            skipped=self.skipped,
+            images={"used": len(used), "excluded": len(excluded)},
+            patients={split: list(splits.values()).count(split) for split in SPLITS},
+            duplicates=duplicates,
+            notes=list(notes),
+        )
 
 
 @contextlib.contextmanager
@@ -1022,32 +1104,6 @@ def _pool(workers: int, *work: object) -> Iterator[concurrent.futures.Executor]:
             raise
 
 
-def _make_room(sources: dict, config: PrepareConfig, out: Path) -> None:
-    """Files for every patch of `sources`, their whole size reserved. Raises ValueError, OSError."""
-    shapes = {key: (config.counts[key], config.patch_size, config.patch_size) for key in sources}
-    sizes = {key: NPY_HEADER + 2 * math.prod(shape) for key, shape in shapes.items()}
-    paths = {key: out / "patches" / f"{key}.npy" for key in sources}
-    there = {
-        key for key in sources if paths[key].exists() and paths[key].stat().st_size == sizes[key]
-    }
-    needed = sum(sizes[key] for key in sources if key not in there)
-    needed += 500 * sum(config.counts[key] for key in sources)  # indexes and the work folder
-    if needed > (free := shutil.disk_usage(out).free):
-        raise ValueError(
-            f"{out}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room or lower "
-            "--count"
-        )
-    (out / "work").mkdir(exist_ok=True)
-    for key in sources.keys() - there:
-        paths[key].parent.mkdir(parents=True, exist_ok=True)
-        with open(paths[key], "wb") as file:
-            header = {"descr": "<u2", "fortran_order": False, "shape": shapes[key]}
-            np.lib.format.write_array_header_1_0(file, header)
-            assert file.tell() == NPY_HEADER
-            file.flush()
-            os.posix_fallocate(file.fileno(), 0, sizes[key])
-
-
 def _read_lines(path: Path) -> Iterator[dict]:
     """The visits of earlier runs, without a line that a kill cut off."""
     if path.exists():
@@ -1057,75 +1113,6 @@ def _read_lines(path: Path) -> Iterator[dict]:
             for line in file:
                 with contextlib.suppress(json.JSONDecodeError):
                     yield json.loads(line)
-
-
-def _is_stored(out: Path, size: int, key: str, patch: int, text: str, checksum: int) -> bool:
-    """Whether the patch of an index row is on the disk as it was cut."""
-    body = os.pread(_store(out, key), 2 * size**2, NPY_HEADER + patch * 2 * size**2)
-    return zlib.crc32(body, zlib.crc32(text.encode())) == checksum
-
-
-def _finish(
-    images: list[_Image],
-    config: PrepareConfig,
-    out: Path,
-    log: dict[int, dict],
-    texts: dict[str, list],
-    skipped: dict[str, str],
-    hide: Callable[[str], str],
-    notes: Sequence[str],
-) -> None:
-    """Write the tables, then mark the patch set whole."""
-    for key in skipped:
-        (out / "patches" / f"{key}.npy").unlink(missing_ok=True)  # no place turned out to be one
-    for key, rows in texts.items():
-        with open(out / "patches" / f"{key}.npy", "rb") as file:
-            os.fsync(file.fileno())
-        lines = (
-            (patch, log[index]["uid"], images[index].patient_id, *text.split(","))
-            for patch, (index, text) in enumerate(rows)
-        )
-        write_table(out / "patches" / f"{key}.csv", INDEX_COLUMNS, lines)
-    used = {index for rows in texts.values() for index, _ in rows}
-    excluded, same = [], defaultdict(list)
-    for index, image in enumerate(images):
-        unread = {"reason": f"none of its findings is a class wanted in {image.split}", "uid": ""}
-        found = log.get(index, unread)
-        same[found["uid"] or index].append(image.name)
-        reason = found["reason"] or "usable; no patch happened to be drawn from it"
-        if not found["reason"] and found["dead"]:
-            reason = f"no window with enough tissue for {found['dead'][0]}"
-        if index not in used:
-            excluded.append((image.name, reason))
-    write_table(out / "excluded.csv", ("image_path", "reason"), excluded)
-    splits = {image.patient_id: image.split for image in images}
-    write_table(out / "splits.csv", ("patient_id", "split"), sorted(splits.items()))
-    lines = (
-        (
-            *(image.name, image.patient_id, row.laterality, row.view, row.finding, row.pathology),
-            *(row.bbox or ("",) * 4),
-            *(hide(row.mask_path) if row.mask_path else "", *(row.spacing_mm or ("",) * 2)),
-            image.split,
-        )
-        for image in (images[index] for index in sorted(used))
-        for row in image.rows
-    )
-    write_table(out / "manifest.csv", MANIFEST_COLUMNS + MANIFEST_OPTIONAL, lines)
-    duplicates = [names for names in same.values() if len(names) > 1]
-    for names in duplicates:
-        click.echo(f"the same image under {len(names)} names: {', '.join(names)}", err=True)
-    click.echo(f"{len(excluded)} of {len(images)} images gave no patch: excluded.csv", err=True)
-    if not texts:
-        raise ValueError(f"{out}: no patch could be cut; excluded.csv says why for each image")
-    finish_folder(
-        out,
-        counts={key: len(rows) for key, rows in texts.items()},
-        skipped=skipped,
-        images={"used": len(used), "excluded": len(excluded)},
-        patients={split: list(splits.values()).count(split) for split in SPLITS},
-        duplicates=duplicates,
-        notes=list(notes),
-    )
 
 
 def contact_sheet(images: list[_Image], config: PrepareConfig, out: Path, number: int) -> None:
@@ -1273,17 +1260,9 @@ def open_synthetic(path: Path) -> SyntheticSet:
     index = read_table(path / "index.csv", SYNTHETIC_COLUMNS)
     try:
         config = found["config"]
-        values = {
-            "task": {"mass": "mass", "calcification": "calcification", "removal": "removal"}[
-                config["task"]
-            ],
-            "control": {"": "", "blob": "blob"}[config["control"]],
-            "patch_size": int(config["patch_size"]),
-            "requested": int(config["n"]),
-            "short": bool(found["short"]),
-            "data_fingerprint": str(config["data"]),
-            "generator": str(config["generator"]),
-        }
+        values = {name: str(config[name]) for name in ("task", "control", "generator")}
+        values |= {"data_fingerprint": str(config["data"]), "requested": int(config["n"])}
+        values |= {"short": bool(found["short"]), "patch_size": int(config["patch_size"])}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}/config.json: damaged ({error}); run synthesize again") from None
     shape = (len(index["sample"]), values["patch_size"], values["patch_size"])

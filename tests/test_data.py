@@ -637,7 +637,7 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(patches, job):
 
 def test_damaged_work_is_noticed_and_done_again(patches, source, tmp_path, monkeypatch):
     out = tmp_path / "set"
-    monkeypatch.setattr(data, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(data._Run, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         prepare(source, out, SMALL)
     monkeypatch.undo()
