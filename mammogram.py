@@ -4,6 +4,7 @@
 VOI LUT or window -> inversion -> a fixed linear map, PS3.3 C.11 (C.x and CID n: DICOM standard).
 """
 
+import copy
 import functools
 import hashlib
 import logging
@@ -13,11 +14,13 @@ import struct
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pydicom
 from PIL import Image
-from pydicom import Dataset, uid
+from pydicom import Dataset, FileDataset, uid
+from pydicom.dataset import FileMetaDataset
 from pydicom.pixels import get_decoder
 from pydicom.pixels.utils import as_pixel_options
 
@@ -58,6 +61,9 @@ KEYWORDS = (
     *("EstimatedRadiographicMagnificationFactor", "Laterality", "ImageLaterality", "ViewPosition"),
     *("PatientOrientation", "BurnedInAnnotation", "LossyImageCompression"),
     *("LossyImageCompressionRatio", "LossyImageCompressionMethod"),
+    # not read here, but a derived file must have them
+    *("PixelIntensityRelationship", "PixelIntensityRelationshipSign", "RescaleType"),
+    *("PositionerType", "DetectorType", "OrganExposed", "BreastImplantPresent", "ConversionType"),
 )
 
 # pydicom logs the traceback of every decoder that fails; NotUsable says it in one line.
@@ -297,7 +303,9 @@ def _read_pixels(ds: Dataset, file) -> np.ndarray:
             )
         plugin, package = DECODERS[syntax]
         if plugin not in get_decoder(syntax).available_plugins:
-            raise NotUsable(f"TransferSyntaxUID is {syntax.name}; to read it: pip install {package}")
+            raise NotUsable(
+                f"TransferSyntaxUID is {syntax.name}; to read it: pip install {package}"
+            )
     options = as_pixel_options(
         ds, transfer_syntax_uid=syntax, pixel_keyword="PixelData", pixel_vr=vr, number_of_frames=1
     )
@@ -523,3 +531,100 @@ def _read_raster(path: Path, file) -> Mammogram:
         ds=None,
         table=table,
     )
+
+
+# --- Writing: a derived DICOM file, a 16-bit PNG, COCO annotations (F7) ---
+
+EMPTY = (  # required, may be empty, and nothing of the source is copied into them
+    *("StudyDate", "StudyTime", "ContentDate", "ContentTime", "AccessionNumber", "StudyID"),
+    *("ReferringPhysicianName", "PatientBirthDate", "PatientSex", "Manufacturer"),
+)
+
+
+def write_derived_dicom(
+    source: Mammogram, stored: np.ndarray, path: Path | BinaryIO, derivation: str, seed: str
+) -> None:
+    """A new DICOM file with `stored` in place of the source's pixels, marked as derived.
+
+    Of the source it holds KEYWORDS only, its UIDs as hashes; new UIDs follow from `seed`, so the
+    same call writes the same bytes.
+    """
+    assert source.ds is not None
+    assert (stored.shape, stored.dtype) == (source.stored.shape, source.stored.dtype)
+    ds = FileDataset("", {}, preamble=bytes(128), file_meta=FileMetaDataset())
+    for element in copy.deepcopy(source.ds):
+        if element.keyword in KEYWORDS:
+            ds[element.tag] = element
+            for item in element.value if element.VR == "SQ" else ():
+                item.pop("LUTExplanation", None)  # free text
+
+    def new_uid(*what: object) -> str:
+        return uid.generate_uid(entropy_srcs=["derived", *map(str, what)])
+
+    origin = source.ds.get("SOPInstanceUID", source.image_uid)
+    reference = Dataset()
+    reference.ReferencedSOPClassUID = ds.SOPClassUID
+    reference.ReferencedSOPInstanceUID = new_uid("source", origin)
+    ds.SourceImageSequence = [reference]
+    ds.StudyInstanceUID = new_uid("study", source.ds.get("StudyInstanceUID", origin))
+    ds.SeriesInstanceUID = new_uid("series", seed, source.ds.get("StudyInstanceUID", origin))
+    ds.SOPInstanceUID = new_uid("image", seed, derivation, source.image_uid)
+    kind = _values(source.ds, "ImageType")
+    ds.ImageType = ["DERIVED", *(kind[1:] or ["SECONDARY"])]
+    ds.DerivationDescription = derivation
+    for keyword in EMPTY:
+        setattr(ds, keyword, None)
+    if ds.SOPClassUID != uid.SecondaryCaptureImageStorage:
+        ds.AcquisitionContextSequence = []  # as EMPTY
+    ds.SpecificCharacterSet = "ISO_IR 100"
+    ds.PatientID = ds.PatientName = f"SYNTHETIC-{ds.StudyInstanceUID[-12:]}"
+    ds.PatientIdentityRemoved = "YES"
+    ds.DeidentificationMethod = "New file; only what display needs was copied"
+    ds.SeriesDescription = "Synthetic, research only"
+    ds.SeriesNumber, ds.InstanceNumber = 1, 1
+    ds.PixelRepresentation = source.ds.PixelRepresentation
+    ds.add_new("PixelData", "OW", stored.astype(stored.dtype.newbyteorder("<")).tobytes())
+    ds.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
+    ds.save_as(path, enforce_file_format=True)
+
+
+def write_png16(path: Path | BinaryIO, display: np.ndarray) -> None:
+    """(H, W) uint16 as a PNG."""
+    assert display.dtype == np.uint16
+    Image.fromarray(display).save(path, format="PNG")
+
+
+def rle(mask: np.ndarray) -> dict:
+    """A bool mask as COCO's uncompressed run lengths: down the columns, zeros first."""
+    flat = mask.T.reshape(-1)
+    edges = np.flatnonzero(np.diff(flat)) + 1
+    runs = np.diff([0, *edges, flat.size]).tolist()
+    return {"size": list(mask.shape), "counts": [0, *runs] if flat[0] else runs}
+
+
+def coco(images: list[dict], annotations: list[dict]) -> dict:
+    """COCO JSON of images (id, file_name, height, width) and their annotations.
+
+    annotations: image_id, category (its name), bbox (row0, col0, row1, col1), segmentation (`rle`)
+    and whatever else; ids, [x, y, w, h] and areas are filled in here.
+    """
+    names = sorted({annotation["category"] for annotation in annotations})
+    filled = []
+    for number, annotation in enumerate(annotations, start=1):
+        row0, col0, row1, col1 = annotation["bbox"]
+        filled.append(
+            annotation
+            | {
+                "id": number,
+                "category_id": names.index(annotation["category"]) + 1,
+                "bbox": [col0, row0, col1 - col0, row1 - row0],
+                "area": sum(annotation["segmentation"]["counts"][1::2]),
+                "iscrowd": 0,
+            }
+        )
+    return {
+        "info": {"description": "Synthetic lesions in mammograms; research only"},
+        "images": images,
+        "annotations": filled,
+        "categories": [{"id": k, "name": name} for k, name in enumerate(names, start=1)],
+    }

@@ -378,7 +378,7 @@ def _assemble(out: Path, parts: list[Path], config: dict, sources: TrainingPatch
     masks = np.load(out / "mask.npy", mmap_mode="r")
     columns = [range(len(rows)), source["source_patch"], source["image_uid"], source["patient_id"]]
     columns += [rows["seed"], rows["area"], *rows["bbox"].T, source["source_class"]]
-    columns += [rows["strength"].round(6), (mammogram.rle(mask)["counts"] for mask in masks)]
+    columns += [rows["strength"].round(6), (_runs(mask) for mask in masks)]
     header = (*SYNTHETIC_COLUMNS, "source_class", "strength", "mask_rle")
     write_table(out / "index.csv", header, zip(*columns, strict=True))
     shown = slice(0, FIGURE_SAMPLES)
@@ -398,6 +398,11 @@ def _assemble(out: Path, parts: list[Path], config: dict, sources: TrainingPatch
         "area_median": float(np.median(share)),
         "strength": float(rows["strength"].mean()),
     }
+
+
+def _runs(mask: np.ndarray) -> str:
+    """COCO's uncompressed run lengths, separated by blanks."""
+    return " ".join(map(str, mammogram.rle(mask)["counts"]))
 
 
 def _warnings(facts: dict) -> list[str]:
@@ -458,19 +463,23 @@ def synthesize_images(
                     failed.append((str(file), str(error).removeprefix(f"{file}: ")))
                     click.echo(f"{file}: failed: {failed[-1][1]}", err=True)
                 else:
+                    rows, cols = m.display.shape
                     image = {"id": number, "file_name": f"{name}_synthetic.png"}
-                    image |= {"height": m.display.shape[0], "width": m.display.shape[1]}
                     label = {"image_id": number, "category": category}
-                    write_json(part, mammogram.coco([image], [label | p for p in placed]))
+                    write_json(
+                        part,
+                        {
+                            "image": image | {"height": rows, "width": cols},
+                            "annotations": [label | lesion for lesion in placed],
+                        },
+                    )
                     click.echo(f"{file}: {len(placed)} x {category}{note}")
             advance()
         records = [read_json(part) for part in sorted(parts.glob("*.json"))]
         if records:
-            for key in ("images", "annotations"):
-                records[0][key] = [entry for record in records for entry in record[key]]
-            for number, annotation in enumerate(records[0]["annotations"], start=1):
-                annotation["id"] = number
-            write_json(out / "annotations.json", records[0])
+            annotations = [a for record in records for a in record["annotations"]]
+            found = mammogram.coco([record["image"] for record in records], annotations)
+            write_json(out / "annotations.json", found)
             finish_folder(out, failed=failed)
         shutil.rmtree(parts)
     click.echo(f"{out}: {len(records)} images written, {len(failed)} failed")
@@ -525,7 +534,8 @@ def insert_lesions(
             mask = np.zeros(display.shape, bool)
             mask[window] = resize(isolated.mask, shape) >= 0.5
             corners = [*corner, *(s.stop for s in window)]
-            placed.append({"window": corners, "bbox": list(map(int, bbox)), "mask": mask})
+            found = {"bbox": list(map(int, bbox)), "segmentation": mammogram.rle(mask)}
+            placed.append({"window": corners, **found})
         near = slice(max(row - shape[0] + 1, 0), row + shape[0])
         valid[near, max(col - shape[1] + 1, 0) : col + shape[1]] = False  # no overlap
     return display, placed
@@ -607,8 +617,10 @@ def _write_image(
     else:
         display = m.table.apply(stored)  # what a viewer makes of the new stored values
         if m.ds is not None:
-            mammogram.write_derived_dicom(m, stored, files["synthetic.dcm"], *made)
-    mammogram.write_png16(files["synthetic.png"], to_uint16(display))
+            with replace_file(files["synthetic.dcm"]) as file:
+                mammogram.write_derived_dicom(m, stored, file, *made)
+    with replace_file(files["synthetic.png"]) as file:
+        mammogram.write_png16(file, to_uint16(display))
     _before_after(files["before_after.png"], m.display, display, placed)
     if strip > 1:  # Figure 3: before above after
         whole = (*placed[0]["window"][:2], *placed[-1]["window"][2:])

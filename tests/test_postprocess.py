@@ -281,7 +281,8 @@ def test_S10_set_holds_what_the_design_says(made, tmp_path):
         combined = add_lesion(syn.input[k], lesion, isolated)  # up to the last bit of float32
         assert np.abs(syn.combined[k].astype(int) - combined).max() <= 1
         assert not syn.lesion[k][isolated.weights == 0].any()
-        decoded = coco_mask.decode({"size": [64, 64], "counts": row["mask_rle"].encode()})
+        runs = {"size": [64, 64], "counts": list(map(int, row["mask_rle"].split()))}
+        decoded = coco_mask.decode(coco_mask.frPyObjects(runs, 64, 64))
         assert np.array_equal(decoded.astype(bool), syn.mask[k])
     assert facts["acceptance"] == 20 / facts["attempts"]
     assert sum(facts["area_histogram"]) == 20 and facts["strength"] > 0.1
@@ -552,8 +553,9 @@ def test_F7_weights_and_lesion_land_where_the_generator_saw_the_patch(made, phan
         isolated = isolate_lesion(lesion)
         r0, c0, r1, c1 = isolated.bbox
         assert found["bbox"] == [row + r0, col + c0, row + r1, col + c1]
-        assert np.array_equal(found["mask"][row : row + 64, col : col + 64], isolated.mask)
-        assert found["mask"].sum() == isolated.area
+        mask = coco_mask.decode(coco_mask.frPyObjects(found["segmentation"], *expected.shape))
+        assert np.array_equal(mask[row : row + 64, col : col + 64], isolated.mask)
+        assert mask.sum() == isolated.area
         patch += (isolated.weights * lesion).astype(np.float32)
     assert np.abs(display - np.clip(expected, -1, 1)).max() < 1e-5
     apart = [np.abs(np.subtract(a, b)).max() for a, b in itertools.combinations(corners, 2)]
