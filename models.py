@@ -23,6 +23,7 @@ from data import read_json, sha256, to_float
 
 LEAK = 0.2  # the paper names no slope; Q4
 INIT_STD = 0.02  # the paper names no initialisation; Q4
+LAMBDA, K = 10.0, 1.0  # §2 "where lambda = 10, and k = 1", L4
 BORDER_PX = 10  # at 256 px: §2 "Border cropping", G11
 REAL, FAKE, BENIGN, NORMAL = range(4)  # §2 "Semi-supervised training loss", D2
 CLASS_WEIGHTS = (1.0, 1.0, 0.2, 0.2)  # §2 "scaled by a factor of 0.2", L3
@@ -268,8 +269,8 @@ def real_logit(logits: Tensor) -> Tensor:
 def gradient_penalty(
     D: Callable[[Tensor], Tensor],
     x_real: Tensor,
-    lam: float = 10.0,
-    k: float = 1.0,
+    lam: float = LAMBDA,
+    k: float = K,
     delta: Tensor | None = None,
 ) -> Tensor:
     """lambda * E[(||grad_x D(x + delta)|| - k)^2], delta ~ U(0, 1) per pixel (L4, Q15-Q17).
@@ -288,6 +289,15 @@ def gradient_norm(
     (gradient,) = torch.autograd.grad(real_logit(D(x)).sum(), x, create_graph=True)
     # Under the root: a plain norm has no gradient where the gradient is exactly zero (Q17).
     return (gradient.float().square().sum(dim=(1, 2, 3)) + 1e-12).sqrt()
+
+
+def update_average(average: Generator, G: Generator, decay: float) -> None:
+    """average <- decay * average + (1 - decay) * G; buffers are taken over (ours; Q11)."""
+    with torch.no_grad():
+        for mean, p in zip(average.parameters(), G.parameters(), strict=True):
+            mean.lerp_(p, 1 - decay)
+        for mean, b in zip(average.buffers(), G.buffers(), strict=True):
+            mean.copy_(b)
 
 
 # --- §3 Patch Classifier Training ---

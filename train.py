@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +26,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from data import (
+    CLASSES,
     claim_folder,
     finish_folder,
     open_patches,
@@ -37,14 +37,17 @@ from data import (
 )
 from models import (
     CHECKPOINT_FORMAT,
+    LAMBDA,
     Discriminator,
     Generator,
+    K,
     block_count,
     discriminator_loss,
     down2,
     generator_loss,
     gradient_norm,
     load_checkpoint,
+    update_average,
     weights_hash,
 )
 from postprocess import LESION_THRESHOLD, isolate_lesion
@@ -65,7 +68,7 @@ def torch_seed(seed: int, step: int, stream: int) -> int:
 def save_checkpoint(run: Path, state: dict) -> None:
     """Write `run/checkpoint.pt`: tensors and primitives, the same bytes for the same values.
 
-    The state before it stays as `checkpoint-previous.pt` until `complete_checkpoint`.
+    The state before it stays as `checkpoint-previous.pt`; a run that is whole removes it.
     """
     path = run / "checkpoint.pt"
     with replace_file(run / "checkpoint-next.pt") as file:
@@ -73,11 +76,6 @@ def save_checkpoint(run: Path, state: dict) -> None:
     if path.exists():
         os.replace(path, run / "checkpoint-previous.pt")
     os.replace(run / "checkpoint-next.pt", path)
-
-
-def complete_checkpoint(run: Path) -> None:
-    """The run is whole: the state before the last is not needed any more."""
-    (run / "checkpoint-previous.pt").unlink(missing_ok=True)
 
 
 def _plain(value: object) -> object:
@@ -91,36 +89,25 @@ def _plain(value: object) -> object:
     return sys.intern(value) if isinstance(value, str) else value
 
 
-class Log:
-    """Rows of `run/log.jsonl`; `row["step"]` says which step a row belongs to."""
-
-    def __init__(self, path: Path):
-        self.file = open(path, "a", encoding="utf-8")
-
-    def write(self, row: dict) -> None:
-        self.file.write(json.dumps(row, allow_nan=False) + "\n")
-        self.file.flush()
-
-    def sync(self) -> None:
-        """On disk before the checkpoint of the same step: the log never lacks a row it needs."""
-        os.fsync(self.file.fileno())
-
-
 @contextlib.contextmanager
-def open_log(run: Path, step: int) -> Iterator[Log]:
-    """The log of a run whose checkpoint stands at `step`: later rows are dropped, they come again.
+def open_log(run: Path, step: int) -> Iterator[Callable[[dict], None]]:
+    """Yields `write(row)` for `run/log.jsonl`; `row["step"]` says which step a row belongs to.
 
+    The checkpoint of the run stands at `step`: later rows are dropped, they come again.
     Raises ValueError when a row up to `step` is damaged.
     """
     path = run / "log.jsonl"
     rows = read_log(run, step) if path.exists() else []
     with replace_file(path, "w") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-    log = Log(path)
-    try:
-        yield log
-    finally:
-        log.file.close()
+    with open(path, "a", encoding="utf-8") as file:
+
+        def write(row: dict) -> None:  # on disk at once: a checkpoint never lacks a row before it
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+        yield write
 
 
 def read_log(run: Path, step: int | None = None) -> list[dict]:
@@ -130,16 +117,12 @@ def read_log(run: Path, step: int | None = None) -> list[dict]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            late = step is not None and row["step"] > step
-        except (ValueError, KeyError, TypeError):
-            if number == len(lines):  # the run was killed while it wrote this row
+            if step is not None and row["step"] > step:
                 break
-            raise ValueError(
-                f"{path}: line {number} is damaged; remove it to go on without that row"
-            ) from None
-        if late:
-            break
-        rows.append(row)
+            rows.append(row)
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):  # the last one may be cut: the run was killed while it wrote
+                raise ValueError(f"{path}: line {number} is damaged; remove it") from None
     return rows
 
 
@@ -149,19 +132,16 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
 
     The second signal interrupts at once.
     """
-    asked = threading.Event()
+    asked = []
 
     def ask(number, frame):
-        if asked.is_set():
+        if asked:
             raise KeyboardInterrupt
-        asked.set()
+        asked.append(number)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
     before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked.is_set
+        yield lambda: bool(asked)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -240,6 +220,7 @@ class GanConfig:
     d_lr: float = 1e-5
     g_updates_mass: int = 2  # generator updates per D update for masses (T2); otherwise 1
     gp_noise: str = "uniform"  # delta ~ U(0, 1) (L4), or "std": times half the patch's std (Q15)
+    gp_scale: float = 1.0  # times the gradient's norm; patch_size / 256: as if seen at 256 px
     g_average: float = 0.0  # decay of the average of G's weights that is used; 0 = none, Q11
     bfloat16: bool = True  # on a GPU: autocast; the CPU always computes in float32
     channels_last: bool = True  # layout of images and weights; another order of the same sums
@@ -272,21 +253,10 @@ GAN_PRESETS = {
 
 ADAM = {"betas": (0.0, 0.99), "eps": 1e-8}  # T1
 TASKS = {  # classes of G's input and of D's [real, benign, normal]; Q14
-    "mass": (["normal"], ["malignant_mass"], ["benign_mass"], ["normal"]),
-    "calcification": (
-        ["normal"],
-        ["malignant_calcification"],
-        ["benign_calcification"],
-        ["normal"],
-    ),
-    "removal": (
-        ["malignant_mass", "malignant_calcification"],
-        ["normal"],
-        ["benign_mass", "benign_calcification"],
-        ["malignant_mass", "malignant_calcification"],
-    ),
+    "mass": ("normal", "malignant_mass", "benign_mass", "normal"),
+    "calcification": ("normal", "malignant_calcification", "benign_calcification", "normal"),
+    "removal": ("malignant", "normal", "benign", "malignant"),  # of both lesion types
 }
-LAMBDA, K = 10.0, 1.0  # §2 "where lambda = 10, and k = 1", L4
 BATCH, NOISE, WEIGHTS, FIXED_NOISE = range(4)  # streams of random numbers
 FIXED = 64  # validation patches that the log and the grids look at
 FIXED_Z = 8  # noise vectors for the spread over z
@@ -298,24 +268,24 @@ RECORDED = (
 
 
 class Pool:
-    """Patches of several classes as one memory-mapped sequence."""
+    """Patches of one class, or of all whose names begin alike, as one memory-mapped sequence."""
 
-    def __init__(self, data: Path, split: str, names: list[str]):
-        """Raises ValueError when the patch set holds none of the classes."""
+    def __init__(self, data: Path, split: str, name: str):
+        """Raises ValueError when the patch set holds none."""
         held = patch_config(data)["held"]
-        there = [n for n in names if f"{split}/{n}" in held]
-        self.name = f"{split}/{'+'.join(there or names)}"
-        self.parts = [open_patches(data, split, name) for name in there or names]
+        self.names = [c for c in CLASSES if c.startswith(name) and f"{split}/{c}" in held]
+        self.name = f"{split}/{name}"
+        self.parts = [open_patches(data, split, c) for c in self.names or [name]]
         self.starts = np.cumsum([0, *map(len, self.parts)])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def take(self, rows: np.ndarray) -> np.ndarray:
+    def take(self, rows: np.ndarray) -> Tensor:
         """float32 (N, 1, S, S)."""
         which = np.searchsorted(self.starts, rows, side="right") - 1
         patches = [self.parts[w][r - self.starts[w]] for w, r in zip(which, rows, strict=True)]
-        return to_float(np.stack(patches))[:, None]
+        return torch.from_numpy(to_float(np.stack(patches)))[:, None]
 
 
 class Batches:
@@ -323,10 +293,8 @@ class Batches:
 
     def __init__(self, config: GanConfig, data: Path, world: World, pinned: bool):
         self.config, self.world, self.pinned = config, world, pinned
-        self.pools = [Pool(data, "train", names) for names in TASKS[config.task]]
-        self.g_updates = config.g_updates_mass if config.task == "mass" else 1
-        source = self.pools[0]
-        self.shared = next(i for i in (1, 2, 3) if self.pools[i].name == source.name)
+        self.pools = [Pool(data, "train", name) for name in TASKS[config.task]]
+        self.shared = TASKS[config.task].index(TASKS[config.task][0], 1)  # D's class that G reads
         for i, pool in enumerate(self.pools):
             least = config.batch_size * (2 if i in (0, self.shared) else 1)
             if len(pool) < least:
@@ -334,29 +302,25 @@ class Batches:
                     f"{data}: {pool.name} holds {len(pool)} patches; expected at least {least} for "
                     f"--batch-size {config.batch_size}; prepare more or lower it"
                 )
+        # One source batch for D, then one for each G update (T2)
+        self.pools += self.pools[:1] * (config.g_updates_mass if config.task == "mass" else 1)
         self.reader = ThreadPoolExecutor(1)
-        self.ahead: tuple[int, Future] | None = None
+        self.ahead: dict[int, Future] = {}
 
-    def draw(self, step: int) -> list[np.ndarray]:
-        """D's sub-batches [source, real, benign, normal], then one source batch per G update."""
+    def draw(self, step: int) -> list[Tensor]:
+        """D's sub-batches [source, real, benign, normal], then a source batch per G update."""
         rng, n = generator_at(self.config.seed, step, BATCH), self.config.batch_size
         rows = [rng.choice(len(pool), n, replace=False) for pool in self.pools]
         # Fakes come from other patches than the sub-batch of the same class (Q10).
         both = rng.choice(len(self.pools[0]), 2 * n, replace=False)
         rows[0], rows[self.shared] = both[:n], both[n:]
-        rows += [rng.choice(len(self.pools[0]), n, replace=False) for _ in range(self.g_updates)]
-        pools = self.pools + [self.pools[0]] * self.g_updates
-        tensors = [
-            torch.from_numpy(pool.take(self.world.share(r)))
-            for pool, r in zip(pools, rows, strict=True)
-        ]
-        return [t.pin_memory() for t in tensors] if self.pinned else tensors
+        drawn = [p.take(self.world.share(r)) for p, r in zip(self.pools, rows, strict=True)]
+        return [x.pin_memory() for x in drawn] if self.pinned else drawn
 
     def at(self, step: int) -> list[Tensor]:
-        asked, future = self.ahead or (None, None)
-        tensors = future.result() if asked == step else self.draw(step)
-        self.ahead = step + 1, self.reader.submit(self.draw, step + 1)
-        return tensors
+        future = self.ahead.get(step) or self.reader.submit(self.draw, step)
+        self.ahead = {step + 1: self.reader.submit(self.draw, step + 1)}
+        return future.result()
 
 
 class Watch:
@@ -365,13 +329,10 @@ class Watch:
     def __init__(self, config: GanConfig, data: Path, device: torch.device):
         pool = Pool(data, "val", TASKS[config.task][0])
         rows = np.linspace(0, len(pool) - 1, num=min(FIXED, len(pool))).astype(int)
-        self.x = torch.from_numpy(pool.take(rows)).to(device)
-        z = generator_at(config.seed, 0, FIXED_NOISE).uniform(
-            -1, 1, (FIXED, 2 * block_count(config.patch_size))
-        )
-        self.z = torch.from_numpy(z.astype(np.float32)).to(device)
-        self.removal = config.task == "removal"
-        self.component = "cluster" if config.task == "calcification" else "largest"  # Q27
+        self.task, self.x = config.task, pool.take(rows).to(device)
+        rng = torch.Generator().manual_seed(torch_seed(config.seed, 0, FIXED_NOISE))
+        z = torch.rand(len(rows) + FIXED_Z, 2 * block_count(config.patch_size), generator=rng)
+        self.z = (2 * z - 1).to(device)
         self.lasting: dict[str, int] = {}  # rows of the log in a row that show a sign of failure
 
     @torch.no_grad()
@@ -380,73 +341,59 @@ class Watch:
         alive, training = [], G.training
         hooks = [
             layer.register_forward_hook(lambda _, __, out: alive.append(out.amax((0, 2, 3)) > 0))
-            for block in G.decoder
-            for layer in block
+            for layer in G.decoder.modules()
+            if isinstance(layer, torch.nn.Conv2d)
         ]
         G.eval()
-        made = G(self.x, self.z[: len(self.x)], size, alpha)
+        made = G(self.x, self.z[FIXED_Z:], size, alpha)
         for hook in hooks:
             hook.remove()
-        variants = G(self.x[:1].expand(FIXED_Z, -1, -1, -1), self.z[:FIXED_Z], size, alpha)[:, 0]
+        one_patch = G(self.x[:1].expand(FIXED_Z, -1, -1, -1), self.z[:FIXED_Z], size, alpha)
         G.train(training)
-        lesion = made[:, 0]
-        over = lesion < -LESION_THRESHOLD if self.removal else lesion > LESION_THRESHOLD
-        kept = [
-            isolate_lesion(one, self.removal, component=self.component)
-            for one in lesion.cpu().numpy()
-        ]
+        lesion, removal = made[:, 0], self.task == "removal"
+        component = "cluster" if self.task == "calcification" else "largest"  # Q27
+        kept = [isolate_lesion(x, removal, component=component) for x in lesion.cpu().numpy()]
         figures = {
             "dead_units": 1 - torch.cat(alive).float().mean(),
             "lesion_mean": lesion.mean(),
             "lesion_std": lesion.std(),
-            "lesion_share": over.float().mean(),
+            "lesion_share": ((-lesion if removal else lesion) > LESION_THRESHOLD).float().mean(),
             "spread_x": lesion.std(0).mean(),
-            "spread_z": variants.std(0).mean(),
+            "spread_z": one_patch[:, 0].std(0).mean(),
             "acceptance": np.mean([k is not None for k in kept]),
         }
         return {name: float(value) for name, value in figures.items()}, made
 
     def warnings(self, row: dict) -> list[str]:
-        """What goes wrong, in words, once it lasts; said when it is new."""
+        """Signs of failure that last, in words; said when they are new. Before the last stage is
+        reached each of them is usual."""
+        share, flat = row["lesion_share"], 0.1 * abs(row["lesion_mean"])
+        won = min(row["real_right"], row["fake_right"]) > 0.98
         signs = {
-            "D wins outright": (
-                min(row["real_right"], row["fake_right"]) > 0.98,
-                "it tells every lesion from real ones: lower --d-lr or raise --g-lr",
-            ),
-            "the lesions vanish": (
-                row["lesion_share"] < 0.002,
-                "next to no pixel passes the threshold: train longer, raise --g-lr, lower --d-lr",
-            ),
-            "the lesions cover the patch": (
-                row["lesion_share"] > 0.7,
-                "no lesion is local: lower --g-lr or raise --d-lr",
-            ),
-            "the lesions ignore their input": (
-                row["spread_x"] < 0.1 * abs(row["lesion_mean"]) or row["dead_units"] > 0.8,
-                f"{row['dead_units']:.0%} of the decoder's units are dead: start again with "
-                "another --seed or a lower --g-lr",
+            "D wins outright; lower --d-lr or raise --g-lr": won,
+            "the lesions vanish; train longer, raise --g-lr or lower --d-lr": share < 0.002,
+            "the lesions cover the patch; lower --g-lr or raise --d-lr": share > 0.7,
+            "the lesions ignore their input; lower --g-lr or start again with another --seed": (
+                row["spread_x"] < flat or row["dead_units"] > 0.8
             ),
         }
         grown = row["side"] == self.x.shape[-1] and row["alpha"] == 1
-        self.lasting = {
-            name: self.lasting.get(name, 0) + 1
-            for name, (present, _) in signs.items()
-            if present and grown  # before that, each of them is usual
-        }
-        for name, rows in self.lasting.items():
+        present = [sign for sign, shown in signs.items() if shown and grown]
+        self.lasting = {sign: self.lasting.get(sign, 0) + 1 for sign in present}
+        for sign, rows in self.lasting.items():
             if rows == LASTING:
-                click.echo(f"step {row['step']}: {name}; {signs[name][1]}", err=True)
-        return [name for name, rows in self.lasting.items() if rows >= LASTING]
+                click.echo(f"step {row['step']}: {sign}", err=True)
+        return [sign for sign, rows in self.lasting.items() if rows >= LASTING]
 
     def grid(self, made: Tensor, path: Path) -> None:
         """Patch, lesion (grey = no change) and result side by side, four samples a row."""
-        n = min(len(made), 16) // 4 * 4 or 1
-        lesion, before, after = made[:n].clamp(-1, 1).cpu().unbind(1)  # (n, s, s) each
+        made = made[: min(len(made), 16) // 4 * 4 or 1].cpu()
+        lesion, before, after = made.unbind(1)  # (n, s, s) each
         tile = torch.cat([before, (2 * lesion).clamp(-1, 1), after], dim=2)
-        rows = tile.unflatten(0, (-1, min(n, 4))).transpose(1, 2).flatten(2).flatten(0, 1)
-        picture = Image.fromarray(((rows + 1) * 127.5).numpy().astype(np.uint8))
+        rows = tile.unflatten(0, (-1, min(len(tile), 4))).transpose(1, 2).flatten(2).flatten(0, 1)
         path.parent.mkdir(exist_ok=True)
         with replace_file(path) as file:
+            picture = Image.fromarray(((rows + 1) * 127.5).numpy().astype(np.uint8))
             picture.save(file, format="png")
 
 
@@ -530,7 +477,7 @@ def train_gan(config: GanConfig, data: Path, run: Path, device: torch.device) ->
             if size < config.patch_size:
                 real, benign, normal = down2(real), down2(benign), down2(normal)
             rng = torch.Generator(device).manual_seed(torch_seed(config.seed, step, NOISE))
-            z = torch.empty(1 + batches.g_updates, B * world.size, 2 * G.blocks, device=device)
+            z = torch.empty(len(batches.pools) - 3, B * world.size, 2 * G.blocks, device=device)
             z.uniform_(-1, 1, generator=rng)
             delta = torch.empty(B * world.size, *real.shape[1:], device=device)
             delta = world.share(delta.uniform_(0, 1, generator=rng))
@@ -544,7 +491,7 @@ def train_gan(config: GanConfig, data: Path, run: Path, device: torch.device) ->
                 logits = run_D(torch.cat([real, fake, benign, normal]), size, alpha).split(B)
                 norm = gradient_norm(lambda x: D(x, size, alpha), real, delta)  # noqa: B023
             loss_D = discriminator_loss(*logits)
-            penalty = LAMBDA * (norm - K).square().mean()
+            penalty = LAMBDA * (config.gp_scale * norm - K).square().mean()
             opt_D.zero_grad()
             (loss_D + penalty).backward()
             world.average([p.grad for p in D.parameters() if p.grad is not None])
@@ -573,7 +520,7 @@ def train_gan(config: GanConfig, data: Path, run: Path, device: torch.device) ->
             logging = done % config.log_every == 0 or done == end
             showing = done % config.save_every == 0 or done == end
             if logging or showing or stopping:
-                recorded = checked(recorded, done, G, D, world)
+                recorded = checked(recorded, done, [*G.parameters(), *D.parameters()], world)
             if logging and log:
                 figures, _ = watch.look(average, size, alpha)
                 row = {"step": done, "side": size, "alpha": alpha}
@@ -581,13 +528,12 @@ def train_gan(config: GanConfig, data: Path, run: Path, device: torch.device) ->
                 attention = (G.encoder_attention, G.decoder_attention, D.attention)
                 row |= {"gamma": [a.gamma.item() for a in attention]} | figures
                 row |= {"warnings": watch.warnings(row), "seconds": round(time.time() - since, 3)}
-                log.write(row)
+                log(row)
                 since = time.time()
                 text = f"lesion share {row['lesion_share']:.3f}"
             if logging:
                 recorded = []
             if (showing or stopping) and log:
-                log.sync()
                 state = {name: part.state_dict() for name, part in parts.items()}
                 state |= {"step": done, "recorded": recorded, "lasting": watch.lasting}
                 save_checkpoint(run, state | {"chosen": average.state_dict()})
@@ -600,42 +546,30 @@ def train_gan(config: GanConfig, data: Path, run: Path, device: torch.device) ->
             advance(1, text)
 
         if world.rank == 0:
-            complete_checkpoint(run)
-            finish_folder(run, generator=weights_hash(average), versions=versions())
+            (run / "checkpoint-previous.pt").unlink(missing_ok=True)
+            versions = {"torch": torch.__version__, "numpy": np.__version__}
+            finish_folder(run, generator=weights_hash(average), versions=versions)
 
 
-def checked(
-    recorded: list[Tensor], done: int, G: Generator, D: Discriminator, world: World
-) -> list[Tensor]:
+def checked(recorded: list[Tensor], done: int, weights: list[Tensor], world: World) -> list[Tensor]:
     """The figures of the last steps, the mean over processes.
 
-    Raises ValueError naming loss and step when one is not finite.
+    Raises ValueError naming loss and step when one, or a weight, is not finite.
     """
     values = torch.stack(recorded)
     world.average([values])
-    if not values.isfinite().all():
-        row, column = (~values.isfinite()).nonzero()[0].tolist()
-        step = done - len(recorded) + row + 1
+    found = None
+    if bad := (~values.isfinite()).nonzero().tolist():
+        row, column = bad[0]
+        found = done - len(recorded) + row + 1, RECORDED[column], values[row, column].item()
+    elif not all(w.isfinite().all() for w in weights):
+        found = done, "a weight", "not finite"
+    if found:
         raise ValueError(
-            f"step {step}: {RECORDED[column]} is {values[row, column].item()}; expected a finite "
-            "value; the checkpoint holds the last good state; lower the learning rates"
+            f"step {found[0]}: {found[1]} is {found[2]}; expected finite values; the checkpoint "
+            "holds the last good state; lower the learning rates"
         )
-    for name, network in (("generator", G), ("discriminator", D)):
-        if not all(p.isfinite().all() for p in network.parameters()):
-            raise ValueError(
-                f"step {done}: weights of the {name} are not finite; the checkpoint holds the last "
-                "good state; lower the learning rates"
-            )
     return list(values)
-
-
-def update_average(average: Generator, G: Generator, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * G; buffers are taken over."""
-    with torch.no_grad():
-        for mean, p in zip(average.parameters(), G.parameters(), strict=True):
-            mean.lerp_(p, 1 - decay)
-        for mean, b in zip(average.buffers(), G.buffers(), strict=True):
-            mean.copy_(b)
 
 
 def plot_log(run: Path) -> None:
@@ -655,10 +589,6 @@ def plot_log(run: Path) -> None:
         axes.legend(fontsize="small")
     with replace_file(run / "gan.png") as file:
         figure.savefig(file, format="png", dpi=80, metadata={"Software": None})
-
-
-def versions() -> dict[str, str]:
-    return {"torch": torch.__version__, "numpy": np.__version__}
 
 
 # --- §3 Patch Classifier Training ---

@@ -140,16 +140,15 @@ def test_G14_Q14_classes_of_each_task(patches):
             "benign_calcification",
             "normal",
         ),
-        "removal": (
-            "malignant_mass+malignant_calcification",
-            "normal",
-            "benign_mass+benign_calcification",
-            "malignant_mass+malignant_calcification",
-        ),
+        "removal": ("malignant", "normal", "benign", "malignant"),
     }
     for task, names in expected.items():
         batches = Batches(dataclasses.replace(TINY, task=task), patches, World(), pinned=False)
-        assert [pool.name for pool in batches.pools] == [f"train/{name}" for name in names]
+        assert [pool.name for pool in batches.pools[:4]] == [f"train/{name}" for name in names]
+        for pool in batches.pools:
+            name = pool.name.removeprefix("train/")
+            kinds = (name,) if name in data.CLASSES else (f"{name}_mass", f"{name}_calcification")
+            assert tuple(pool.names) == kinds and len(pool) == 40 * len(kinds)
 
 
 def test_L2_Q10_sub_batches_are_equal_disjoint_and_fresh(patches):
@@ -246,7 +245,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(
 
     monkeypatch.setattr(train, "generator_loss", poisoned)
     config = dataclasses.replace(TINY, g_updates_mass=1, log_every=5, save_every=5)
-    with pytest.raises(ValueError, match=r"step 12: loss_g is nan; expected a finite value"):
+    with pytest.raises(ValueError, match=r"step 12: loss_g is nan; expected finite values"):
         train_gan(config, patches, tmp_path / "run", CPU)
     state = models.load_checkpoint(tmp_path / "run")
     assert state["step"] == 10
@@ -270,7 +269,8 @@ def test_a_run_that_fails_says_so_in_words_once_it_lasts(patches, capsys, figure
     for step in range(10):
         assert watch.warnings(good | {"step": step}) == []
     said = [watch.warnings(good | figures | {"step": step}) for step in range(5)]
-    assert said == [[], [], [sign], [sign], [sign]]
+    assert said[:2] == [[], []]
+    assert all(len(now) == 1 and now[0].startswith(sign) for now in said[2:])
     assert capsys.readouterr().err.count(sign) == 1
     early = train.Watch(TINY, patches, CPU)
     for step in range(5):  # at half size nothing is said yet
