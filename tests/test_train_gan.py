@@ -371,8 +371,8 @@ def test_log_keeps_what_the_checkpoint_knows_and_refuses_damage(tmp_path):
     log = tmp_path / "log.jsonl"
     rows = [{"step": step, "x": 1 / 3} for step in (5, 10, 15)]
     log.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 2')
-    with train.open_log(tmp_path, 10) as opened:
-        opened.write({"step": 15, "x": 2})
+    with train.open_log(tmp_path, 10) as write:
+        write({"step": 15, "x": 2})
     assert train.read_log(tmp_path) == [*rows[:2], {"step": 15, "x": 2}]
     log.write_text('{"step": 5}\nrubbish\n{"step": 10}\n')
     with (
