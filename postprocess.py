@@ -18,26 +18,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage, optimize
 
+import data
 import mammogram
-from data import (
-    SYNTHETIC_COLUMNS,
-    breast_mask,
-    claim_folder,
-    finish_folder,
-    open_patches,
-    patch_config,
-    progress,
-    read_json,
-    read_manifest,
-    read_table,
-    replace_file,
-    split_of,
-    tissue_windows,
-    to_float,
-    to_uint16,
-    write_json,
-    write_table,
-)
 from models import BORDER_PX, choose_device, load_generator
 
 LESION_THRESHOLD = 0.1  # §3 "applying a threshold of 0.1", S3; no rescaling, Q25
@@ -124,7 +106,7 @@ def add_lesion(patch: np.ndarray, lesion: np.ndarray, isolated: IsolatedLesion) 
 
     patch: uint16; the result equals it bit for bit wherever the weight is zero
     """
-    return to_uint16(to_float(patch) + isolated.weights * lesion)
+    return data.to_uint16(data.to_float(patch) + isolated.weights * lesion)
 
 
 def dilate(mask: np.ndarray, radius: float, shape: str = "disk") -> np.ndarray:
@@ -236,7 +218,7 @@ def draw(*key: int) -> tuple[int, np.random.Generator]:
 
 def synthesize_set(
     gan: Path,
-    data: Path,
+    patch_set: Path,
     out: Path,
     n: int = 5000,  # S10
     component: str = "largest",
@@ -254,29 +236,29 @@ def synthesize_set(
     split, or nothing was accepted.
     """
     synth = Synthesizer(gan, device, control, {"component": component, **options})
-    patches = patch_config(data)
+    patches = data.patch_config(patch_set)
     if synth.run["data"] != patches["fingerprint"]:
         raise ValueError(
-            f"--gan {gan}: trained on another patch set than --data {data} ({synth.side} px there, "
-            f"{patches['patch_size']} px here); give the one that the run was trained on"
+            f"--gan {gan}: trained on another patch set than --data {patch_set} ({synth.side} px "
+            f"there, {patches['patch_size']} px here); give the one that the run was trained on"
         )
-    sources = TrainingPatches(data, synth.task)
+    sources = TrainingPatches(patch_set, synth.task)
     config = {"data": patches["fingerprint"], "spacing_mm": patches["spacing_mm"], "n": n}
     config |= {"patch_size": synth.side, "seed": seed, **synth.config}
-    with claim_folder(out, "synthesize", config):
+    with data.claim_folder(out, "synthesize", config):
         parts = out / "parts"  # one file per chunk of attempts: a killed run goes on after the last
-        if read_json(out / "config.json")["complete"]:
+        if data.read_json(out / "config.json")["complete"]:
             shutil.rmtree(parts, ignore_errors=True)  # it was killed while tidying up
             click.echo(f"{out}: complete already")
-            return read_json(out / "config.json")
+            return data.read_json(out / "config.json")
         parts.mkdir(exist_ok=True)
         counts = np.zeros(3, int)  # attempts, accepted, without a pixel over the threshold
         counts += sum(np.load(part)["counts"] for part in parts.glob("*.npz"))
-        with progress(n, f"synthesize {synth.task}", done=int(counts[1])) as advance:
+        with data.progress(n, f"synthesize {synth.task}", done=int(counts[1])) as advance:
             while counts[1] < n and counts[0] < ATTEMPTS_PER_SAMPLE * n:
                 end = min(counts[0] + CHUNK, ATTEMPTS_PER_SAMPLE * n)
                 samples, new = attempt(synth, sources, seed, range(counts[0], end), n - counts[1])
-                with replace_file(parts / f"{counts[0]:08d}.npz") as file:
+                with data.replace_file(parts / f"{counts[0]:08d}.npz") as file:
                     np.savez(file, samples=samples, counts=new)
                 counts += new
                 advance(len(samples), f"{counts[1] / counts[0]:.0%} of attempts accepted")
@@ -286,8 +268,8 @@ def synthesize_set(
                 f"--gan {gan}: no lesion accepted in {attempts} attempts; {empty} had no pixel "
                 f"over the threshold of 0.1, the others too small an object (S5). {ADVICE}"
             )
-        facts = {"attempts": attempts, "accepted": accepted, "empty": empty, "short": accepted < n}
-        facts["acceptance"] = accepted / attempts
+        facts = {"attempts": attempts, "accepted": accepted, "acceptance": accepted / attempts}
+        facts |= {"empty": empty, "short": accepted < n}
         facts |= _assemble(out, sorted(parts.glob("*.npz")), config, sources)
         facts["warnings"] = _warnings(facts)
         click.echo(
@@ -298,26 +280,26 @@ def synthesize_set(
         )
         for warning in facts["warnings"]:
             click.echo(f"Warning: {warning}")
-        finish_folder(out, **facts)
+        data.finish_folder(out, **facts)
         shutil.rmtree(parts)
-        return read_json(out / "config.json")
+        return data.read_json(out / "config.json")
 
 
 class TrainingPatches:
     """The union of the training patches that a task's generator takes as input (S1, S9, Q20)."""
 
-    def __init__(self, data: Path, task: str):
-        folder = data / "patches" / "train"
+    def __init__(self, patch_set: Path, task: str):
+        folder = patch_set / "patches" / "train"
         names = [name for name in SOURCES[task] if (folder / f"{name}.npy").exists()]
-        names = names or [SOURCES[task][0]]  # open_patches says that it is missing
-        self.arrays = {name: open_patches(data, "train", name) for name in names}
+        names = names or [SOURCES[task][0]]  # data.open_patches says that it is missing
+        self.arrays = {name: data.open_patches(patch_set, "train", name) for name in names}
         wanted = ("image_uid", "patient_id", "scale")
-        tables = [read_table(folder / f"{name}.csv", wanted) for name in names]
+        tables = [data.read_table(folder / f"{name}.csv", wanted) for name in names]
         self.columns = {c: np.concatenate([table[c] for table in tables]) for c in wanted}
         lengths = [len(array) for array in self.arrays.values()]
         self.columns["source_class"] = np.repeat(names, lengths)
         self.columns["source_patch"] = np.concatenate([np.arange(length) for length in lengths])
-        splits = split_of(data)
+        splits = data.split_of(patch_set)
         for patient in map(str, np.unique(self.columns["patient_id"])):
             if splits.get(patient) != "train":
                 raise ValueError(
@@ -347,7 +329,7 @@ def attempt(
         named = [draw(seed, a) for a in range(start, start + BATCH)]
         chosen = [int(rng.integers(len(sources))) for _, rng in named]
         inputs = np.stack([sources[i] for i in chosen])
-        lesions = synth.lesions(to_float(inputs), [rng for _, rng in named])
+        lesions = synth.lesions(data.to_float(inputs), [rng for _, rng in named])
         for (name, rng), source, patch, lesion in zip(named, chosen, inputs, lesions, strict=True):
             if len(kept) == wanted or tried == len(attempts):
                 break
@@ -367,7 +349,7 @@ def _assemble(out: Path, parts: list[Path], config: dict, sources: TrainingPatch
     rows = np.concatenate([np.load(part)["samples"][list(fields)] for part in parts])
     side = config["patch_size"]
     for name, dtype in (("input", "<u2"), ("combined", "<u2"), ("lesion", "<i4"), ("mask", "|b1")):
-        with replace_file(out / f"{name}.npy") as file:
+        with data.replace_file(out / f"{name}.npy") as file:
             header = {"descr": dtype, "fortran_order": False, "shape": (len(rows), side, side)}
             np.lib.format.write_array_header_1_0(file, header)
             for part in parts:
@@ -376,11 +358,12 @@ def _assemble(out: Path, parts: list[Path], config: dict, sources: TrainingPatch
                 file.write((lesion if name == "lesion" else samples[name]).tobytes())
     source = {c: values[rows["source"]].tolist() for c, values in sources.columns.items()}
     masks = np.load(out / "mask.npy", mmap_mode="r")
+    runs = (" ".join(map(str, mammogram.rle(mask)["counts"])) for mask in masks)  # COCO's
     columns = [range(len(rows)), source["source_patch"], source["image_uid"], source["patient_id"]]
     columns += [rows["seed"], rows["area"], *rows["bbox"].T, source["source_class"]]
-    columns += [rows["strength"].round(6), (_runs(mask) for mask in masks)]
-    header = (*SYNTHETIC_COLUMNS, "source_class", "strength", "mask_rle")
-    write_table(out / "index.csv", header, zip(*columns, strict=True))
+    columns += [rows["strength"].round(6), runs]
+    header = (*data.SYNTHETIC_COLUMNS, "source_class", "strength", "mask_rle")
+    data.write_table(out / "index.csv", header, zip(*columns, strict=True))
     shown = slice(0, FIGURE_SAMPLES)
     before, lesion, after = (
         np.load(out / f"{name}.npy", mmap_mode="r")[shown]
@@ -400,11 +383,6 @@ def _assemble(out: Path, parts: list[Path], config: dict, sources: TrainingPatch
     }
 
 
-def _runs(mask: np.ndarray) -> str:
-    """COCO's uncompressed run lengths, separated by blanks."""
-    return " ".join(map(str, mammogram.rle(mask)["counts"]))
-
-
 def _warnings(facts: dict) -> list[str]:
     few = f"short, {facts['accepted']} samples: {facts['attempts']} attempts are the most made"
     rare = f"only {facts['acceptance']:.1%} accepted, the generator's rare results. {ADVICE}"
@@ -416,7 +394,6 @@ def _warnings(facts: dict) -> list[str]:
 # --- Reinsertion into full mammograms (§4 "As a future step", F7; Figure 3) ---
 
 TRIES_PER_LESION = 100  # ours
-FILES = ("synthetic.dcm", "synthetic.png", "before_after.png", "figure3.png")  # after <name>_
 CATEGORY = {"mass": "synthetic mass", "calcification": "synthetic calcification"}
 
 
@@ -436,7 +413,8 @@ def synthesize_images(
 
     files: mammograms, or manifests (.csv) whose images are meant and whose spacing overrides
     at: centres of patches in stored pixels, a lesion each; else `lesions` random places that
-        satisfy the 90% rule; or one row of `strip` contiguous patches (Figure 3)
+        satisfy the 90% rule; or `strip` contiguous patches in a row, where none fits
+        in a column (Figure 3)
     """
     if (strip > 1) + bool(at) + (lesions > 1) > 1:
         raise ValueError("--at, --lesions, --strip: each says how many lesions; give one of them")
@@ -448,7 +426,8 @@ def synthesize_images(
     config |= {"lesions": lesions, "strip": strip, "seed": seed, **synth.config}
     category = CATEGORY.get(synth.task, "removed lesion")
     made = f"{category} by contextual GAN {synth.hash[:16]}; research only", f"{seed} {synth.hash}"
-    with claim_folder(out, "synthesize", config), progress(len(images), "synthesize") as advance:
+    count = len(images)
+    with data.claim_folder(out, "synthesize", config), data.progress(count, "images") as advance:
         parts = out / "parts"  # a record per finished image: a killed run goes on with the others
         parts.mkdir(exist_ok=True)
         for number, (name, (file, spacing_mm)) in enumerate(images.items(), start=1):
@@ -463,24 +442,19 @@ def synthesize_images(
                     failed.append((str(file), str(error).removeprefix(f"{file}: ")))
                     click.echo(f"{file}: failed: {failed[-1][1]}", err=True)
                 else:
-                    rows, cols = m.display.shape
-                    image = {"id": number, "file_name": f"{name}_synthetic.png"}
+                    image = dict(zip(("height", "width"), m.display.shape, strict=True))
+                    image |= {"id": number, "file_name": f"{name}_synthetic.png"}
                     label = {"image_id": number, "category": category}
-                    write_json(
-                        part,
-                        {
-                            "image": image | {"height": rows, "width": cols},
-                            "annotations": [label | lesion for lesion in placed],
-                        },
-                    )
+                    annotations = [label | lesion for lesion in placed]
+                    data.write_json(part, {"image": image, "annotations": annotations})
                     click.echo(f"{file}: {len(placed)} x {category}{note}")
             advance()
-        records = [read_json(part) for part in sorted(parts.glob("*.json"))]
+        records = [data.read_json(part) for part in sorted(parts.glob("*.json"))]
         if records:
             annotations = [a for record in records for a in record["annotations"]]
             found = mammogram.coco([record["image"] for record in records], annotations)
-            write_json(out / "annotations.json", found)
-            finish_folder(out, failed=failed)
+            data.write_json(out / "annotations.json", found)
+            data.finish_folder(out, failed=failed)
         shutil.rmtree(parts)
     click.echo(f"{out}: {len(records)} images written, {len(failed)} failed")
     return failed
@@ -498,23 +472,20 @@ def insert_lesions(
     shape = window_shape(synth, m.spacing_mm)
     if (np.array(m.display.shape) < shape).any():
         raise ValueError(f"{_px(m.display.shape)}, smaller than a patch of {_px(shape)}")
-    tissue = breast_mask(m.display)
+    tissue = data.breast_mask(m.display)
     fixed = [_centred(place, shape, tissue) for place in at]
-    # Corners of windows, or of `strip` windows side by side, that all hold 90% tissue
-    valid = tissue_windows(tissue, shape)
-    span = max(valid.shape[1] - (strip - 1) * shape[1], 0)
-    valid = np.logical_and.reduce([valid[:, k * shape[1] :][:, :span] for k in range(strip)])
+    valid, step = _side_by_side(data.tissue_windows(tissue, shape), shape, strip)
     display, placed = m.display.copy(), []
     for k in range(len(fixed) or lesions):
         if not fixed and not valid.any():
-            raise ValueError(f"no place with 90% tissue for {k + 1} x {strip} of {_px(shape)}")
+            raise ValueError(
+                f"no place with 90% tissue for lesion {k + 1} ({strip} x {_px(shape)})"
+            )
         for attempt in range(TRIES_PER_LESION * strip):
             _, rng = draw(seed, int(m.image_uid, 16), k, attempt)
             row, col = fixed[k] if fixed else _choose(valid, rng)
-            windows = [
-                (slice(row, row + shape[0]), slice(start, start + shape[1]))
-                for start in range(col, col + strip * shape[1], shape[1])
-            ]
+            corners = [(row + k * step[0], col + k * step[1]) for k in range(strip)]
+            windows = [(slice(r, r + shape[0]), slice(c, c + shape[1])) for r, c in corners]
             patches = np.stack([resize(display[w], (synth.side, synth.side)) for w in windows])
             found = [synth.isolate(lesion, rng) for lesion in synth.lesions(patches, [rng] * strip)]
             if all(isolated is not None and not _is_cut(isolated) for _, isolated in found):
@@ -524,21 +495,30 @@ def insert_lesions(
                 f"no lesion accepted in {attempt + 1} attempts, the last in the window of "
                 f"{_px(shape)} at row {row}, column {col}: too small (S5), or cut by its border"
             )
-        for window, (lesion, isolated) in zip(windows, found, strict=True):
+        for corner, window, (lesion, isolated) in zip(corners, windows, found, strict=True):
             added = resize(isolated.weights * lesion, shape)
             changed = np.clip(display[window] + added, -1, 1)
             display[window] = np.where(added == 0, display[window], changed)
-            corner = window[0].start, window[1].start
             ends = np.array(isolated.bbox).reshape(2, 2) * shape / synth.side + corner
             bbox = [*np.floor(ends[0]), *np.ceil(ends[1])]  # half-open, in stored pixels
             mask = np.zeros(display.shape, bool)
             mask[window] = resize(isolated.mask, shape) >= 0.5
-            corners = [*corner, *(s.stop for s in window)]
-            found = {"bbox": list(map(int, bbox)), "segmentation": mammogram.rle(mask)}
-            placed.append({"window": corners, **found})
+            around = [*corner, *(edge.stop for edge in window)]
+            placed.append({"window": around, "bbox": list(map(int, bbox))})
+            placed[-1]["segmentation"] = mammogram.rle(mask)
         near = slice(max(row - shape[0] + 1, 0), row + shape[0])
         valid[near, max(col - shape[1] + 1, 0) : col + shape[1]] = False  # no overlap
     return display, placed
+
+
+def _side_by_side(valid: np.ndarray, shape: tuple[int, int], count: int) -> tuple:
+    """First corners of `count` valid windows in a row, else in a column; step between them."""
+    for step in ((0, shape[1]), (shape[0], 0)):
+        rows, cols = np.maximum(np.array(valid.shape) - (count - 1) * np.array(step), 0)
+        each = [valid[k * step[0] :, k * step[1] :][:rows, :cols] for k in range(count)]
+        if (together := np.logical_and.reduce(each)).any():
+            break
+    return together, step
 
 
 def _is_cut(isolated: IsolatedLesion) -> bool:
@@ -595,7 +575,7 @@ def _named(files: Iterable[Path]) -> dict[str, tuple[Path, tuple[float, float] |
     """Output name -> (file, spacing of the manifest); names are file stems, made unique."""
     found = {}
     for file in map(Path, files):
-        rows = read_manifest(file) if file.suffix.lower() == ".csv" else []
+        rows = data.read_manifest(file) if file.suffix.lower() == ".csv" else []
         found |= {row.image_path: row.spacing_mm for row in rows} or {str(file): None}
     named = {}
     for path, spacing_mm in found.items():
@@ -609,7 +589,7 @@ def _write_image(
     stem: Path, m: mammogram.Mammogram, display: np.ndarray, placed: list[dict], strip: int, made
 ) -> str:
     """The files of one mammogram; returns what the user should know about them."""
-    note, files = "", {kind: Path(f"{stem}_{kind}") for kind in FILES}
+    note = ""
     try:
         stored = m.restore(display)
     except ValueError as error:
@@ -617,15 +597,18 @@ def _write_image(
     else:
         display = m.table.apply(stored)  # what a viewer makes of the new stored values
         if m.ds is not None:
-            with replace_file(files["synthetic.dcm"]) as file:
+            with data.replace_file(Path(f"{stem}_synthetic.dcm")) as file:
                 mammogram.write_derived_dicom(m, stored, file, *made)
-    with replace_file(files["synthetic.png"]) as file:
-        mammogram.write_png16(file, to_uint16(display))
-    _before_after(files["before_after.png"], m.display, display, placed)
-    if strip > 1:  # Figure 3: before above after
+    with data.replace_file(Path(f"{stem}_synthetic.png")) as file:
+        mammogram.write_png16(file, data.to_uint16(display))
+    _before_after(Path(f"{stem}_before_after.png"), m.display, display, placed)
+    if strip > 1:  # Figure 3: before above after, or beside it
         whole = (*placed[0]["window"][:2], *placed[-1]["window"][2:])
-        rows = [[grey(cut(image, whole))] for image in (m.display, display)]
-        save_tiles(files["figure3.png"], rows, [m.spacing_mm and m.spacing_mm[1]])
+        pair = [grey(cut(image, whole)) for image in (m.display, display)]
+        rows = [[strip] for strip in pair] if pair[0].shape[1] > pair[0].shape[0] else [pair]
+        save_tiles(
+            Path(f"{stem}_figure3.png"), rows, len(rows[0]) * [m.spacing_mm and m.spacing_mm[1]]
+        )
     return note
 
 
@@ -637,7 +620,7 @@ BAR_MM = (1, 2, 5, 10, 20, 50)
 
 def grey(values: np.ndarray) -> np.ndarray:
     """uint16 patches, or floats in [-1, 1], as uint8."""
-    return ((values if values.dtype == np.uint16 else to_uint16(values)) >> 8).astype(np.uint8)
+    return ((values if values.dtype == np.uint16 else data.to_uint16(values)) >> 8).astype(np.uint8)
 
 
 def save_tiles(
@@ -648,7 +631,7 @@ def save_tiles(
     rows = [np.hstack(row) for row in rows]
     width = max(row.shape[1] for row in rows)
     rows = [np.pad(r, ((0, 0), (0, width - r.shape[1]), (0, 0)), constant_values=255) for r in rows]
-    with replace_file(path) as file:
+    with data.replace_file(path) as file:
         Image.fromarray(np.vstack(rows)).save(file, format="PNG")
 
 

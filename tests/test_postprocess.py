@@ -626,7 +626,7 @@ def test_F3_strip_has_no_seam(made, phantoms, tmp_path):
     assert synthesize_images(made / "bump", phantoms[:2], tmp_path / "out", strip=4) == []
     found = annotated(tmp_path / "out")
     for source in phantoms[:2]:
-        windows = sorted(a["window"] for _, _, a in found[source.stem])
+        windows = [a["window"] for _, _, a in found[source.stem]]
         rows, cols = {w[0] for w in windows}, [w[1] for w in windows]
         width = windows[0][3] - windows[0][1]
         assert len(windows) == 4 and len(rows) == 1
@@ -643,6 +643,23 @@ def test_F3_strip_has_no_seam(made, phantoms, tmp_path):
         top = np.asarray(figure.convert("L"))[4 : 4 + width, 4 : 4 + 4 * width]
         window = before[windows[0][0] : windows[0][2], cols[0] : cols[-1] + width]
         assert np.array_equal(top, to_uint16(window) >> 8)
+
+
+def test_F3_a_strip_that_fits_no_row_runs_down(made, phantoms, tmp_path):
+    source = next(p for p in phantoms if p.stem == "P0000_L_MLO")
+    for strip in range(4, 9):
+        out = tmp_path / str(strip)
+        assert synthesize_images(made / "bump", [source], out, strip=strip, device="cpu") == []
+        windows = [a["window"] for _, _, a in annotated(out)[source.stem]]
+        corners = np.diff([w[:2] for w in windows], axis=0)
+        down = int(corners[:, 0].all())
+        assert (corners[:, down] == 0).all()
+        assert (corners[:, 1 - down] == windows[0][2] - windows[0][0]).all()
+        figure = Image.open(out / f"{source.stem}_figure3.png")
+        assert (figure.height > figure.width) == bool(down)
+        if down:
+            return
+    raise AssertionError("every strip fits in a row")
 
 
 def tissue_centre(path):
@@ -672,8 +689,8 @@ def png(path, shape, value=0):
     [
         ({"at": [(225, 5)]}, "--at 225 5: the patch of .* leaves the image; expected row"),
         ({"at": [(60, 300)]}, "--at 60 300: outside the breast"),
-        ({"strip": 40}, "no place with 90% tissue for 1 x 40"),
-        ({"lesions": 60}, "no place with 90% tissue for [0-9]+ x 1"),
+        ({"strip": 40}, r"no place with 90% tissue, lesion 1 \(40 x"),
+        ({"lesions": 60}, r"no place with 90% tissue, lesion [0-9]+ \(1 x"),
         ({"min_area_frac": 0.99}, "no lesion accepted in 100 attempts"),
     ],
 )
