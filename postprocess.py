@@ -365,10 +365,8 @@ def _assemble(out: Path, parts: list[Path], config: dict, sources: TrainingPatch
     header = (*data.SYNTHETIC_COLUMNS, "source_class", "strength", "mask_rle")
     data.write_table(out / "index.csv", header, zip(*columns, strict=True))
     shown = slice(0, FIGURE_SAMPLES)
-    before, lesion, after = (
-        np.load(out / f"{name}.npy", mmap_mode="r")[shown]
-        for name in ("input", "lesion", "combined")
-    )
+    names = ("input", "lesion", "combined")
+    before, lesion, after = (np.load(out / f"{n}.npy", mmap_mode="r")[shown] for n in names)
     lesion = lesion / max(1, int(np.abs(lesion).max()))  # mid-grey is no change; stretched
     mm = [config["spacing_mm"] and config["spacing_mm"] / float(s) for s in source["scale"][shown]]
     pairs = [grey(patch) for pair in zip(before, after, strict=True) for patch in pair]
@@ -478,9 +476,7 @@ def insert_lesions(
     display, placed = m.display.copy(), []
     for k in range(len(fixed) or lesions):
         if not fixed and not valid.any():
-            raise ValueError(
-                f"no place with 90% tissue for lesion {k + 1} ({strip} x {_px(shape)})"
-            )
+            raise ValueError(f"lesion {k + 1}: no place for {strip} x {_px(shape)} with 90% tissue")
         for attempt in range(TRIES_PER_LESION * strip):
             _, rng = draw(seed, int(m.image_uid, 16), k, attempt)
             row, col = fixed[k] if fixed else _choose(valid, rng)
@@ -500,12 +496,11 @@ def insert_lesions(
             changed = np.clip(display[window] + added, -1, 1)
             display[window] = np.where(added == 0, display[window], changed)
             ends = np.array(isolated.bbox).reshape(2, 2) * shape / synth.side + corner
-            bbox = [*np.floor(ends[0]), *np.ceil(ends[1])]  # half-open, in stored pixels
+            bbox = [int(v) for v in (*np.floor(ends[0]), *np.ceil(ends[1]))]  # half-open
             mask = np.zeros(display.shape, bool)
             mask[window] = resize(isolated.mask, shape) >= 0.5
             around = [*corner, *(edge.stop for edge in window)]
-            placed.append({"window": around, "bbox": list(map(int, bbox))})
-            placed[-1]["segmentation"] = mammogram.rle(mask)
+            placed.append({"window": around, "bbox": bbox, "segmentation": mammogram.rle(mask)})
         near = slice(max(row - shape[0] + 1, 0), row + shape[0])
         valid[near, max(col - shape[1] + 1, 0) : col + shape[1]] = False  # no overlap
     return display, placed
