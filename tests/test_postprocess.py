@@ -24,6 +24,7 @@ import phantom
 from benchmarks.bench_synthesize import plain_chain, square, write_patch_set, write_run
 from data import breast_mask, check_synthetic, open_synthetic, to_uint16
 from mammogram import read_mammogram
+from models import load_generator
 from postprocess import (
     IsolatedLesion,
     Synthesizer,
@@ -574,6 +575,46 @@ def test_F7_boxes_and_masks_are_right_for_pycocotools(inserted, phantoms):
             assert 0 <= rows[0] - y <= 2 and 0 <= y + h - 1 - rows[-1] <= 2
             assert 0 <= cols[0] - x <= 2 and 0 <= x + w - 1 - cols[-1] <= 2
             assert annotation["area"] == mask.sum()
+
+
+def test_F7_derived_files_are_marked_and_name_nobody(made, phantoms, tmp_path):
+    ds = pydicom.dcmread(phantoms[0])
+    names = ("PatientName", "PatientID", "AccessionNumber", "ReferringPhysicianName", "StudyID")
+    texts = ("PatientComments", "InstitutionName", "StudyDescription", "ImageComments")
+    for keyword in (*names, *texts):
+        setattr(ds, keyword, "Secret")
+    ds.PatientBirthDate = ds.StudyDate = "19121212"
+    ds.private_block(0x0013, "Secret", create=True).add_new(1, "LO", "Secret")
+    ds.VOILUTFunction, ds.SeriesInstanceUID = "LINEAR", "1.2.3.4.5.6.7"
+    ds.save_as(tmp_path / "x.dcm")
+    for out in ("one", "two"):
+        files = [tmp_path / "x.dcm"]
+        assert synthesize_images(made / "bump", files, tmp_path / out, device="cpu") == []
+    path = tmp_path / "one/x_synthetic.dcm"
+    written = path.read_bytes()
+    assert written == (tmp_path / "two/x_synthetic.dcm").read_bytes()
+    old = (ds.SOPInstanceUID, ds.StudyInstanceUID, ds.SeriesInstanceUID)
+    for secret in ("Secret", "19121212", *old):
+        assert secret.encode() not in written
+    new = pydicom.dcmread(path)
+    assert new.ImageType[0] == "DERIVED" and new.PatientIdentityRemoved == "YES"
+    assert str(new.PatientID).startswith("SYNTHETIC") and "research only" in new.SeriesDescription
+    assert "synthetic mass" in new.DerivationDescription
+    _, _, generator = load_generator(made / "bump", "cpu")
+    assert generator[:16] in new.DerivationDescription
+    assert len({new.SOPInstanceUID, new.SourceImageSequence[0].ReferencedSOPInstanceUID, *old}) == 5
+
+
+def test_a_lesion_cut_by_the_frame_is_not_reinserted(made, phantoms, tmp_path):
+    """The generator's zero frame would show as a straight edge in the mammogram."""
+
+    def everywhere(G, gain):
+        square(G, 0.0)
+        G.to_lesion.bias[0] = 0.5
+
+    write_run(tmp_path / "run", made / "data", lesion=everywhere, **TINY)
+    ((_, reason),) = synthesize_images(tmp_path / "run", phantoms[:1], tmp_path / "out")
+    assert "no lesion accepted in 100 attempts" in reason and "cut by its border" in reason
 
 
 def errors_of(path):
