@@ -260,7 +260,8 @@ def test_Q21_mask_ignores_a_white_film_frame_and_grey_air():
     image = breast(0, air=40)
     image[:6] = image[-9:] = image[:, -5:] = image[:, :8] = 255  # the last along the chest wall
     mask = data.breast_mask(image.astype(np.float32) / 127.5 - 1)
-    assert overlap(mask, truth()) > 0.95 and not mask[:5].any() and not mask[:, :8].any()
+    inside = truth() & (np.arange(280) >= 8)
+    assert overlap(mask, inside) > 0.95 and not mask[:5].any() and not mask[:, :8].any()
 
 
 def test_Q21_mask_of_a_digital_image_fills_holes_and_keeps_a_clipped_pectoral():
