@@ -133,7 +133,7 @@ def flops_per_step(config: train.GanConfig, patches: Path, device, half: bool) -
     """Two steps of the shipped loop less one: what each run does besides steps cancels."""
     counts = []
     for steps in (1, 2):
-        one = dataclasses.replace(schedule(config, steps, half), log_every=10, compile=False)
+        one = dataclasses.replace(schedule(config, steps, half), log_every=10)
         with tempfile.TemporaryDirectory() as folder, FlopCounter() as counter:
             train.train_gan(one, patches, Path(folder) / "run", device)
         counts.append(counter.total)
