@@ -285,7 +285,9 @@ def compare(y, scores, baseline, clusters, level: float = 0.95) -> dict[str, flo
     y, v = _checked(y, *scores, *baseline, clusters=clusters)
     v = placements(y, v)
     ours, theirs = np.arange(len(scores)), np.arange(len(scores), len(v))
-    auc, variance, df = _mean_auc(y, v, clusters, [(1, ours)])
+    # the baseline's seeds (weight 0) only help to tell how seeds vary
+    own = [(1, ours)] if scores is baseline else [(1, ours), (0, theirs)]
+    auc, variance, df = _mean_auc(y, v, clusters, own)
     _, low, high = _interval(auc, variance, level, df)
     contrast = v[ours].mean(axis=0, keepdims=True) - v[theirs].mean(axis=0, keepdims=True)
     delta, variance, df = _mean_auc(y, v, clusters, [(1, ours), (-1, theirs)])

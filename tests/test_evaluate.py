@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy import ndimage
+from scipy import ndimage, stats
 
 import data
 import evaluate
@@ -357,6 +357,26 @@ def seeds_of_a_regime(rng, y, clusters, shared, spread, k=3):
     effect = 1.2 + spread * rng.normal(size=(k, 1))
     own = rng.normal(size=(k, clusters.max() + 1))[:, clusters]
     return effect * y + shared + 0.4 * own + 0.5 * rng.normal(size=(k, len(y)))
+
+
+def test_interval_of_one_regime_borrows_how_seeds_vary():
+    """Two seeds each: by hand, one degree of freedom more and the pooled variance."""
+    rng = np.random.default_rng(12)
+    clusters, y = patients(rng, number=80, mixed=False)
+    shared = rng.normal(size=len(y))
+    a, b = (seeds_of_a_regime(rng, y, clusters, shared, spread=0.2, k=2) for _ in range(2))
+    found, alone = evaluate.compare(y, a, b, clusters), evaluate.compare(y, a, a, clusters)
+    v = evaluate.placements(y, np.concatenate([a, b]))
+    aucs, c = v[:, y].mean(axis=1), evaluate.clustered_covariance(y, v, clusters)
+    pooled = (aucs[:2].var(ddof=1) + aucs[2:].var(ddof=1)) / 2
+    variance = c[0, 1] + pooled / 2
+    half = stats.t.ppf(0.975, 2 * (variance / (pooled / 2)) ** 2) * math.sqrt(variance)
+    expected = [aucs[:2].mean() + sign * half for sign in (0, -1, 1)]
+    assert [found[k] for k in ("auc", "low", "high")] == pytest.approx(expected)
+    variance = c[0, 1] + aucs[:2].var(ddof=1) / 2
+    df = (variance / (aucs[:2].var(ddof=1) / 2)) ** 2
+    half = stats.t.ppf(0.975, df) * math.sqrt(variance)
+    assert alone["low"] == pytest.approx(max(0, aucs[:2].mean() - half))
 
 
 def test_interval_over_seeds_covers_patients_and_seeds():
