@@ -532,6 +532,10 @@ def score(regime: Regime, patches: Patches, device: torch.device) -> np.ndarray:
         model, _ = load_classifier(run, device)
         parts = [classifier_scores(model, v, device) for v in patches.values.values()]
         scores.append(np.concatenate(parts).astype(np.float64))
+        if np.isnan(scores[-1]).any():
+            raise ValueError(
+                f"{run}: scores are not numbers; its training diverged, train it again"
+            )
     return np.array(scores)
 
 

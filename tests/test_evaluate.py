@@ -698,6 +698,16 @@ def test_runs_that_do_not_fit_are_refused(evaluated, tmp_path, change, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_that_diverged_is_named(evaluated, tmp_path):
+    world, _, _ = evaluated
+    run = shutil.copytree(world["baseline"], tmp_path / "run")
+    state = torch.load(run / "seed-1" / "checkpoint.pt")
+    state["best"]["fc.bias"][0] = math.nan
+    torch.save(state, run / "seed-1" / "checkpoint.pt")
+    with pytest.raises(ValueError, match="seed-1: scores are not numbers"):
+        evaluate.evaluate(**world | {"baseline": run, "augmented": []}, out=tmp_path / "out")
+
+
 def test_arguments_that_do_not_fit_are_refused(evaluated, tmp_path):
     world, out, _ = evaluated
     for change, message in (
