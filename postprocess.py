@@ -391,7 +391,7 @@ def _warnings(facts: dict) -> list[str]:
 
 # --- Reinsertion into full mammograms (§4 "As a future step", F7; Figure 3) ---
 
-TRIES_PER_LESION = 100  # ours
+TRIES_PER_LESION, STRIP_MIN_AREA_FRAC = 100, 0.01  # ours
 CATEGORY = {"mass": "synthetic mass", "calcification": "synthetic calcification"}
 
 
@@ -417,8 +417,8 @@ def synthesize_images(
     if (strip > 1) + bool(at) + (lesions > 1) > 1:
         raise ValueError("--at, --lesions, --strip: each says how many lesions; give one of them")
     synth = Synthesizer(gan, device, "", {"component": component, **options})
-    if strip > 1:  # Figure 3 shows a lesion on every patch, of whatever size
-        synth.options["min_area_frac"] = options.get("min_area_frac") or 0.0
+    if strip > 1:  # Figure 3 shows a lesion on every patch, so smaller ones are taken too
+        synth.options["min_area_frac"] = options.get("min_area_frac") or STRIP_MIN_AREA_FRAC
     images, failed = _named(files), []
     config = {"images": list(images), "at": [list(map(int, place)) for place in at]}
     config |= {"lesions": lesions, "strip": strip, "seed": seed, **synth.config}
