@@ -674,14 +674,9 @@ def _images(findings: list[Finding], config: PrepareConfig, hide: Callable) -> l
     return images
 
 
-def patch_seed(seed: int, key: str, patch: int) -> int:
-    """What patch i of key "split/class" is drawn from; `seed` of the index."""
-    return int(sha256(f"{seed}/{key}/{patch}".encode())[:15], 16)
-
-
-def _attempt(seed: int, key: str, patch: int, attempt: int) -> np.random.Generator:
-    """The stream of a patch's k-th attempt: first the image, then all else."""
-    return np.random.default_rng((patch_seed(seed, key, patch), attempt))
+def patch_seed(seed: int, key: str, patch: int, attempt: int = 0) -> int:
+    """60 bits from which patch i of key "split/class" is drawn, its image first; index column."""
+    return int(sha256(f"{seed}/{key}/{patch}/{attempt}".encode())[:15], 16)
 
 
 class _Field:
@@ -813,15 +808,15 @@ def _visit(index: int, tasks: list[tuple[str, int, int]]) -> dict:
             found["dead"].append(key)
     found |= {"uid": field.uid, "failed": []}
     for key, patch, attempt in tasks:
-        rng = _attempt(config.seed, key, patch, attempt)
-        rng.random()  # has chosen this image
-        place = None if key in found["dead"] else field.place(key, rng)
+        seed = patch_seed(config.seed, key, patch, attempt)
+        place = None
+        if key not in found["dead"]:
+            place = field.place(key, np.random.default_rng(seed))
         if place is None:
             found["failed"].append((key, patch, attempt))
             continue
         pixels, bbox = field.cut(place)
         numbers = f"{place['scale']:.6f}", place["flip"], place["rotation"]
-        seed = patch_seed(config.seed, key, patch)
         row = (*place["window"], *numbers, seed, f"{place['tissue']:.4f}", *(bbox or ("",) * 4))
         text, body = ",".join(map(str, row)), np.ascontiguousarray(pixels).tobytes()
         os.pwrite(_store(_worker["out"], key), body, NPY_HEADER + patch * len(body))
@@ -954,8 +949,8 @@ class _Run:
     def send(self, key: str, patch: int, attempt: int) -> None:
         """Give a patch to the image of its first attempt from `attempt` that may have a place."""
         while key in self.sources:
-            draw = _attempt(self.config.seed, key, patch, attempt).random()
-            image = self.sources[key][int(draw * len(self.sources[key]))]
+            draw = patch_seed(self.config.seed, key, patch, attempt)
+            image = self.sources[key][draw * len(self.sources[key]) >> 60]
             if image not in self.dead[key]:
                 self.pending[image].append((key, patch, attempt))
                 return
