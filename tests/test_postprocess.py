@@ -365,6 +365,19 @@ def test_sigkill_then_the_same_command(made, tmp_path):
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("control", ["", "blob"])
+def test_Q27_cluster_sets_keep_the_joined_area_and_the_thresholded_mask(made, tmp_path, control):
+    args = {"n": 20, "component": "cluster", "control": control, "device": "cpu"}
+    synthesize_set(made / "mass", made / "data", tmp_path / "out", **args)
+    syn = open_synthetic(tmp_path / "out")
+    for k, mask in enumerate(syn.mask):
+        joined = ndimage.distance_transform_edt(~mask) <= 2.5  # 10 px at 64 / 256
+        box = [int(syn.index[f"bbox_{edge}"][k]) for edge in ("row0", "col0", "row1", "col1")]
+        rows, cols = np.flatnonzero(joined.any(1)), np.flatnonzero(joined.any(0))
+        assert box == [rows[0], cols[0], rows[-1] + 1, cols[-1] + 1]
+        assert int(syn.index["area"][k]) == joined.sum() > mask.sum()
+
+
 def test_Q27_attempts_are_capped_and_a_short_set_is_said(made, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("postprocess.ATTEMPTS_PER_SAMPLE", 1)
     facts = synthesize_set(
@@ -454,6 +467,9 @@ def test_blob_control_has_the_same_number_areas_and_strength(made, tmp_path):
     ]
     assert np.abs(strength[0] - strength[1]).max() < 0.02
     assert np.array_equal(blob.input.astype(np.int32) + blob.lesion, blob.combined)
+    for mask in blob.mask:  # a disc, as far as the zero frame lets it be one
+        rows, cols = mask.any(1).sum(), mask.any(0).sum()
+        assert mask.sum() == pytest.approx(np.pi / 4 * rows * cols, rel=0.1)
     places = np.array([ndimage.center_of_mass(mask) for mask in blob.mask])
     assert places.std(axis=0).min() > 3  # anywhere
     assert not blob.lesion[:, [0, 1, -1, -2]].any()  # the generator's zero frame
