@@ -575,8 +575,8 @@ def _named(files: Iterable[Path]) -> dict[str, tuple[Path, tuple[float, float] |
     named = {}
     for path, spacing_mm in found.items():
         stem = Path(path).stem
-        same = sum(other.stem == stem for other, _ in named.values())
-        named[f"{stem}_{same + 1}" if same else stem] = Path(path), spacing_mm
+        names = itertools.chain([stem], (f"{stem}_{k}" for k in itertools.count(2)))
+        named[next(name for name in names if name not in named)] = Path(path), spacing_mm
     return named
 
 

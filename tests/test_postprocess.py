@@ -788,9 +788,10 @@ def test_same_names_from_two_folders_do_not_overwrite_each_other(made, phantoms,
     for name, source in (("a", phantoms[0]), ("b", phantoms[1])):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.dcm").write_bytes(source.read_bytes())
-    files = [tmp_path / "a/x.dcm", tmp_path / "b/x.dcm"]
+    (tmp_path / "b/x_2.dcm").write_bytes(phantoms[2].read_bytes())
+    files = [tmp_path / "a/x.dcm", tmp_path / "b/x.dcm", tmp_path / "b/x_2.dcm"]
     assert synthesize_images(made / "bump", files, tmp_path / "out", device="cpu") == []
-    assert set(annotated(tmp_path / "out")) == {"x", "x_2"}
+    assert set(annotated(tmp_path / "out")) == {"x", "x_2", "x_2_2"}
 
 
 def test_eight_bit_images_come_back_in_their_own_bit_depth(made, phantoms, tmp_path):
