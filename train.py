@@ -20,19 +20,25 @@ import click
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import Tensor
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from data import (
     CLASSES,
+    SyntheticSet,
+    check_synthetic,
     claim_folder,
     finish_folder,
     open_patches,
+    open_synthetic,
     patch_config,
     progress,
     replace_file,
+    sha256,
     to_float,
 )
 from models import (
@@ -41,7 +47,10 @@ from models import (
     Discriminator,
     Generator,
     K,
+    PatchClassifier,
     block_count,
+    classifier,
+    classifier_scores,
     discriminator_loss,
     down2,
     generator_loss,
@@ -273,15 +282,18 @@ RECORDED = (
 
 
 class Pool:
-    """Patches of one class, or of all whose names begin alike, as one memory-mapped sequence."""
+    """Several patch files (N, S, S) drawn from as one memory-mapped sequence."""
 
-    def __init__(self, data: Path, split: str, name: str):
-        """Raises ValueError when the patch set holds none."""
-        held = patch_config(data)["held"]
-        self.names = [c for c in CLASSES if c.startswith(name) and f"{split}/{c}" in held]
-        self.name = f"{split}/{name}"
-        self.parts = [open_patches(data, split, c) for c in self.names or [name]]
+    def __init__(self, parts: list[np.ndarray], name: str = ""):
+        self.parts, self.name = parts, name
         self.starts = np.cumsum([0, *map(len, self.parts)])
+
+    @classmethod
+    def open(cls, data: Path, split: str, name: str) -> "Pool":
+        """One class, or all whose names begin alike. Raises ValueError when there is none."""
+        held = patch_config(data)["held"]
+        names = [c for c in CLASSES if c.startswith(name) and f"{split}/{c}" in held]
+        return cls([open_patches(data, split, c) for c in names or [name]], f"{split}/{name}")
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -298,7 +310,7 @@ class Batches:
 
     def __init__(self, config: GanConfig, data: Path, world: World, pinned: bool):
         self.config, self.world, self.pinned = config, world, pinned
-        self.pools = [Pool(data, "train", name) for name in TASKS[config.task]]
+        self.pools = [Pool.open(data, "train", name) for name in TASKS[config.task]]
         self.shared = TASKS[config.task].index(TASKS[config.task][0], 1)  # D's class that G reads
         for i, pool in enumerate(self.pools):
             least = config.batch_size * (2 if i in (0, self.shared) else 1)
@@ -332,7 +344,7 @@ class Watch:
     """Fixed validation patches and noise: figures that tell collapse early, and sample grids."""
 
     def __init__(self, config: GanConfig, data: Path, device: torch.device):
-        pool = Pool(data, "val", TASKS[config.task][0])
+        pool = Pool.open(data, "val", TASKS[config.task][0])
         rows = np.linspace(0, len(pool) - 1, num=min(FIXED, len(pool))).astype(int)
         self.task, self.x = config.task, pool.take(rows).to(device)
         rng = torch.Generator().manual_seed(torch_seed(config.seed, 0, FIXED_NOISE))
@@ -450,13 +462,10 @@ def train_gan(config: GanConfig, data: Path, run: Path, device: torch.device) ->
 
         # Networks, optimisers, and where an earlier run stopped
         G, D = networks(config, device)
-        average = copy.deepcopy(G) if config.g_average else G
-        fused = {"fused": True, **ADAM}
-        opt_G = torch.optim.Adam(G.parameters(), lr=config.g_lr, **fused)
-        opt_D = torch.optim.Adam(D.parameters(), lr=config.d_lr, **fused)
-        parts = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D}
-        if config.g_average:
-            parts["average"] = average
+        opt_G = torch.optim.Adam(G.parameters(), lr=config.g_lr, fused=True, **ADAM)
+        opt_D = torch.optim.Adam(D.parameters(), lr=config.d_lr, fused=True, **ADAM)
+        chosen = copy.deepcopy(G)  # G itself, or the average of its weights
+        parts = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "chosen": chosen}
         start, recorded, since, text = 0, [], time.time(), ""
         if (run / "checkpoint.pt").exists() or (run / "checkpoint-previous.pt").exists():
             state = load_checkpoint(run)
@@ -512,8 +521,7 @@ def train_gan(config: GanConfig, data: Path, run: Path, device: torch.device) ->
                 world.average([p.grad for p in G.parameters() if p.grad is not None])
                 opt_G.step()
             D.requires_grad_(True)
-            if config.g_average:
-                update_average(average, G, min(config.g_average, (1 + step) / (10 + step)))
+            update_average(chosen, G, min(config.g_average, (1 + step) / (10 + step)))
 
             # Log and save
             with torch.no_grad():
@@ -526,7 +534,7 @@ def train_gan(config: GanConfig, data: Path, run: Path, device: torch.device) ->
             if logging or showing or stopping:
                 recorded = checked(recorded, done, [*G.parameters(), *D.parameters()], world)
             if logging and log:
-                figures, _ = watch.look(average, size, alpha)
+                figures, _ = watch.look(chosen, size, alpha)
                 row = {"step": done, "side": size, "alpha": alpha}
                 row |= dict(zip(RECORDED, torch.stack(recorded).mean(0).tolist(), strict=True))
                 attention = (G.encoder_attention, G.decoder_attention, D.attention)
@@ -540,9 +548,9 @@ def train_gan(config: GanConfig, data: Path, run: Path, device: torch.device) ->
             if (showing or stopping) and log:
                 state = {name: part.state_dict() for name, part in parts.items()}
                 state |= {"step": done, "recorded": recorded, "lasting": watch.lasting}
-                save_checkpoint(run, state | {"chosen": average.state_dict()})
+                save_checkpoint(run, state)
             if showing and log:
-                watch.grid(watch.look(average, size, alpha)[1], run / f"samples/{done:06d}.png")
+                watch.grid(watch.look(chosen, size, alpha)[1], run / f"samples/{done:06d}.png")
                 plot_log(run)
             world.wait()  # none leaves while the first one writes
             if stopping and done < end:
@@ -552,7 +560,7 @@ def train_gan(config: GanConfig, data: Path, run: Path, device: torch.device) ->
         if world.rank == 0:
             (run / "checkpoint-previous.pt").unlink(missing_ok=True)
             versions = {"torch": torch.__version__, "numpy": np.__version__}
-            finish_folder(run, generator=weights_hash(average), versions=versions)
+            finish_folder(run, generator=weights_hash(chosen), versions=versions)
 
 
 def checked(recorded: list[Tensor], done: int, weights: list[Tensor], world: World) -> list[Tensor]:
@@ -596,3 +604,250 @@ def plot_log(run: Path) -> None:
 
 
 # --- §3 Patch Classifier Training ---
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """One regime of Table 1. Lengths count patches drawn, not steps (Q32)."""
+
+    proportion: float = 0.0  # initial share of synthetic patches (C5, C6)
+    seed: int = 0
+    samples: int = 500_000  # patches drawn, real and synthetic (C3)
+    batch_size: int = 32  # not given, Q32
+    learning_rate: float = 1e-5  # C4
+    decay: float = 0.9  # of the proportion, once every decay_every patches (C5; Q33)
+    decay_every: int = 5_000  # C5
+    evaluate_every: int = 5_000  # patches between two looks at the validation set (C7)
+    weights: str = "imagenet"  # first weights: or "none", or a file (C1; Q31)
+    width: int = 64  # ResNet-50's; smaller for the CPU
+    blocks: tuple[int, ...] = (3, 4, 6, 3)  # ResNet-50's
+    include_benign: bool = False  # benign patches as negatives (Q36)
+    bfloat16: bool = True  # on a GPU: autocast; the CPU always computes in float32
+
+
+CLASSIFIER_PRESETS = {
+    "paper": ClassifierConfig(),
+    # A ten times shorter schedule needs a higher rate; the decay keeps its place in the schedule.
+    "cbis": ClassifierConfig(
+        samples=50_000, learning_rate=1e-4, decay_every=500, evaluate_every=1_000
+    ),
+    # A quarter of ResNet-50's width, from random weights, a hundredth of the paper's patches.
+    "tiny": ClassifierConfig(
+        samples=8_000,
+        learning_rate=1e-3,
+        decay_every=80,
+        evaluate_every=800,
+        weights="none",
+        width=16,
+    ),
+}
+
+CLASSIFIER_ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}  # C4; eps is not given
+
+
+def synthetic_proportion(
+    initial: float,
+    samples_seen: int | np.ndarray,
+    decay: float = ClassifierConfig.decay,
+    every: int = ClassifierConfig.decay_every,
+) -> float | np.ndarray:
+    """Probability that the next patch is synthetic: initial * 0.9 ** (samples_seen // 5000) (C5).
+
+    Multiplicative: "decayed by 10%" (Q33).
+    """
+    return initial * decay ** (samples_seen // every)
+
+
+class ClassifierBatches:
+    """The patches of each step, drawn from (seed, step); the next step's are read meanwhile."""
+
+    def __init__(self, config: ClassifierConfig, data: Path, sets: list[SyntheticSet]):
+        self.config = config
+        real = {1: [Pool.open(data, "train", "malignant")], 0: [Pool.open(data, "train", "normal")]}
+        if config.include_benign:
+            real[0].append(Pool.open(data, "train", "benign"))
+        self.pools = {(y, False): Pool([a for p in real[y] for a in p.parts]) for y in (0, 1)}
+        self.pools |= {(y, True): Pool([s.combined for s in sets if s.label == y]) for y in (0, 1)}
+        self.reader = ThreadPoolExecutor(1)
+        self.ahead: dict[int, Future] = {}
+        self.waited = 0.0  # seconds that training stood still for data
+
+    def draw(self, step: int) -> tuple[Tensor, Tensor, int]:
+        """Patches (B, 1, S, S), labels (B,) and how many are synthetic.
+
+        The label first, 1 or 0 with equal probability (C2); then synthetic or real with the
+        probability of this very patch, for both classes (C5, Q34); then the patch, every one of
+        the pool equally likely (Q35). A class without a synthetic set stays real.
+        """
+        first = step * self.config.batch_size
+        n = min(self.config.batch_size, self.config.samples - first)
+        rng = generator_at(self.config.seed, step, BATCH)
+        labels, chance, place = rng.integers(2, size=n), rng.random(n), rng.random(n)
+        p = synthetic_proportion(
+            self.config.proportion,
+            first + np.arange(n),
+            self.config.decay,
+            self.config.decay_every,
+        )
+        possible = np.array([len(self.pools[y, True]) > 0 for y in (0, 1)])[labels]
+        synthetic = (chance < p) & possible
+        x = torch.empty(0)
+        for key, pool in self.pools.items():
+            rows = np.flatnonzero((labels == key[0]) & (synthetic == key[1]))
+            if len(rows):
+                drawn = pool.take((place[rows] * len(pool)).astype(int))
+                x = x if len(x) else drawn.new_empty(n, *drawn.shape[1:])
+                x[rows] = drawn
+        return x, torch.from_numpy(labels), int(synthetic.sum())
+
+    def at(self, step: int) -> tuple[Tensor, Tensor, int]:
+        start = time.perf_counter()
+        drawn = (self.ahead.pop(step, None) or self.reader.submit(self.draw, step)).result()
+        if (step + 1) * self.config.batch_size < self.config.samples:
+            self.ahead = {step + 1: self.reader.submit(self.draw, step + 1)}
+        self.waited += time.perf_counter() - start
+        return drawn
+
+
+def validation_auc(model: PatchClassifier, data: Path, device: torch.device) -> float:
+    """AUC of the real validation patches, malignant against normal (C7)."""
+    groups = [Pool.open(data, "val", name).parts for name in ("normal", "malignant")]
+    scores = [classifier_scores(model, part, device) for parts in groups for part in parts]
+    labels = [int(i > 0) for i, parts in enumerate(groups) for _ in parts]
+    y = np.repeat(labels, [len(s) for s in scores])
+    return float(roc_auc_score(y, np.concatenate(scores)))
+
+
+def train_classifier(
+    config: ClassifierConfig, data: Path, run: Path, synthetic: list[Path], device: torch.device
+) -> None:
+    """Train one regime of Table 1 and keep the weights with the best validation AUC (C1-C7).
+
+    Started again after an interruption it goes on from `run/checkpoint.pt`.
+    Raises ValueError for a synthetic set that was not made from this patch set's training
+    patients, for data that lack a class, a foreign run, or a loss that is not finite.
+    """
+    sets = [open_synthetic(path) for path in synthetic]
+    for s in sets:
+        check_synthetic(s, data)
+    if bool(config.proportion) != any(s.label for s in sets):
+        raise ValueError(
+            f"--proportion {config.proportion}: found {len(sets)} --synthetic sets; expected a "
+            "proportion above 0 together with a mass or calcification set, or neither"
+        )
+    facts = asdict(config) | {
+        "data": patch_config(data)["fingerprint"],
+        "synthetic": [
+            {"task": s.task, "control": s.control, "short": s.short, "samples": len(s.combined)}
+            | {"generator": s.generator, "fingerprint": s.fingerprint}
+            for s in sets
+        ],
+    }
+    if config.weights not in ("imagenet", "none"):
+        facts["weights"] = f"file {sha256(Path(config.weights))[:16]}"
+    with contextlib.ExitStack() as stack:
+        world = stack.enter_context(join_world(device))
+        if config.batch_size % world.size:
+            raise ValueError(
+                f"--batch-size {config.batch_size}: found {world.size} processes; expected a batch "
+                "that they share evenly"
+            )
+        batches = ClassifierBatches(config, data, sets)
+        stack.callback(batches.reader.shutdown)
+        if world.rank == 0:
+            stack.enter_context(claim_folder(run, "train-cls", facts))
+            if config.weights == "none":
+                warning = "WARNING: random first weights; the paper starts from ImageNet's (C1)"
+                click.secho(warning, fg="red", err=True)
+            if sets and all(s.label for s in sets):
+                click.echo("no removal set: synthetic patches replace positives only", err=True)
+        world.wait()
+
+        # Network, optimiser, and where an earlier run stopped
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch_seed(config.seed, 0, WEIGHTS))
+            model = classifier(config.width, config.blocks, config.weights)
+        model = model.to(device, memory_format=torch.channels_last)
+        if world.size > 1 and device.type == "cuda":  # on the CPU each process has its own means
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        optimizer = torch.optim.Adam(
+            model.parameters(), lr=config.learning_rate, fused=True, **CLASSIFIER_ADAM
+        )
+        start, sums = 0, torch.zeros(2, dtype=torch.float64, device=device)  # loss, synthetic
+        best = {"val_auc": -1.0, "samples_seen": 0, "looked_at": 0, "weights": {}}
+        if (run / "checkpoint.pt").exists() or (run / "checkpoint-previous.pt").exists():
+            state = load_checkpoint(run)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            start, best = state["step"], state["best_so_far"] | {"weights": state["best"]}
+            sums.copy_(state["sums"])
+        autocast = torch.autocast(
+            device.type, torch.bfloat16, enabled=config.bfloat16 and device.type == "cuda"
+        )
+        steps = -(-config.samples // config.batch_size)
+        log = stack.enter_context(open_log(run, start)) if world.rank == 0 else None
+        stop = stack.enter_context(stop_requested())
+        seen, since, text = start * config.batch_size, time.time(), ""
+        advance = stack.enter_context(progress(config.samples, "train-cls", done=seen))
+
+        for step in range(start, steps):
+            # Batch
+            x, labels, synthetic_drawn = batches.at(step)
+            share = world.share if len(x) == config.batch_size else lambda t: t
+            x = share(x).to(device, non_blocking=True, memory_format=torch.channels_last)
+            y = share(labels).to(device)
+
+            # Update
+            model.train()
+            with autocast:
+                loss = F.cross_entropy(model(x).float(), y)
+            optimizer.zero_grad()
+            loss.backward()
+            world.average([p.grad for p in model.parameters() if p.grad is not None])
+            optimizer.step()
+
+            # Look at the validation set, log and save
+            before, seen = seen, seen + len(labels)
+            sums += torch.stack([loss.detach() * len(labels), loss.new_tensor(synthetic_drawn)])
+            stopping = world.any(stop(), device)
+            looking = before // config.evaluate_every < seen // config.evaluate_every
+            looking = looking or step + 1 == steps
+            if looking or stopping:
+                world.average([sums])
+                if not sums.isfinite().all():
+                    raise ValueError(
+                        f"step {step + 1}: the loss is {sums[0].item()}; expected finite values; "
+                        "the checkpoint holds the last good state; lower --learning-rate"
+                    )
+            if looking:
+                auc, drawn = validation_auc(model, data, device), seen - best["looked_at"]
+                text = f"validation AUC {auc:.3f}"
+                if log:
+                    row = {"step": step + 1, "samples_seen": seen, "val_auc": auc}
+                    row |= {"loss": sums[0].item() / drawn, "drawn": drawn}
+                    row |= {"synthetic_share": sums[1].item() / drawn}
+                    log(
+                        row
+                        | {"seconds_waiting": round(batches.waited, 3)}
+                        | {"seconds": round(time.time() - since, 3)}
+                    )
+                if auc > best["val_auc"]:
+                    weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
+                    best |= {"val_auc": auc, "samples_seen": seen, "weights": weights}
+                best["looked_at"], since = seen, time.time()
+                sums.zero_()
+            if (looking or stopping) and log:
+                state = {"step": step + 1, "sums": sums, "model": model.state_dict()}
+                state |= {"optimizer": optimizer.state_dict(), "best": best["weights"]}
+                state["best_so_far"] = {k: v for k, v in best.items() if k != "weights"}
+                save_checkpoint(run, state)
+            world.wait()  # none leaves while the first one writes
+            if stopping and step + 1 < steps:
+                raise KeyboardInterrupt
+            advance(len(labels), text)
+
+        if world.rank == 0:
+            (run / "checkpoint-previous.pt").unlink(missing_ok=True)
+            versions = {"torch": torch.__version__, "numpy": np.__version__}
+            best = {k: best[k] for k in ("val_auc", "samples_seen")}
+            finish_folder(run, best=best, versions=versions)

@@ -71,7 +71,7 @@ class Patches(Dataset):
     """Samples of [source, real, benign, normal], as a user would write them."""
 
     def __init__(self, folder: Path, task: str):
-        self.pools = [train.Pool(folder, "train", names) for names in train.TASKS[task]]
+        self.pools = [train.Pool.open(folder, "train", names) for names in train.TASKS[task]]
 
     def __len__(self) -> int:
         return 1_000_000

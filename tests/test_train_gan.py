@@ -38,7 +38,7 @@ TINY = GanConfig(  # every stage of growth in seconds
     g_average=0.9,
     gp_noise="std",
     log_every=7,
-    save_every=5,
+    save_every=9,
 )
 
 
@@ -195,7 +195,7 @@ def test_run_folder_explains_itself(finished, patches):
         assert row["spread_z"] > 0  # G6: noise reaches the lesion
         assert len(row["gamma"]) == 3
     assert (finished / "gan.png").exists()
-    assert len(list((finished / "samples").glob("*.png"))) == 12
+    assert len(list((finished / "samples").glob("*.png"))) == 7
     assert not (finished / "checkpoint-previous.pt").exists()
 
 
@@ -205,8 +205,15 @@ def test_the_average_of_the_weights_is_what_is_used(finished):
     assert name == data.read_json(finished / "config.json")["generator"]
     assert config["task"] == "mass" and not G.training
     key = "to_lesion.parametrizations.weight.original"
-    assert torch.equal(G.state_dict()[key], state["average"][key])
-    assert not torch.equal(state["average"][key], state["G"][key])
+    assert torch.equal(G.state_dict()[key], state["chosen"][key])
+    assert not torch.equal(state["chosen"][key], state["G"][key])
+
+
+def test_Q11_without_an_average_the_generator_itself_is_used(patches, tmp_path):
+    config = dataclasses.replace(TINY, iters_base=3, iters_fade=0, iters_final=2, g_average=0.0)
+    train_gan(config, patches, tmp_path / "run", CPU)
+    state = state_of(tmp_path / "run")
+    assert all(torch.equal(state["chosen"][k], v) for k, v in state["G"].items())
 
 
 def test_unfinished_and_foreign_runs_are_not_taken_for_generators(finished, patches, tmp_path):
