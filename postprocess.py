@@ -216,6 +216,10 @@ def draw(*key: int) -> tuple[int, np.random.Generator]:
 # --- §3 "To create our synthetic training dataset, we generated 5000 examples each" ---
 
 
+class NothingAccepted(ValueError):
+    """The generator yields no lesion that passes post-processing; the set would be empty."""
+
+
 def synthesize_set(
     gan: Path,
     patch_set: Path,
@@ -264,7 +268,7 @@ def synthesize_set(
                 advance(len(samples), f"{counts[1] / counts[0]:.0%} of attempts accepted")
         attempts, accepted, empty = counts.tolist()
         if not accepted:
-            raise ValueError(
+            raise NothingAccepted(
                 f"--gan {gan}: no lesion accepted in {attempts} attempts; {empty} had no pixel "
                 f"over the threshold of 0.1, the others too small an object (S5). {ADVICE}"
             )
@@ -414,6 +418,7 @@ def synthesize_images(
         satisfy the 90% rule; or `strip` contiguous patches in a row, where none fits
         in a column (Figure 3)
     """
+    strip = strip or 1
     if (strip > 1) + bool(at) + (lesions > 1) > 1:
         raise ValueError("--at, --lesions, --strip: each says how many lesions; give one of them")
     synth = Synthesizer(gan, device, "", {"component": component, **options})
@@ -424,8 +429,7 @@ def synthesize_images(
     config |= {"lesions": lesions, "strip": strip, "seed": seed, **synth.config}
     category = CATEGORY.get(synth.task, "removed lesion")
     made = f"{category} by contextual GAN {synth.hash[:16]}; research only", f"{seed} {synth.hash}"
-    count = len(images)
-    with data.claim_folder(out, "synthesize", config), data.progress(count, "images") as advance:
+    with data.claim_folder(out, "synthesize", config), data.progress(len(images), "images") as tick:
         parts = out / "parts"  # a record per finished image: a killed run goes on with the others
         parts.mkdir(exist_ok=True)
         for number, (name, (file, spacing_mm)) in enumerate(images.items(), start=1):
@@ -446,7 +450,7 @@ def synthesize_images(
                     annotations = [label | lesion for lesion in placed]
                     data.write_json(part, {"image": image, "annotations": annotations})
                     click.echo(f"{file}: {len(placed)} x {category}{note}")
-            advance()
+            tick()
         records = [data.read_json(part) for part in sorted(parts.glob("*.json"))]
         if records:
             annotations = [a for record in records for a in record["annotations"]]

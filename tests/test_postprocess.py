@@ -352,6 +352,26 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(made, tmp_path, contro
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
+def test_what_is_done_is_not_done_again(made, phantoms, tmp_path, monkeypatch):
+    monkeypatch.setattr("postprocess.CHUNK", 16)
+    lesions, calls = Synthesizer.lesions, []
+
+    def counted(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return lesions(*args)
+
+    monkeypatch.setattr(Synthesizer, "lesions", counted)
+    for command, source in ((synthesize_set, made / "data"), (synthesize_images, phantoms[:6])):
+        calls.clear()
+        out, many = tmp_path / command.__name__, {"n": 90} if command is synthesize_set else {}
+        with pytest.raises(KeyboardInterrupt):
+            command(made / "bump", source, out, device="cpu", **many)
+        command(made / "bump", source, out, device="cpu", **many)
+        assert len(calls) == 7  # six batches or images, of which one was begun twice
+
+
 def test_sigkill_then_the_same_command(made, tmp_path):
     synthesize_set(made / "mass", made / "data", tmp_path / "whole", n=150, device="cpu")
     command = [sys.executable, "-c", COMMAND, made / "mass", made / "data", tmp_path / "cut", ""]
