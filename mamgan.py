@@ -1,0 +1,443 @@
+#!/usr/bin/env python3
+"""Contextual lesion GANs on mammograms: prepare, train-gan, synthesize, train-cls, evaluate, demo.
+
+After "Synthesizing lesions using contextual GANs improves breast cancer classification on
+mammograms" (Wu, Wu, Lotter 2020). Research only; not for clinical use.
+"""
+
+import dataclasses
+import os
+import shlex
+import signal
+from pathlib import Path
+
+import click
+import torch
+
+import data
+import evaluate as evaluation
+import models
+import phantom
+import postprocess
+import sources
+import train
+
+# --- Command line: one clear message and exit code 1 for bad data, 2 for wrong usage ---
+
+
+class Commands(click.Group):
+    """Turns what can go wrong with files into one message, and Ctrl-C into how to go on."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, click.Abort):
+            raise click.ClickException("stopped; the same command goes on from here") from None
+        except torch.OutOfMemoryError as error:
+            text = str(error).partition("\n")[0]
+            raise click.ClickException(f"{text} Lower --batch-size or use --device cpu.") from None
+        except (ValueError, OSError) as error:
+            raise click.ClickException(_one_line(error)) from None
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        hint = {28: "free some space", 30: "give a folder that can be written"}.get(error.errno)
+        return f"{where}{error.strerror}{f'; {hint}, then run it again' if hint else ''}"
+    return str(error)
+
+
+def preset_options(presets: dict, texts: dict[str, str]):
+    """Options that override one field of a preset each; the help states every preset's value."""
+
+    def decorate(command):
+        for name, text in reversed(texts.items()):
+            values = {preset: getattr(config, name) for preset, config in presets.items()}
+            known = next(v for v in values.values() if v is not None)
+            shown = ", ".join(f"{preset} {value}" for preset, value in values.items())
+            flag = "--" + name.replace("_", "-")
+            command = click.option(
+                f"{flag}/--no-{flag[2:]}" if isinstance(known, bool) else flag,
+                default=None,
+                type=None if isinstance(known, bool) else type(known),
+                help=f"{text}  [{shown}]",
+            )(command)
+        return click.option(
+            "--preset",
+            type=click.Choice(list(presets)),
+            default="paper",
+            show_default=True,
+            help="A whole configuration: the paper's, 128 px for one GPU, 64 px for two CPU cores.",
+        )(command)
+
+    return decorate
+
+
+def configure(presets: dict, preset: str, overrides: dict, **fixed: object):
+    """The preset with the options that were given; every field stays in the frozen dataclass."""
+    given = {key: value for key, value in overrides.items() if value is not None}
+    return dataclasses.replace(presets[preset], **given, **fixed)
+
+
+FOLDER = click.Path(path_type=Path)
+seed_option = click.option("--seed", default=0, show_default=True, help="Of every random draw.")
+device_option = click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+)
+
+
+@click.group(cls=Commands, context_settings={"show_default": True, "max_content_width": 100})
+def cli() -> None:
+    """Synthetic lesions on mammograms with contextual GANs, and whether they help a classifier.
+
+    Research only; not for clinical use. Every command goes on after an interruption when it is
+    given again, and refuses a folder that was made with other options.
+    """
+
+
+# --- §3 Dataset details ---
+
+
+@cli.command()
+@click.argument("source", type=FOLDER)
+@click.option("--out", type=FOLDER, required=True, help="Patch set to write.")
+@click.option(
+    "--format",
+    "source_format",
+    type=click.Choice(["manifest", *sources.READERS]),
+    default="manifest",
+    help="What SOURCE is: a manifest (CSV), or a public data set as distributed.",
+)
+@preset_options(
+    data.PREPARE_PRESETS,
+    {
+        "spacing_mm": "Resample to this spacing; None keeps native pixels, as the paper (Q19).",
+        "normals_from_annotated": "Cut normal patches from annotated images too, off the boxes.",
+        "pseudonymise": "Hash patient ids and paths with the key in MAMGAN_PSEUDONYM_KEY.",
+    },
+)
+@click.option(
+    "--count",
+    "counts",
+    multiple=True,
+    metavar="SPLIT/CLASS=N",
+    help="Patches of one class in one split (default: the preset's; the paper's P4, P5). Repeat.",
+)
+@click.option(
+    "--birads-as-pathology",
+    is_flag=True,
+    help="VinDr-Mammo, INbreast: BI-RADS 4 and 5 stand for malignant, 2 and 3 for benign.",
+)
+@click.option("--qc", default=0, help="Contact sheet of so many images: mask, boxes, windows.")
+@click.option(
+    "--workers", default=os.cpu_count() or 1, help="Processes; any number writes the same bytes."
+)
+@seed_option
+def prepare(
+    source, out, source_format, preset, counts, birads_as_pathology, qc, workers, seed, **options
+):
+    """Mammograms with annotations -> patch set (P1 to P9).
+
+    SOURCE is a manifest or the folder of a public data set.
+    """
+    if source_format == "manifest":
+        if birads_as_pathology:
+            raise click.UsageError("--birads-as-pathology needs --format vindr or inbreast")
+        findings, notes = data.read_manifest(source), []
+    else:
+        findings, notes = sources.READERS[source_format](source, birads_as_pathology)
+    config = configure(data.PREPARE_PRESETS, preset, options, seed=seed).with_counts(counts)
+    data.prepare(findings, out, config, workers=workers, qc=qc, notes=notes)
+
+
+# --- §2 Contextual GAN ---
+
+
+@cli.command("train-gan")
+@click.option(
+    "--task", type=click.Choice(list(train.TASKS)), required=True, help="One GAN each (G14)."
+)
+@click.option("--data", "patches", type=FOLDER, required=True, help="Patch set of prepare.")
+@click.option("--run", type=FOLDER, required=True, help="Run folder to write.")
+@preset_options(
+    train.GAN_PRESETS,
+    {
+        "batch_size": "Patches of each of the four classes a step; the paper names none (Q18).",
+        "iters_base": "Steps at half size; the paper names none (Q18).",
+        "iters_fade": "Steps of the fade to full size (T5).",
+        "iters_final": "Steps at full size after it; the paper names none (Q18).",
+        "g_lr": "Learning rate of the generator (T1).",
+        "d_lr": "Learning rate of the discriminator (T1).",
+        "g_updates_mass": "Generator updates per discriminator update for masses (T2).",
+        "g_base": "Filters of the generator's first block (G3).",
+        "g_center": "Channels of its 4 x 4 centre (G8, Q1).",
+        "d_base": "Filters of the discriminator's first block (D1).",
+        "d_center": "Channels of its 4 x 4 centre.",
+        "sn_d": "Spectral normalisation of the discriminator (G16).",
+        "gp_noise": "Noise of the gradient penalty: uniform as printed, or std (L4, Q15).",
+        "g_average": "Decay of the average of the generator's weights; 0 uses the last (Q11).",
+        "bfloat16": "Autocast on a GPU; the CPU always computes in float32.",
+        "channels_last": "Memory layout of images and weights.",
+        "log_every": "Steps between rows of log.jsonl.",
+        "save_every": "Steps between checkpoints and sample grids.",
+    },
+)
+@seed_option
+@device_option
+def train_gan(task, patches, run, preset, seed, device, **options):
+    """Train the GAN that adds a mass, adds calcifications, or removes a lesion (section 2).
+
+    Several GPUs: torchrun --nproc-per-node N mamgan.py train-gan ...
+    """
+    config = configure(train.GAN_PRESETS, preset, options, task=task, seed=seed)
+    train.train_gan(config, patches, run, models.choose_device(device))
+
+
+# --- §3 Synthetic dataset ---
+
+
+@cli.command()
+@click.option("--gan", type=FOLDER, required=True, help="Run of train-gan.")
+@click.option("--data", "patches", type=FOLDER, help="Patch set that the GAN was trained on.")
+@click.option("--out", type=FOLDER, required=True, help="Synthetic set, or folder of full images.")
+@click.option("-n", "number", default=5000, help="Samples to write (S10).")
+@click.option(
+    "--component",
+    type=click.Choice(["largest", "cluster"]),
+    default="largest",
+    help="largest: one connected object, as the paper (S4); cluster: joins grains within 10 px, "
+    "recommended for calcifications (Q27).",
+)
+@click.option(
+    "--control",
+    type=click.Choice(["blob"]),
+    help="A featureless bump of the same size in place of the lesion.",
+)
+@click.option(
+    "--min-area",
+    "min_area_frac",
+    type=float,
+    help="Smallest object, share of the patch (S5).  [largest 0.10, cluster 0.02]",
+)
+@click.option("--expand", "dilate_px", default=postprocess.DILATE_PX, help="px at 256 px (S6).")
+@click.option(
+    "--smoothing",
+    "smooth_sigma",
+    default=postprocess.SMOOTH_SIGMA,
+    help="Sigma of the Gaussian, px at 256 px (S7, Q29).",
+)
+@click.option(
+    "--image", "images", type=FOLDER, multiple=True, help="Full mammogram or manifest. Repeat."
+)
+@click.option(
+    "--at",
+    nargs=2,
+    type=int,
+    multiple=True,
+    metavar="ROW COL",
+    help="Patch centre in stored pixels. Repeat.",
+)
+@click.option("--lesions", type=click.IntRange(1), default=1, help="Lesions an image.")
+@click.option(
+    "--strip",
+    type=click.IntRange(0),
+    default=0,
+    help="So many contiguous patches in a row (Figure 3).",
+)
+@seed_option
+@device_option
+def synthesize(gan, patches, out, number, control, images, at, lesions, strip, device, **options):
+    """Trained GAN -> synthetic set (S1 to S10), or lesions in full mammograms (F3, F7).
+
+    With --data a synthetic set; with --image full mammograms with boxes and masks.
+    """
+    if bool(images) == bool(patches):
+        raise click.UsageError("give --data for a synthetic set or --image for full mammograms")
+    if patches and (at or strip or lesions != 1):
+        raise click.UsageError("--at, --lesions and --strip belong to --image")
+    if images and control:
+        raise click.UsageError("--control belongs to --data")
+    if strip and (at or lesions != 1):
+        raise click.UsageError("--strip goes without --at and --lesions")
+    device = models.choose_device(device)
+    if patches:
+        postprocess.synthesize_set(
+            gan, patches, out, n=number, control=control or "", device=device, **options
+        )
+        return
+    failed = postprocess.synthesize_images(
+        gan, images, out, at=at, lesions=lesions, strip=strip, device=device, **options
+    )
+    if failed:
+        reasons = "".join(f"\n  {file}: {reason}" for file, reason in failed)
+        raise click.ClickException(f"{len(failed)} of the images failed:{reasons}")
+
+
+# --- §3 Patch Classifier Training ---
+
+
+@cli.command("train-cls")
+@click.option("--data", "patches", type=FOLDER, required=True, help="Patch set of prepare.")
+@click.option("--run", type=FOLDER, required=True, help="Run folder to write.")
+@click.option("--synthetic", type=FOLDER, multiple=True, help="Synthetic set to mix in. Repeat.")
+@click.option(
+    "--proportion",
+    type=click.FloatRange(0, 1),
+    help="Initial share of synthetic patches (C5, C6).  [0.5 with --synthetic, else 0]",
+)
+@preset_options(
+    train.CLASSIFIER_PRESETS,
+    {
+        "weights": "First weights: imagenet, none or a file (C1).",
+        "samples": "Patches drawn, real and synthetic (C3).",
+        "batch_size": "The paper names none (Q32).",
+        "learning_rate": "C4",
+        "decay": "Of the proportion (C5, Q33).",
+        "decay_every": "Patches between decays (C5).",
+        "evaluate_every": "Patches between looks at the validation set (C7).",
+        "width": "Of the first stage; 64 is ResNet-50 (C1).",
+        "include_benign": "Benign patches as negatives (Q36).",
+        "bfloat16": "Autocast on a GPU; the CPU always computes in float32.",
+    },
+)
+@click.option(
+    "--seeds", type=click.IntRange(1), default=1, help="Repeat the regime: RUN/seed-0 ..."
+)
+@seed_option
+@device_option
+def train_cls(patches, run, synthetic, proportion, preset, seeds, seed, device, **options):
+    """Train the cancer / no-cancer classifier of one regime of Table 1 (C1 to C7)."""
+    if proportion is None:
+        proportion = 0.5 if synthetic else 0.0
+    for k in range(seeds):
+        config = configure(
+            train.CLASSIFIER_PRESETS, preset, options, proportion=proportion, seed=seed + k
+        )
+        folder = run / f"seed-{seed + k}" if seeds > 1 else run
+        train.train_classifier(config, patches, folder, synthetic, models.choose_device(device))
+
+
+# --- §3 Results ---
+
+
+def print_table(rows: list[dict], out: Path) -> None:
+    """Table 1 on standard output, with the place of the report."""
+    click.echo(
+        f"{'Training regime':<22}{'AUC (95% CI)':<24}{'difference':<26}{'p DeLong':<11}p clustered"
+    )
+    for row in rows:
+        if row["auc"] is None:
+            click.echo(f"{row['regime']:<22}skipped: {row['reason']}")
+            continue
+        auc = "{auc:.3f} ({low:.3f} to {high:.3f})".format(**row)
+        difference, p = "-", ("-", "-")
+        if row["delta"] is not None:
+            difference = "{delta:+.3f} ({delta_low:+.3f} to {delta_high:+.3f})".format(**row)
+            p = tuple(f"{row[k]:.2g}" for k in ("p_delong", "p_clustered"))
+        click.echo(f"{row['regime']:<22}{auc:<24}{difference:<26}{p[0]:<11}{p[1]}")
+    click.echo(f"Report: {out / 'report.html'}")
+
+
+@cli.command()
+@click.option("--data", "patches", type=FOLDER, required=True, help="Patch set of prepare.")
+@click.option(
+    "--baseline", type=FOLDER, required=True, help="Run of train-cls on real patches only."
+)
+@click.option("--augmented", type=FOLDER, multiple=True, help="Run of another regime. Repeat.")
+@click.option("--synthetic", type=FOLDER, multiple=True, help="Set for the controls. Repeat.")
+@click.option("--out", type=FOLDER, required=True, help="Folder for table1.csv, report.html ...")
+@click.option("--holm", is_flag=True, help="Holm's correction over the regimes (the paper: none).")
+@seed_option
+@device_option
+def evaluate(patches, baseline, augmented, synthetic, out, holm, seed, device):
+    """Table 1 with patient-clustered statistics, controls, figures and one report (E1 to E4)."""
+    rows = evaluation.evaluate(
+        patches,
+        baseline,
+        list(augmented),
+        list(synthetic),
+        out,
+        holm=holm,
+        seed=seed,
+        device=models.choose_device(device),
+    )
+    print_table(rows, out)
+
+
+# --- The whole chain on phantoms ---
+
+# Fewer steps than the preset's: three GANs and four classifiers in a quarter of an hour.
+DEMO_GAN = {"iters-base": 150, "iters-fade": 50, "iters-final": 350}
+DEMO_SAMPLES = 300  # synthetic patches a set
+DEMO_PATIENTS = 60
+
+
+@cli.command()
+@click.option("--out", type=FOLDER, required=True, help="Folder for everything.")
+@seed_option
+def demo(out, seed):
+    """All of it on synthetic phantoms: about ten minutes on two CPU cores.
+
+    Runs the other commands one after the other and prints each; given again, it goes on.
+    """
+
+    def call(*arguments: object) -> None:
+        line = [str(a) for a in arguments]
+        click.secho(f"\n$ python mamgan.py {shlex.join(line)}", bold=True)
+        cli.commands[line[0]].main(line[1:], standalone_mode=False)
+
+    click.secho("Phantoms: synthetic mammograms as DICOM files", bold=True)
+    manifest = phantom.write_phantoms(out / "phantoms", patients=DEMO_PATIENTS, seed=seed)
+    patches = out / "patches"
+    common = ("--preset", "tiny", "--seed", seed)
+    call("prepare", manifest, "--out", patches, "--qc", 12, *common)
+    steps = [part for name, n in DEMO_GAN.items() for part in (f"--{name}", n)]
+    sets, empty = {"": [], "blob": []}, {}
+    for task in train.TASKS:
+        gan = out / f"gan-{task}"
+        call("train-gan", "--task", task, "--data", patches, "--run", gan, *common, *steps)
+        component = "cluster" if task == "calcification" else "largest"
+        for control in sets:
+            folder = out / "-".join(["synthetic", task, *filter(None, [control])])
+            line = ["synthesize", "--gan", gan, "--data", patches, "--out", folder]
+            line += ["-n", DEMO_SAMPLES, "--component", component, "--seed", seed]
+            try:
+                call(*line, *(["--control", control] if control else []))
+                sets[control].append(folder)
+            except postprocess.NothingAccepted as error:  # its regimes are left out, and say so
+                click.secho(str(error), fg="red", err=True)
+                empty[control] = f"{folder.name} is empty"
+    regimes = {
+        "50% w/ decay": (0.5, ""),
+        "100% w/ decay": (1.0, ""),
+        "Blob control": (0.5, "blob"),
+    }
+    call("train-cls", "--data", patches, "--run", out / "cls-baseline", *common)
+    augmented, skipped = [], []
+    for regime, (proportion, control) in regimes.items():
+        if control in empty:
+            skipped.append((regime, empty[control]))
+            continue
+        run = out / f"cls-{control or 'synthetic'}-{proportion:.0%}".rstrip("%")
+        chosen = [part for folder in sets[control] for part in ("--synthetic", folder)]
+        line = ("train-cls", "--data", patches, "--run", run, "--proportion", proportion)
+        call(*line, *chosen, *common)
+        augmented.append(run)
+    click.secho("\nEvaluation", bold=True)
+    rows = evaluation.evaluate(
+        patches,
+        out / "cls-baseline",
+        augmented,
+        sets[""],
+        out / "report",
+        seed=seed,
+        skipped=skipped,
+        device=models.choose_device("cpu"),
+    )
+    print_table(rows, out / "report")
+
+
+if __name__ == "__main__":
+    cli()
