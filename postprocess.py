@@ -20,7 +20,7 @@ from scipy import ndimage, optimize
 
 import data
 import mammogram
-from models import BORDER_PX, choose_device, load_generator
+from models import BORDER_PX, load_generator
 
 LESION_THRESHOLD = 0.1  # §3 "applying a threshold of 0.1", S3; no rescaling, Q25
 MIN_AREA_FRAC = 0.10  # §3 "< 10% of the patch area", S5
@@ -179,8 +179,8 @@ def blob(
 class Synthesizer:
     """Generator, control and post-processing (keywords of isolate_lesion) of one command."""
 
-    def __init__(self, gan: Path, device: str, control: str, options: dict):
-        self.G, self.run, self.hash = load_generator(gan, choose_device(device))
+    def __init__(self, gan: Path, device: torch.device | str, control: str, options: dict):
+        self.G, self.run, self.hash = load_generator(gan, torch.device(device))
         self.gan, self.control, self.options = gan, control, options
         self.task, self.side = self.run["task"], self.G.patch_size
         self.config = {"task": self.task, "generator": self.hash, "control": control, **options}
@@ -228,7 +228,7 @@ def synthesize_set(
     component: str = "largest",
     control: str = "",
     seed: int = 0,
-    device: str = "auto",
+    device: torch.device | str = "cpu",
     **options: object,
 ) -> dict:
     """Write a synthetic set (DESIGN section 6), say what came out, return its config.json.
@@ -408,7 +408,7 @@ def synthesize_images(
     strip: int = 1,
     component: str = "largest",
     seed: int = 0,
-    device: str = "auto",
+    device: torch.device | str = "cpu",
     **options: object,
 ) -> list[tuple[str, str]]:
     """Add lesions to full mammograms, or remove them; returns the files that failed, with reasons.
