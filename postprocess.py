@@ -130,6 +130,7 @@ def smoothing(side: int, sigma: float) -> np.ndarray:
 
     Cut to the rows and columns of an object, two small products replace the whole-patch filter.
     """
+    sigma = max(sigma, 1e-3)  # 0 is no smoothing
     return ndimage.gaussian_filter1d(np.eye(side), sigma, axis=0, mode="reflect", truncate=4.0)
 
 
@@ -198,8 +199,7 @@ class Synthesizer:
 
     def isolate(self, lesion: np.ndarray, rng: np.random.Generator) -> tuple:
         """(lesion channel to use, its IsolatedLesion or None)."""
-        removal = self.task == "removal"
-        isolated = isolate_lesion(lesion, removal, **self.options)
+            isolated = isolate_lesion(lesion, removal, **self.options)
         if isolated is not None and self.control == "blob":
             lesion = blob(isolated, lesion, self.options["component"], rng)
             # The same steps again; the area was accepted already.

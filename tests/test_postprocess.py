@@ -51,8 +51,8 @@ def rectangles(*boxes, side=256):
 
 
 def expanded(lesion, **options):
-    """The binary object after expansion: a hair of smoothing leaves it as it is."""
-    return isolate_lesion(lesion, smooth_sigma=1e-3, **options).weights
+    """The binary object after expansion."""
+    return isolate_lesion(lesion, smooth_sigma=0, **options).weights
 
 
 def blotches(seed, side=256):
