@@ -199,7 +199,8 @@ class Synthesizer:
 
     def isolate(self, lesion: np.ndarray, rng: np.random.Generator) -> tuple:
         """(lesion channel to use, its IsolatedLesion or None)."""
-            isolated = isolate_lesion(lesion, removal, **self.options)
+        removal = self.task == "removal"
+        isolated = isolate_lesion(lesion, removal, **self.options)
         if isolated is not None and self.control == "blob":
             lesion = blob(isolated, lesion, self.options["component"], rng)
             # The same steps again; the area was accepted already.
