@@ -230,6 +230,8 @@ class GanConfig:
     g_updates_mass: int = 2  # generator updates per D update for masses (T2); otherwise 1
     gp_noise: str = "uniform"  # delta ~ U(0, 1) (L4), or "std": times half the patch's std (Q15)
     g_average: float = 0.0  # decay of the average of G's weights that is used; 0 = none, Q11
+    g_accepted: float = 0.0  # use the last G of which so many validation lesions pass S3 to S5,
+    # or else the one of which most do; 0 = the last
     bfloat16: bool = True  # on a GPU: autocast; the CPU always computes in float32
     channels_last: bool = True  # layout of images and weights; another order of the same sums
     log_every: int = 100  # steps between rows of log.jsonl
@@ -239,10 +241,11 @@ class GanConfig:
 # What the small presets change beyond size, each with its measurement (docs/PAPER.md):
 SMALL = {
     "sn_d": False,  # with it and these rates D stays at chance and the lesions die
-    "g_lr": 2e-4,  # 1e-5 needs tens of thousands of steps; 4e-4 drifted and faded after 500
-    "d_lr": 5e-4,  # above G's: D alone told malignant from normal later with 2e-4
+    "g_lr": 2e-4,  # the lesions are local after 600 steps; with 4e-4 they had faded by then
+    "d_lr": 2e-4,  # 5e-4 and 1e-3 left fewer lesions over the threshold (0.13 and 0.19 for 0.31)
     "g_updates_mass": 1,  # two let G run ahead of a D that is still near chance
     "gp_noise": "std",  # U(0, 1) lifts a 64 px patch by more than its own contrast
+    "g_accepted": 0.3,  # acceptance wavered between 0.02 and 0.36 within 300 steps
     "g_average": 0.99,  # evens out the last hundred steps of a short run
 }
 GAN_PRESETS = {
@@ -464,15 +467,16 @@ def train_gan(config: GanConfig, data: Path, run: Path, device: torch.device) ->
         G, D = networks(config, device)
         opt_G = torch.optim.Adam(G.parameters(), lr=config.g_lr, fused=True, **ADAM)
         opt_D = torch.optim.Adam(D.parameters(), lr=config.d_lr, fused=True, **ADAM)
-        chosen = copy.deepcopy(G)  # G itself, or the average of its weights
-        parts = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "chosen": chosen}
-        start, recorded, since, text = 0, [], time.time(), ""
+        average, chosen = copy.deepcopy(G), copy.deepcopy(G)
+        parts = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D}
+        parts |= {"average": average, "chosen": chosen}  # what is watched, what is used
+        best, start, recorded, since, text = 0.0, 0, [], time.time(), ""
         if (run / "checkpoint.pt").exists() or (run / "checkpoint-previous.pt").exists():
             state = load_checkpoint(run)
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             start, recorded = state["step"], [r.to(device) for r in state["recorded"]]
-            watch.lasting = state["lasting"]
+            best, watch.lasting = state["best"], state["lasting"]
         end = config.iters_base + config.iters_fade + config.iters_final
         autocast = torch.autocast(
             device.type, torch.bfloat16, enabled=config.bfloat16 and device.type == "cuda"
@@ -521,7 +525,7 @@ def train_gan(config: GanConfig, data: Path, run: Path, device: torch.device) ->
                 world.average([p.grad for p in G.parameters() if p.grad is not None])
                 opt_G.step()
             D.requires_grad_(True)
-            update_average(chosen, G, min(config.g_average, (1 + step) / (10 + step)))
+            update_average(average, G, min(config.g_average, (1 + step) / (10 + step)))
 
             # Log and save
             with torch.no_grad():
@@ -534,11 +538,16 @@ def train_gan(config: GanConfig, data: Path, run: Path, device: torch.device) ->
             if logging or showing or stopping:
                 recorded = checked(recorded, done, [*G.parameters(), *D.parameters()], world)
             if logging and log:
-                figures, _ = watch.look(chosen, size, alpha)
+                figures, _ = watch.look(average, size, alpha)
                 row = {"step": done, "side": size, "alpha": alpha}
                 row |= dict(zip(RECORDED, torch.stack(recorded).mean(0).tolist(), strict=True))
                 attention = (G.encoder_attention, G.decoder_attention, D.attention)
                 row |= {"gamma": [a.gamma.item() for a in attention]} | figures
+                grown, accepted = size == config.patch_size and alpha == 1, figures["acceptance"]
+                row["chosen"] = not grown or accepted >= min(best, config.g_accepted)
+                if row["chosen"]:
+                    chosen.load_state_dict(average.state_dict())
+                    best = max(best, accepted) if grown else 0.0
                 row |= {"warnings": watch.warnings(row), "seconds": round(time.time() - since, 3)}
                 log(row)
                 since = time.time()
@@ -547,10 +556,11 @@ def train_gan(config: GanConfig, data: Path, run: Path, device: torch.device) ->
                 recorded = []
             if (showing or stopping) and log:
                 state = {name: part.state_dict() for name, part in parts.items()}
-                state |= {"step": done, "recorded": recorded, "lasting": watch.lasting}
+                state |= {"step": done, "recorded": recorded, "best": best}
+                state["lasting"] = watch.lasting
                 save_checkpoint(run, state)
             if showing and log:
-                watch.grid(watch.look(chosen, size, alpha)[1], run / f"samples/{done:06d}.png")
+                watch.grid(watch.look(average, size, alpha)[1], run / f"samples/{done:06d}.png")
                 plot_log(run)
             world.wait()  # none leaves while the first one writes
             if stopping and done < end:
@@ -622,6 +632,8 @@ class ClassifierConfig:
     width: int = 64  # ResNet-50's; smaller for the CPU
     blocks: tuple[int, ...] = (3, 4, 6, 3)  # ResNet-50's
     include_benign: bool = False  # benign patches as negatives (Q36)
+    g_accepted: float = 0.0  # use the last G of which so many validation lesions pass S3 to S5,
+    # or else the one of which most do; 0 = the last
     bfloat16: bool = True  # on a GPU: autocast; the CPU always computes in float32
 
 

@@ -216,6 +216,35 @@ def test_Q11_without_an_average_the_generator_itself_is_used(patches, tmp_path):
     assert all(torch.equal(state["chosen"][k], v) for k, v in state["G"].items())
 
 
+@pytest.mark.parametrize(
+    ("accepted", "last_chosen"),
+    [
+        ([0.1, 0.2, 0.05, 0.1], 6),  # none reaches 0.3: the one of which most pass
+        ([0.9, 0.2, 0.4, 0.1], 8),  # the last that reaches 0.3
+        ([0.0, 0.0, 0.0, 0.0], 10),
+    ],
+)
+def test_the_generator_is_chosen_by_how_many_validation_lesions_pass(
+    patches, tmp_path, monkeypatch, accepted, last_chosen
+):
+    look, script, seen = train.Watch.look, iter([0.99, *accepted]), {}
+
+    def scripted(watch, G, size, alpha):
+        figures, made = look(watch, G, size, alpha)
+        figures["acceptance"] = next(script, 0.0)
+        seen[len(seen) * 2] = {k: v.clone() for k, v in G.state_dict().items()}
+        return figures, made
+
+    monkeypatch.setattr(train.Watch, "look", scripted)
+    config = dataclasses.replace(TINY, iters_base=2, iters_fade=0, iters_final=8, log_every=2)
+    config = dataclasses.replace(config, save_every=100, g_accepted=0.3)
+    train_gan(config, patches, tmp_path / "run", CPU)
+    rows = log_of(tmp_path / "run")
+    assert [row["step"] for row in rows if row["chosen"]][-1] == last_chosen
+    chosen = state_of(tmp_path / "run")["chosen"]
+    assert all(torch.equal(v, chosen[k]) for k, v in seen[last_chosen - 2].items())
+
+
 def test_unfinished_and_foreign_runs_are_not_taken_for_generators(finished, patches, tmp_path):
     with data.claim_folder(tmp_path / "run", "train-gan", {}):
         pass
