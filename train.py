@@ -240,13 +240,13 @@ class GanConfig:
 
 # What the small presets change beyond size, each with its measurement (docs/PAPER.md):
 SMALL = {
-    "sn_d": False,  # with it and these rates D stays at chance and the lesions die
+    "sn_d": False,  # with it D stayed at chance and the lesions died within 1,000 steps
     "g_lr": 2e-4,  # the lesions are local after 600 steps; with 4e-4 they had faded by then
     "d_lr": 2e-4,  # 5e-4 and 1e-3 left fewer lesions over the threshold (0.13 and 0.19 for 0.31)
-    "g_updates_mass": 1,  # two let G run ahead of a D that is still near chance
-    "gp_noise": "std",  # U(0, 1) lifts a 64 px patch by more than its own contrast
+    "g_updates_mass": 1,  # the second costs a quarter of a step's time
+    "gp_noise": "std",  # with U(0, 1) at most 0.06 of the lesions passed after 600 steps, not 0.28
     "g_accepted": 0.3,  # acceptance wavered between 0.02 and 0.36 within 300 steps
-    "g_average": 0.99,  # evens out the last hundred steps of a short run
+    "g_average": 0.99,  # evens out steps this long; not measured alone
 }
 GAN_PRESETS = {
     "paper": GanConfig(),
