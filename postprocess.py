@@ -442,7 +442,8 @@ def synthesize_images(
                     display, placed = insert_lesions(synth, m, at, lesions, strip, seed)
                     note = _write_image(out / name, m, display, placed, strip, made)
                 except (ValueError, OSError) as error:
-                    failed.append((str(file), str(error).removeprefix(f"{file}: ")))
+                    reason = getattr(error, "strerror", None) or str(error)
+                    failed.append((str(file), reason.removeprefix(f"{file}: ")))
                     click.echo(f"{file}: failed: {failed[-1][1]}", err=True)
                 else:
                     image = dict(zip(("height", "width"), m.display.shape, strict=True))
