@@ -1,10 +1,9 @@
-"""One mammogram in and out: DICOM and other images -> display values and back (Q19, F7).
+"""One mammogram in and out: DICOM and other images -> display values and back (Q19, Q39, F7).
 
 `stored` are the integers of the file, `display` is float32 in [-1, 1] with air low: modality LUT ->
 VOI LUT or window -> inversion -> a fixed linear map, PS3.3 C.11 (C.x and CID n: DICOM standard).
 """
 
-import copy
 import functools
 import hashlib
 import logging
@@ -23,6 +22,7 @@ from pydicom import Dataset, FileDataset, uid
 from pydicom.dataset import FileMetaDataset
 from pydicom.pixels import get_decoder
 from pydicom.pixels.utils import as_pixel_options
+from pydicom.sr.codedict import Code, codes
 
 MAX_PIXELS = 200_000_000  # a header that claims more is refused before anything is decoded
 MODALITIES = ("MG", "CR", "DX", "RG", "SC")  # mammography and what film digitisers write
@@ -45,6 +45,7 @@ DECODERS = {
     uid.JPEG2000: ("pylibjpeg", "pylibjpeg-openjpeg"),
     uid.RLELossless: ("pylibjpeg", "pylibjpeg-rle"),
 }
+LOSSY = (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLSNearLossless, uid.JPEG2000)
 NATIVE = (uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.ExplicitVRBigEndian)
 
 # All that is ever read of a DICOM file: no name, no identifier but two UIDs (which only leave
@@ -466,8 +467,7 @@ def _apply_lut(ds: Dataset, keyword: str, x: np.ndarray, signed: bool) -> tuple[
     """x through the first LUT of the sequence (C.11.1.1, C.11.2.1.1), and the LUT's top value."""
     item = ds[keyword].value[0]
     descriptor = _values(item, "LUTDescriptor")
-    data = item.get("LUTData")
-    if len(descriptor) != 3 or data is None:
+    if len(descriptor) != 3 or item.get("LUTData") is None:
         raise NotUsable(f"{keyword} has no complete LUT")
     count = (int(descriptor[0]) & 0xFFFF) or 65536  # 65536 does not fit its 16 bits
     first, bits = int(descriptor[1]), int(descriptor[2])
@@ -475,18 +475,23 @@ def _apply_lut(ds: Dataset, keyword: str, x: np.ndarray, signed: bool) -> tuple[
         first -= 2**16
     if not 1 < bits <= 16:
         raise NotUsable(f"{keyword} says {bits} bits an entry; expected 8 or 10 to 16")
-    if isinstance(data, bytes):
-        order = "<" if ds.file_meta.TransferSyntaxUID.is_little_endian else ">"
-        words = np.frombuffer(data[: len(data) // 2 * 2], f"{order}u2")
-    else:
-        words = np.array(_values(item, "LUTData"), dtype="<u2")
+    words = _lut_words(ds, item)
     if bits <= 8 and len(words) == (count + 1) // 2 < count:  # two entries a word, low byte first
-        words = words.astype("<u2").view(np.uint8)
+        words = np.frombuffer(_little_endian(words), np.uint8)
     top = 2**bits - 1
     if len(words) < count or words[:count].max() > top:
         raise NotUsable(f"{keyword}: its data do not fit its descriptor {descriptor}")
     at = np.clip(np.rint(x) - first, 0, count - 1).astype(np.int64)
     return words[at].astype(np.float64), top
+
+
+def _lut_words(ds: Dataset, item: Dataset) -> np.ndarray:
+    """LUTData, which is bytes or numbers, as 16-bit words."""
+    data = item.LUTData
+    if not isinstance(data, bytes):
+        return np.array(_values(item, "LUTData"), np.uint16)
+    order = "<" if ds.file_meta.TransferSyntaxUID.is_little_endian else ">"
+    return np.frombuffer(data[: len(data) // 2 * 2], f"{order}u2").astype(np.uint16)
 
 
 # --- Other images ---
@@ -539,6 +544,40 @@ EMPTY = (  # required, may be empty, and nothing of the source is copied into th
     *("StudyDate", "StudyTime", "ContentDate", "ContentTime", "AccessionNumber", "StudyID"),
     *("ReferringPhysicianName", "PatientBirthDate", "PatientSex", "Manufacturer"),
 )
+NUMBERS = (  # copied as they are: nobody's name fits into a number
+    *("SamplesPerPixel", "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit"),
+    *("PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit", "RescaleSlope"),
+    *("RescaleIntercept", "WindowCenter", "WindowWidth", "PixelSpacing", "ImagerPixelSpacing"),
+    *("NominalScannedPixelSpacing", "EstimatedRadiographicMagnificationFactor"),
+    *("LossyImageCompressionRatio", "PixelIntensityRelationshipSign"),
+)
+WORDS = {  # copied when every value is one of these, so that no text comes through
+    "Modality": MODALITIES,
+    "PresentationIntentType": ("FOR PRESENTATION",),
+    "PhotometricInterpretation": ("MONOCHROME1", "MONOCHROME2"),
+    "VOILUTFunction": ("LINEAR", "LINEAR_EXACT", "SIGMOID"),
+    "PresentationLUTShape": ("IDENTITY", "INVERSE"),
+    "RescaleType": ("US", "OD"),
+    "BodyPartExamined": ("BREAST",),
+    "OrganExposed": ("BREAST",),
+    "Laterality": ("L", "R", "B"),
+    "ImageLaterality": ("L", "R", "B"),
+    "ViewPosition": ("CC", "MLO", "ML", "LM", "LMO", "SIO", "FB", "XCC", "XCCL", "XCCM", "AT"),
+    "PatientOrientation": ("A", "P", "L", "R", "H", "F", "FL", "FR", "HL", "HR", "AF", "PF"),
+    "BurnedInAnnotation": ("YES", "NO"),
+    "LossyImageCompression": ("00", "01"),
+    "LossyImageCompressionMethod": ("ISO_10918_1", "ISO_14495_1", "ISO_15444_1"),
+    "PixelIntensityRelationship": ("LIN", "LOG"),
+    "PositionerType": ("MAMMOGRAPHIC", "NONE"),
+    "DetectorType": ("DIRECT", "SCINTILLATOR", "STORAGE", "FILM"),
+    "BreastImplantPresent": ("YES", "NO"),
+    "ConversionType": ("DV", "DI", "DF", "WSD", "SD", "SI", "DRW", "SYN"),
+}
+CODES = {  # copied when pydicom knows the code, with pydicom's meaning in place of the file's
+    "AnatomicRegionSequence": (codes.SCT.Breast,),
+    "ViewCodeSequence": tuple(getattr(codes.cid4014, name) for name in codes.cid4014.dir()),
+    "ViewModifierCodeSequence": tuple(getattr(codes.cid4015, name) for name in codes.cid4015.dir()),
+}
 
 
 def write_derived_dicom(
@@ -546,46 +585,94 @@ def write_derived_dicom(
 ) -> None:
     """A new DICOM file with `stored` in place of the source's pixels, marked as derived.
 
-    Of the source it holds KEYWORDS only, its UIDs as hashes; new UIDs follow from `seed`, so the
-    same call writes the same bytes.
+    Built from NUMBERS, WORDS, CODES and LUTs of the source and nothing else; its UIDs only appear
+    hashed. New UIDs follow from `seed` and the source: the same call writes the same bytes.
     """
     assert source.ds is not None
     assert (stored.shape, stored.dtype) == (source.stored.shape, source.stored.dtype)
     ds = FileDataset("", {}, preamble=bytes(128), file_meta=FileMetaDataset())
-    for element in copy.deepcopy(source.ds):
-        if element.keyword in KEYWORDS:
-            ds[element.tag] = element
-            for item in element.value if element.VR == "SQ" else ():
-                item.pop("LUTExplanation", None)  # free text
+    for keyword in (*NUMBERS, *WORDS):
+        values = _values(source.ds, keyword)
+        if not all(v in WORDS.get(keyword, values) for v in values):
+            values = []
+        if keyword in source.ds:
+            setattr(ds, keyword, values)  # empty stays empty: some must be there
+    for keyword in CODES:
+        _copy_codes(source.ds, ds, keyword)
+    for keyword in ("ModalityLUTSequence", "VOILUTSequence"):
+        items = [_copy_lut(source.ds, item) for item in source.ds.get(keyword) or ()]
+        if items:
+            setattr(ds, keyword, items)
+    for item in ds.get("ModalityLUTSequence", ()):
+        item.ModalityLUTType = "US"  # unspecified
 
     def new_uid(*what: object) -> str:
         return uid.generate_uid(entropy_srcs=["derived", *map(str, what)])
 
     origin = source.ds.get("SOPInstanceUID", source.image_uid)
+    study = source.ds.get("StudyInstanceUID", origin)
     reference = Dataset()
-    reference.ReferencedSOPClassUID = ds.SOPClassUID
+    ds.SOPClassUID = reference.ReferencedSOPClassUID = source.ds.SOPClassUID
     reference.ReferencedSOPInstanceUID = new_uid("source", origin)
+    purpose = codes.DCM.SourceImageForImageProcessingOperation
+    reference.PurposeOfReferenceCodeSequence = [_code_item(purpose)]
     ds.SourceImageSequence = [reference]
-    ds.StudyInstanceUID = new_uid("study", source.ds.get("StudyInstanceUID", origin))
-    ds.SeriesInstanceUID = new_uid("series", seed, source.ds.get("StudyInstanceUID", origin))
-    ds.SOPInstanceUID = new_uid("image", seed, derivation, source.image_uid)
-    kind = _values(source.ds, "ImageType")
-    ds.ImageType = ["DERIVED", *(kind[1:] or ["SECONDARY"])]
+    ds.StudyInstanceUID = new_uid("study", study)
+    ds.SeriesInstanceUID = new_uid("series", seed, study)
+    ds.SOPInstanceUID = new_uid("image", seed, derivation, origin, source.image_uid)
+    primary = "PRIMARY" in _values(source.ds, "ImageType")[1:2]
+    ds.ImageType = ["DERIVED", "PRIMARY" if primary else "SECONDARY"]
     ds.DerivationDescription = derivation
+    ds.DerivationCodeSequence = [_code_item(codes.DCM.PixelByPixelAddition)]
     for keyword in EMPTY:
         setattr(ds, keyword, None)
     if ds.SOPClassUID != uid.SecondaryCaptureImageStorage:
         ds.AcquisitionContextSequence = []  # as EMPTY
-    ds.SpecificCharacterSet = "ISO_IR 100"
-    ds.PatientID = ds.PatientName = f"SYNTHETIC-{ds.StudyInstanceUID[-12:]}"
+    if "LossyImageCompression" not in ds and source.ds.file_meta.TransferSyntaxUID in LOSSY:
+        ds.LossyImageCompression = "01"  # once lossy, always lossy
+    ds.SpecificCharacterSet = "ISO_IR 192"
+    ds.PatientID = f"SYNTHETIC-{ds.StudyInstanceUID[-12:]}"
+    ds.PatientName = f"{ds.PatientID}^"
     ds.PatientIdentityRemoved = "YES"
     ds.DeidentificationMethod = "New file; only what display needs was copied"
     ds.SeriesDescription = "Synthetic, research only"
     ds.SeriesNumber, ds.InstanceNumber = 1, 1
-    ds.PixelRepresentation = source.ds.PixelRepresentation
-    ds.add_new("PixelData", "OW", stored.astype(stored.dtype.newbyteorder("<")).tobytes())
+    ds.add_new("PixelData", "OW", _little_endian(stored))
     ds.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
     ds.save_as(path, enforce_file_format=True)
+
+
+def _little_endian(array: np.ndarray) -> bytes:
+    """The bytes of an OW element, of even length."""
+    data = array.astype(array.dtype.newbyteorder("<")).tobytes()
+    return data + bytes(len(data) % 2)
+
+
+def _code_item(code: Code) -> Dataset:
+    item = Dataset()
+    item.CodeValue, item.CodingSchemeDesignator = code.value, code.scheme_designator
+    item.CodeMeaning = code.meaning
+    return item
+
+
+def _copy_codes(source: Dataset, target: Dataset, keyword: str) -> None:
+    """CODES[keyword] found in the source's sequence, and their modifiers."""
+    items = []
+    for item in source.get(keyword) or ():
+        found = Code(str(item.get("CodeValue")), str(item.get("CodingSchemeDesignator")), "")
+        for code in CODES[keyword]:
+            if code == found:  # SNOMED's older codes (SRT) equal the newer ones (SCT)
+                items.append(_code_item(code))
+                _copy_codes(item, items[-1], "ViewModifierCodeSequence")
+    if keyword in source:
+        setattr(target, keyword, items)
+
+
+def _copy_lut(source: Dataset, item: Dataset) -> Dataset:
+    copy = Dataset()
+    copy.add(item["LUTDescriptor"])
+    copy.add_new("LUTData", "OW", _little_endian(_lut_words(source, item)))
+    return copy
 
 
 def write_png16(path: Path | BinaryIO, display: np.ndarray) -> None:
