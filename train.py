@@ -482,9 +482,11 @@ def train_gan(config: GanConfig, data: Path, run: Path, device: torch.device) ->
             device.type, torch.bfloat16, enabled=config.bfloat16 and device.type == "cuda"
         )
         B = config.batch_size // world.size
-        log = stack.enter_context(open_log(run, start)) if world.rank == 0 else None
+        log = advance = None  # the first process alone writes and speaks
+        if world.rank == 0:
+            log = stack.enter_context(open_log(run, start))
+            advance = stack.enter_context(progress(end, f"train-gan {config.task}", done=start))
         stop = stack.enter_context(stop_requested())
-        advance = stack.enter_context(progress(end, f"train-gan {config.task}", done=start))
 
         for step in range(start, end):
             # Batch: patches and noise of this step, at the side of this stage
@@ -562,10 +564,11 @@ def train_gan(config: GanConfig, data: Path, run: Path, device: torch.device) ->
             if showing and log:
                 watch.grid(watch.look(average, size, alpha)[1], run / f"samples/{done:06d}.png")
                 plot_log(run)
+            if advance:
+                advance(1, text)
             world.wait()  # none leaves while the first one writes
             if stopping and done < end:
                 raise KeyboardInterrupt
-            advance(1, text)
 
         if world.rank == 0:
             (run / "checkpoint-previous.pt").unlink(missing_ok=True)
