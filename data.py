@@ -148,7 +148,7 @@ def read_table(path: Path, columns: tuple[str, ...]) -> dict[str, np.ndarray]:
 
 
 def csv_rows(
-    path: Path, columns: tuple[str, ...], optional: tuple[str, ...] = ()
+    path: Path, columns: tuple[str, ...], optional: tuple[str, ...] = (), delimiter: str = ","
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Line number and named columns of each row; an absent optional column is "" throughout.
 
@@ -156,7 +156,7 @@ def csv_rows(
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
+            reader = csv.reader(file, delimiter=delimiter)
             header = [name.strip() for name in next(reader, [])]
             for name in (*columns, *optional):
                 if header.count(name) != 1 and (name in columns or name in header):
