@@ -667,7 +667,7 @@ def test_damaged_work_is_noticed_and_done_again(patches, source, tmp_path, monke
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_interruption_ends_every_process_within_two_seconds(job, number):
+def test_interruption_ends_every_process_soon(job, number):
     process = start(job)
     children = []
     while len(children) < 2 and process.poll() is None:
@@ -685,7 +685,7 @@ def test_interruption_ends_every_process_within_two_seconds(job, number):
     process.send_signal(number)
     process.wait(timeout=10)
     while any(Path(f"/proc/{child}").exists() for child in children):
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < 4  # two seconds when nothing else runs
         time.sleep(0.02)
     with data.claim_folder(job[1], "prepare", data.read_json(job[1] / "config.json")["config"]):
         pass  # the folder is free again
