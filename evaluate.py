@@ -589,7 +589,7 @@ def condition_table(
     return {**size, "rows": rows, "against_blob": against_blob}
 
 
-def score_groups(test: Patches, scores: np.ndarray) -> dict[str, list | None]:
+def score_groups(test: Patches, scores: np.ndarray) -> dict[str, Sequence]:
     """How a regime scores lesions and tissue: median, quartiles, number; AUC within images."""
     scores, kind = scores.mean(axis=0), test.kind
     malignant, benign, normal = (
@@ -607,7 +607,7 @@ def score_groups(test: Patches, scores: np.ndarray) -> dict[str, list | None]:
     for name, lesion in (("malignant", malignant), ("benign", benign)):
         at = lesion | normal
         auc = same_image_auc(lesion[at], scores[at], test.image[at], test.patient[at])
-        found[f"same image, {name} against normal"] = auc
+        found |= {f"same image, {name} against normal": auc} if auc else {}
     return found
 
 
@@ -697,8 +697,8 @@ def roc_figure(bands: dict[str, np.ndarray], rows: list[dict]) -> Figure:
         ax.legend(loc="lower right", fontsize=9, frameon=False, title="AUC", title_fontsize=9)
     for ax in panels[len(names) :]:
         ax.set_axis_off()
-    figure.supxlabel("1 - specificity")
-    figure.supylabel("sensitivity")
+    figure.supxlabel("1 - specificity", fontsize=10)
+    figure.supylabel("sensitivity", fontsize=10)
     return figure
 
 
@@ -756,7 +756,9 @@ def embedding_figure(panels: dict[str, np.ndarray], groups: np.ndarray) -> Figur
                 ax.scatter(*xy[at].T, label=f"{label} ({at.sum()})", alpha=0.8, **style)
         ax.set(xticks=[], yticks=[], title=f"features of: {title}")
     legend = {"loc": "outside lower center", "ncols": 2, "fontsize": 9, "frameon": False}
-    figure.legend(*ax.get_legend_handles_labels(), markerscale=2, **legend)
+    legend = figure.legend(*ax.get_legend_handles_labels(), **legend)
+    for handle in legend.legend_handles:
+        handle.set_sizes([30])
     return figure
 
 
@@ -851,10 +853,9 @@ def evaluate(
         if not (main := tables[MAIN]):
             raise ValueError(f"{data}: fewer than two test patients a class; prepare it with more")
         rows = main["rows"]
-        for c in [c for c, t in tables.items() if t is not main]:
-            kinds = set(sum(CONDITIONS[c], ())) & set(test.values)
-            if not tables[c] or kinds == set(sum(CONDITIONS[MAIN], ())) & set(test.values):
-                del tables[c]  # empty or, with one kind of lesion, the whole test set again
+        there = {c: set(sum(CONDITIONS[c], ())) & set(test.values) for c in CONDITIONS}
+        # with one kind of lesion only, the whole test set is not shown again
+        tables = {c: t for c, t in tables.items() if c == MAIN or there[c] != there[MAIN]}
         at = np.isin(test.kind, sum(CONDITIONS[MAIN], ()))
         y, patients = test.kind[at] != "normal", test.patient[at]
         bands = {name: roc_band(y, s[:, at], patients, seed) for name, s in scores.items()}
@@ -949,9 +950,9 @@ interval, with several it is narrower. DeLong: patches as if independent.</p>
 <h3>Against the blob control instead of the baseline</h3>{against_blob}
 {conditions}
 <h2>Lesion or image?</h2>{groups}
-<p class="note">p(cancer): median (quartiles), number of patches. Same image: AUC over the pairs of
-a lesion patch and a normal patch of one image, number of images; a model that recognises images has
-0.5 there.</p>
+<p class="note">p(cancer): median (quartiles), number of patches. Same image, where images hold
+both: AUC over the pairs of a lesion patch and a normal patch of one image, number of images; a
+model that recognises images has 0.5 there.</p>
 <h2>Are the synthetic patches realistic?</h2>
 <figure>{figure1}<figcaption>Figure 1. Pairs: real patch (left), synthetic one
 (right).{wide}</figcaption></figure>{sets}{controls}
@@ -1131,7 +1132,11 @@ def report(metrics: dict, out: Path) -> str:
         r"(?s)<figure>{(\w+)}.*?</figure>", lambda m: m[0] if m[1] in slots else "", PAGE
     )
     against = [[r["regime"], _difference(r), _p(r["p_clustered"])] for r in main["against_blob"]]
-    others = [(name, found) for name, found in metrics["conditions"].items() if name != MAIN]
+    others = ""
+    for name, found in metrics["conditions"].items():
+        if name != MAIN:
+            few = "<p>Not computed: fewer than two test patients a class.</p>"
+            others += f"<h2>{name}</h2>{_condition(found) if found else few}"
     return page.format(
         **slots,
         style=STYLE,
@@ -1140,7 +1145,7 @@ def report(metrics: dict, out: Path) -> str:
         holm=holm,
         full=_table("Regime|Clustered|Bootstrap|DeLong|AUC of each seed", full),
         against_blob=_table("Regime|Difference (95% CI)|p, patients", against),
-        conditions="".join(f"<h2>{name}</h2>{_condition(found)}" for name, found in others),
+        conditions=others,
         groups=_table("|".join(["Regime", *keys]), group_rows),
         wide=f" A patch is about {spacing * side:.0f} mm wide." if spacing else "",
         sets=_table("Set|Task|Made|Accepted|Object, median|Mean change inside|Remarks", sets),

@@ -728,9 +728,12 @@ def test_baseline_alone_and_one_lesion_type(tmp_path):
     run = write_run(tmp_path / "run", patches, 0.5)
     (row,) = evaluate.evaluate(patches, run, [], [], tmp_path / "out")
     assert row["regime"] == "Baseline" and row["seeds"] == 1
-    metrics = data.read_json(tmp_path / "out" / "metrics.json")
-    assert set(metrics["conditions"]) == {evaluate.MAIN}  # masses alone would be the same again
-    assert "None was run" in (tmp_path / "out" / "report.html").read_text()
+    conditions = data.read_json(tmp_path / "out" / "metrics.json")["conditions"]
+    assert "Masses against normal" not in conditions  # the whole test set again
+    assert not conditions["Calcifications against normal"]
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "Calcifications against normal</h2><p>Not computed" in html
+    assert "None was run" in html and "<figure><figcaption>" not in html
 
 
 # --- Controls ---
