@@ -22,11 +22,12 @@ from xml.parsers.expat import ExpatError
 import numpy as np
 import pydicom
 
-from data import PATHOLOGIES, Finding, csv_rows, progress, read_json, sha256
-from mammogram import read_mammogram
+from data import PATHOLOGIES, Finding, csv_rows, progress, read_json
+from mammogram import Mammogram, read_mammogram
 
 Traps = Counter  # sentence -> how often it was met
 Box = tuple[float, float, float, float]
+SIDES = {"L": "L", "R": "R"}
 
 ABSENT = "Images that the data set lists but its folder does not hold, left out"
 CLIPPED = "Boxes that reached outside their image, clipped"
@@ -35,15 +36,27 @@ ESCAPES = "Rows whose path leaves the data set's folder, left out"
 NO_TYPE = "Marked regions that are no mass, calcification, distortion or asymmetry: no lesion patch"
 NOT_NORMAL = "Images without a mark that are not known to be normal: no patches"
 REPEATED = "Findings with the type and box of another one, joined, the worst pathology kept"
+BIRADS_USED = (
+    "Findings without pathology in the data set: BI-RADS 4 to 6 stand for malignant, 2 and 3 for "
+    "benign (--birads-as-pathology)"
+)
+BIRADS_UNUSED = (
+    "Findings without pathology in the data set: no lesion patches without --birads-as-pathology"
+)
 
 
 # --- What the readers share ---
 
 
 def _files(root: Path) -> list[Path]:
-    """Every file below `root`, in linked folders too, sorted."""
-    folders = os.walk(root, followlinks=True)
-    return sorted(Path(folder, name) for folder, _, names in folders for name in names)
+    """Every file below `root`, sorted; linked folders too, but each folder once."""
+    found, seen = [], {os.path.realpath(root)}
+    for folder, folders, names in os.walk(root, followlinks=True):
+        found += (Path(folder, name) for name in names)
+        real = {os.path.realpath(Path(folder, name)): name for name in sorted(folders)}
+        folders[:] = [name for path, name in real.items() if path not in seen]
+        seen |= real.keys()
+    return sorted(found)
 
 
 def _named(files: Iterable[Path], root: Path, name: str) -> Path:
@@ -82,7 +95,7 @@ def _numbers(row: dict, names: Iterable[str], where: str) -> tuple[float, ...]:
 
 def _inside(text: str) -> tuple[str, ...]:
     """The parts of a relative path that a distributed file names; () when it would lead outside."""
-    path = PurePosixPath(text.replace("\\", "/"))
+    path = PurePosixPath("".join(text.splitlines()).replace("\\", "/"))
     unsafe = path.is_absolute() or ".." in path.parts or ":" in text or "\0" in text
     return () if unsafe else path.parts
 
@@ -109,11 +122,11 @@ def _header(path: Path) -> pydicom.Dataset:
         return pydicom.Dataset()
 
 
-def _pixels(path: Path) -> np.ndarray | None:
-    """Stored pixels; None for a file that cannot be decoded."""
+def _decoded(path: Path) -> Mammogram | None:
+    """None for a file that `prepare` would not read either (damaged, more than 200 megapixels)."""
     try:
-        return pydicom.dcmread(path).pixel_array
-    except Exception:  # as above
+        return read_mammogram(path)
+    except (ValueError, OSError):
         return None
 
 
@@ -135,9 +148,8 @@ def _typed(image: Finding, kinds: set[str], pathology: str, box: Box | None, tra
 def _birads(text: str) -> str:
     """BI-RADS 4 (a to c), 5 and 6 stand for malignant, 2 and 3 for benign."""
     grade = re.search(r"[0-6]", text)
-    return {"2": "benign", "3": "benign", "4": "malignant", "5": "malignant", "6": "malignant"}.get(
-        grade[0] if grade else "", ""
-    )
+    meaning = {"2": "benign", "3": "benign"} | dict.fromkeys("456", "malignant")
+    return meaning.get(grade[0], "") if grade else ""
 
 
 # --- OMI-DB (OPTIMAM), the paper's data (P1) ---
@@ -145,12 +157,9 @@ def _birads(text: str) -> str:
 # The events of an NBSS episode: those that look at tissue decide before the others.
 OMIDB_EVENTS = ("SURGERY", "BIOPSYWIDE", "BIOPSYFINE", "ASSESSMENT", "CLINICAL", "SCREENING")
 # Opinions that decide, as code or in words: overall (O), histology (H), biopsy (B), cytology (C).
-OMIDB_OPINIONS = {
-    **dict.fromkeys(("OM", "H5", "B5", "C5"), "malignant"),
-    **dict.fromkeys(("Malignant", "O Malignant", "Hist malignant", "Cyt malig"), "malignant"),
-    **dict.fromkeys(("OB", "H2", "B2", "C2"), "benign"),
-    **dict.fromkeys(("Benign", "O Benign", "Histol benign", "Cyt benign"), "benign"),
-}
+MALIGNANT = ("OM", "H5", "B5", "C5", "Malignant", "O Malignant", "Hist malignant", "Cyt malig")
+BENIGN = ("OB", "H2", "B2", "C2", "Benign", "O Benign", "Histol benign", "Cyt benign")
+OMIDB_OPINIONS = dict.fromkeys(MALIGNANT, "malignant") | dict.fromkeys(BENIGN, "benign")
 OMIDB_FLAGS = {
     "Mass": "mass",
     "SuspiciousCalcifications": "calcification",
@@ -158,6 +167,7 @@ OMIDB_FLAGS = {
     "ArchitecturalDistortion": "distortion",
     "FocalAsymmetry": "asymmetry",
 }
+FLIPPED = "Boxes in air, on tissue if rows were counted from the bottom: kept, look at them"
 UID = re.compile(r"\d+(\.\d+)+")
 
 
@@ -211,10 +221,7 @@ def _omidb_client(client: Path, images: Path, traps: Traps) -> list[Finding]:
                     pathology = "normal" if normal else _omidb_pathology(episode, side, "", traps)
                     rows = [replace(image, pathology=pathology)]
                     traps[NOT_NORMAL] += not normal
-                traps[
-                    "Boxes in air that would lie on tissue if rows were counted from the bottom: "
-                    "kept as they are, look at them"
-                ] += _only_fit_flipped(path, {row.bbox for row in rows if row.bbox})
+                traps[FLIPPED] += _only_fit_flipped(path, {row.bbox for row in rows if row.bbox})
                 findings += rows
     return findings
 
@@ -296,10 +303,9 @@ def _omidb_pathology(episode: dict, side: str, lesion: str, traps: Traps) -> str
     for name in OMIDB_EVENTS:
         event = _dict(episode.get(name))
         own = _dict(_dict(event.get(side)).get(lesion)).get("Opinion")
-        whole = event.get({"L": "left_opinion", "R": "right_opinion"}[side])
-        if verdict := OMIDB_OPINIONS.get(str(own)):
+        if verdict := OMIDB_OPINIONS.get(own):
             return verdict
-        verdict = OMIDB_OPINIONS.get(str(whole), "")
+        verdict = OMIDB_OPINIONS.get(event.get("left_opinion" if side == "L" else "right_opinion"))
         if verdict == "malignant" and lesion and not single:
             traps["Malignant opinions of a side with several lesions, used for none of them"] += 1
         elif verdict:
@@ -333,12 +339,12 @@ CBIS_COLUMNS = (
     *("patient_id", "left or right breast", "image view", "abnormality type", "pathology"),
     *("image file path", "cropped image file path", "ROI mask file path"),
 )
-CBIS_PATHOLOGY = {
-    "MALIGNANT": "malignant",
-    "BENIGN": "benign",
-    "BENIGN_WITHOUT_CALLBACK": "benign",
+CBIS_WORDS = {
+    "left or right breast": {"LEFT": "L", "RIGHT": "R"},
+    "abnormality type": {"mass": "mass", "calcification": "calcification"},
+    "pathology": {"MALIGNANT": "malignant"}
+    | dict.fromkeys(("BENIGN", "BENIGN_WITHOUT_CALLBACK"), "benign"),
 }
-CBIS_TYPES = {"mass": "mass", "calcification": "calcification"}
 
 
 def read_cbis_ddsm(root: Path, traps: Traps) -> list[Finding]:
@@ -380,17 +386,13 @@ def read_cbis_ddsm(root: Path, traps: Traps) -> list[Finding]:
             if not film:
                 traps[ABSENT] += 1
                 continue
-            side = _known({"LEFT": "L", "RIGHT": "R"}, row["left or right breast"], where)
-            finding = Finding(
-                image_path=str(max(film, key=lambda path: (path.stat().st_size, path))),
-                patient_id=row["patient_id"],
-                laterality=side,
-                view=row["image view"],
-                finding=_known(CBIS_TYPES, row["abnormality type"], where),
-                pathology=_known(CBIS_PATHOLOGY, row["pathology"], where),
-                split="test" if row["patient_id"] in tested else "",
-            )
-            films[finding.patient_id, side, finding.view].add(finding.image_path)
+            path = max(film, key=lambda path: (path.stat().st_size, path))
+            words = (_known(known, row[column], where) for column, known in CBIS_WORDS.items())
+            side, finding, pathology = words
+            patient, view = row["patient_id"], row["image view"]
+            split = "test" if patient in tested else ""
+            finding = Finding(str(path), patient, side, view, finding, pathology, split=split)
+            films[patient, side, view].add(finding.image_path)
             findings.append(_cbis_region(finding, set().union(*regions), traps))
     same = _cbis_same_films(films.values(), traps)
     traps["Findings, and no normal image (--normals-from-annotated)"] += len(findings)
@@ -407,11 +409,11 @@ def _cbis_region(finding: Finding, paths: set[Path], traps: Traps) -> Finding:
     size = _size(_header(Path(finding.image_path)))
     sizes = {path: _size(_header(path)) or (0, 0) for path in paths}
     for path in sorted(paths, key=lambda path: (-math.prod(sizes[path]), path)):
-        stored = _pixels(path)
-        if stored is None or stored.ndim != 2 or stored.min() == stored.max():
+        if (file := _decoded(path)) is None:
             continue
-        mask = stored == stored.max()
-        if not np.all(mask | (stored == stored.min())):
+        low, high = file.stored.min(), file.stored.max()
+        mask = file.stored == high
+        if low == high or not np.all(mask | (file.stored == low)):
             continue
         rows, cols = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
         down, across = (n / m for n, m in zip(size or mask.shape, mask.shape, strict=True))
@@ -430,8 +432,8 @@ def _cbis_same_films(films: Iterable[set[str]], traps: Traps) -> dict[str, str]:
     for paths in films:
         first = {}
         for path in sorted(paths) if len(paths) > 1 else ():
-            if (stored := _pixels(Path(path))) is not None:
-                same[path] = first.setdefault((stored.shape, sha256(stored.tobytes())), path)
+            if film := _decoded(Path(path)):
+                same[path] = first.setdefault(film.image_uid, path)
                 traps["Films distributed twice, joined"] += same[path] != path
     return same
 
@@ -446,9 +448,7 @@ VINDR_CATEGORIES = {
     "Mass": "mass",
     "Suspicious Calcification": "calcification",
     "Architectural Distortion": "distortion",
-    "Asymmetry": "asymmetry",
-    "Focal Asymmetry": "asymmetry",
-    "Global Asymmetry": "asymmetry",
+    **dict.fromkeys(("Asymmetry", "Focal Asymmetry", "Global Asymmetry"), "asymmetry"),
 }
 
 
@@ -472,13 +472,9 @@ def read_vindr(root: Path, traps: Traps) -> list[Finding]:
         if not path.is_file():
             traps[ABSENT] += 1
             continue
-        image = Finding(
-            image_path=str(path),
-            patient_id=row["study_id"],
-            laterality=_known({"L": "L", "R": "R"}, row["laterality"], where),
-            view=row["view_position"],
-            split=_known({"training": "", "test": "test"}, row["split"], where),
-        )
+        side = _known(SIDES, row["laterality"], where)
+        split = _known({"training": "", "test": "test"}, row["split"], where)
+        image = Finding(str(path), row["study_id"], side, row["view_position"], split=split)
         categories = _vindr_categories(row["finding_categories"], where)
         if categories == {"No Finding"}:
             normal = row["breast_birads"].endswith("1")
@@ -545,7 +541,7 @@ def read_inbreast(root: Path, traps: Traps) -> list[Finding]:
             continue
         if len(path.name.split("_")) < 3:
             raise ValueError(f"{path}: expected a name such as <file>_<patient>_MG_R_CC_ANON.dcm")
-        side = _known({"L": "L", "R": "R"}, row["Laterality"], where)
+        side = _known(SIDES, row["Laterality"], where)
         image = Finding(str(path), path.name.split("_")[1], side, row["View"])
         pathology = _birads(row["Bi-Rads"])
         regions = _inbreast_regions(contours[name]) if name in contours else []
@@ -593,7 +589,7 @@ MIAS_CLASSES = {
 }
 MIAS_ROW = re.compile(
     r"(?P<name>mdb(?P<n>\d{3}))\s+[FGD]\s+"
-    r"(?:NORM|(?P<kind>CALC|CIRC|SPIC|MISC|ARCH|ASYM)\s+(?P<severity>[BM])"
+    rf"(?:NORM|(?P<kind>{'|'.join(MIAS_CLASSES)})\s+(?P<severity>[BM])"
     r"(?:\s+(?P<x>\d+)\s+(?P<y>\d+)\s+(?P<radius>\d+)|\s+\*NOTE 3\*)?)"
 )
 
@@ -630,18 +626,13 @@ def read_mini_mias(root: Path, traps: Traps) -> list[Finding]:
             box = _clip(circle, (MIAS_SIDE, MIAS_SIDE), traps)
         elif row["kind"]:
             traps["Findings without coordinates: only their image is labelled"] += 1
-        findings.append(
-            Finding(
-                image_path=str(images[row["name"]]),
-                patient_id=f"mias{(int(row['n']) + 1) // 2:03d}",
-                laterality="R" if int(row["n"]) % 2 else "L",
-                view="MLO",
-                finding=MIAS_CLASSES.get(row["kind"], ""),
-                pathology={"B": "benign", "M": "malignant"}.get(row["severity"], "normal"),
-                bbox=box,
-                spacing_mm=(MIAS_SPACING_MM, MIAS_SPACING_MM),
-            )
-        )
+        n, path = int(row["n"]), str(images[row["name"]])
+        patient, side = f"mias{(n + 1) // 2:03d}", "R" if n % 2 else "L"
+        kind = MIAS_CLASSES.get(row["kind"], "")
+        pathology = {"B": "benign", "M": "malignant"}.get(row["severity"], "normal")
+        spacing = (MIAS_SPACING_MM, MIAS_SPACING_MM)
+        finding = Finding(path, patient, side, "MLO", kind, pathology, box, spacing_mm=spacing)
+        findings.append(finding)
     return findings
 
 
@@ -675,13 +666,8 @@ def _read(
     if not findings:
         raise ValueError(f"{path}: found no image that its tables list; is the download complete?")
     if not has_pathology:  # no silent stand-in: the notes say what the pathology rests on
-        traps[
-            "No pathology in this data set: BI-RADS 4 to 6 stand for malignant, 2 and 3 for benign "
-            "(--birads-as-pathology); findings"
-            if birads_as_pathology
-            else "No pathology in this data set, so no lesion patches without "
-            "--birads-as-pathology; findings"
-        ] += sum(bool(row.finding) for row in findings.values())
+        note = BIRADS_USED if birads_as_pathology else BIRADS_UNUSED
+        traps[note] += sum(bool(row.finding) for row in findings.values())
     notes = [f"{sentence}: {count}." for sentence, count in traps.items() if count]
     return list(findings.values()), notes
 

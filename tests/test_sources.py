@@ -384,10 +384,10 @@ def cbis_case(
         "abnormality type": "mass" if kind == "mass" else "calcification",
         "mass shape" if kind == "mass" else "calc type": "made up",
         "assessment": "4",
-        "pathology": pathology,
+        "pathology": f"{pathology} ",
         "subtlety": "4",
-        "image file path": f"{case}/{uids[0]}/{uids[1]}/000000.dcm",
-        # the published tables: an embedded newline, and the names say mask where the crop is
+        # as published: with newlines in the fields, and names of an older tree
+        "image file path": f"{case}/{uids[0]}/{uids[1]}\n/000000.dcm",
         "cropped image file path": f"{case}_{number}/{uids[2]}/{uids[3]}/000000.dcm",
         "ROI mask file path": f"{case}_{number}/{uids[2]}/{uids[3]}/000001.dcm\n",
     }
@@ -473,6 +473,13 @@ def test_cbis_damaged_mask_is_reported(tmp_path):
     cbis_tables(tmp_path, rows=[cbis_case(tmp_path)])
     (mask,) = tmp_path.glob("CBIS-DDSM/*_1/*/*/1-2.dcm")
     mask.write_bytes(mask.read_bytes()[:400])
+    (finding,), notes = read("cbis-ddsm", tmp_path)
+    assert finding.bbox is None and count(notes, "without a readable mask") == 1
+
+
+def test_cbis_mask_of_too_many_pixels_is_not_decoded(tmp_path, monkeypatch):
+    cbis_tables(tmp_path, rows=[cbis_case(tmp_path)])
+    monkeypatch.setattr("mammogram.MAX_PIXELS", 1000)
     (finding,), notes = read("cbis-ddsm", tmp_path)
     assert finding.bbox is None and count(notes, "without a readable mask") == 1
 
@@ -892,6 +899,8 @@ def test_linked_folders_are_read(tmp_path):
     store.mkdir(), root.mkdir()
     findings, _ = mias(store, "mdb001 G NORM")
     (root / "MIAS").symlink_to(store)
+    for name in ("loop", "loop2"):  # a link to a folder above: nothing is read twice or for ever
+        (store / name).symlink_to(root)
     assert len(READERS["mini-mias"](root, False)[0]) == len(findings)
 
 
