@@ -831,8 +831,8 @@ def evaluate(
     """Table 1 with statistics that hold, controls, Figures 1, 4, 5, 6, and report.html.
 
     skipped: (regime, reason) of rows that could not be trained; they stay in the table, empty.
-    Returns the rows of table1.csv. Raises ValueError: runs or sets of another patch set, unfinished
-    runs, a test split with fewer than two patients a class.
+    Returns the rows of table1.csv, skipped ones with their `reason`. Raises ValueError: runs or
+    sets of another patch set, unfinished runs, fewer than two test patients a class.
     """
     data, out, device, config = Path(data), Path(out), torch.device(device), patch_config(data)
     regimes = open_regimes(baseline, augmented, config["fingerprint"])
@@ -890,9 +890,10 @@ def evaluate(
             for r in regimes
         ]
         lines = [row | {"proportion": r.proportion} for row, r in zip(rows, regimes, strict=True)]
-        lines += [{"regime": name, "seeds": 0} for name, _ in skipped]
-        lines = [{column: line.get(column) for column in COLUMNS} for line in lines]
-        write_table(out / "table1.csv", COLUMNS, (line.values() for line in lines))
+        lines = [{column: line[column] for column in COLUMNS} for line in lines]
+        empty = dict.fromkeys(COLUMNS) | {"seeds": 0}
+        lines += [empty | {"regime": name, "reason": reason} for name, reason in skipped]
+        write_table(out / "table1.csv", COLUMNS, ([line[c] for c in COLUMNS] for line in lines))
         write_json(out / "metrics.json", metrics)
         with replace_file(out / "report.html", "w") as file:
             file.write(report(metrics, out))

@@ -554,7 +554,7 @@ def evaluated(tmp_path_factory):
 
 
 def test_E1_table_has_the_papers_rows_and_columns(evaluated):
-    _, out, rows = evaluated
+    world, out, rows = evaluated
     header, *lines = (out / "table1.csv").read_text().splitlines()
     assert header == (
         "regime,proportion,seeds,patients,patches,auc,low,high,delta,delta_low,delta_high,"
@@ -563,6 +563,7 @@ def test_E1_table_has_the_papers_rows_and_columns(evaluated):
     names = ["Baseline", "50% w/ decay", "100% w/ decay", "Blob control", "25% w/ decay"]
     assert [line.split(",")[0] for line in lines] == names == [row["regime"] for row in rows]
     assert lines[-1] == "25% w/ decay,,0,,,,,,,,,,"  # skipped, and said so
+    assert rows[-1]["reason"] == world["skipped"][0][1]
     assert [row["proportion"] for row in rows[:4]] == [0, 0.5, 1, 0.5]
     assert all(row["seeds"] == 2 and row["patches"] == 120 for row in rows[:4])
     assert rows[0]["delta"] is None and rows[1]["delta"] == pytest.approx(
