@@ -22,10 +22,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from PIL import Image
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torchvision.utils import save_image
 
 from data import (
     CLASSES,
@@ -407,14 +407,11 @@ class Watch:
 
     def grid(self, made: Tensor, path: Path) -> None:
         """Patch, lesion (grey = no change) and result side by side, four samples a row."""
-        made = made[: min(len(made), 16) // 4 * 4 or 1].cpu()
-        lesion, before, after = made.unbind(1)  # (n, s, s) each
-        tile = torch.cat([before, (2 * lesion).clamp(-1, 1), after], dim=2)
-        rows = tile.unflatten(0, (-1, min(len(tile), 4))).transpose(1, 2).flatten(2).flatten(0, 1)
+        lesion, before, after = made[:16].unbind(1)  # (n, s, s) each
+        tiles = torch.cat([before, (2 * lesion).clamp(-1, 1), after], dim=2)[:, None]
         path.parent.mkdir(exist_ok=True)
         with replace_file(path) as file:
-            picture = Image.fromarray(((rows + 1) * 127.5).numpy().astype(np.uint8))
-            picture.save(file, format="png")
+            save_image(tiles, file, "png", nrow=4, padding=1, normalize=True, value_range=(-1, 1))
 
 
 def growth(config: GanConfig, step: int) -> tuple[int, float]:

@@ -78,7 +78,7 @@ class Patches(Dataset):
 
     def __getitem__(self, i: int) -> list[torch.Tensor]:
         rng = np.random.default_rng(i)
-        return [torch.from_numpy(p.take(rng.integers(len(p), size=1))[0]) for p in self.pools]
+        return [pool.take(rng.integers(len(pool), size=1))[0] for pool in self.pools]
 
 
 def plain_step(config, G, D, opt_G, opt_D, batches, device, half: bool) -> None:
