@@ -315,11 +315,9 @@ def _omidb_pathology(episode: dict, side: str, lesion: str, traps: Traps) -> str
 
 def _only_fit_flipped(path: Path, boxes: set[Box]) -> int:
     """How many boxes in air have their mirror image (rows from the bottom) on tissue."""
-    try:
-        display = read_mammogram(path).display if boxes else np.zeros((1, 1))
-    except (ValueError, OSError):
-        return 0  # `prepare` leaves the image out and says why
-    tissue = display > display.min() + 0.02 * np.ptp(display)
+    if not boxes or not (file := _decoded(path)):
+        return 0
+    tissue = file.display > file.display.min() + 0.02 * np.ptp(file.display)
     count = 0
     for box in boxes:
         row0, col0, row1, col1 = map(round, box)
