@@ -4,13 +4,16 @@
 VOI LUT or window -> inversion -> a fixed linear map, PS3.3 C.11 (C.x and CID n: DICOM standard).
 """
 
+import contextlib
 import functools
 import hashlib
 import logging
 import math
 import os
+import re
 import struct
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -45,6 +48,9 @@ DECODERS = {
     uid.JPEG2000: ("pylibjpeg", "pylibjpeg-openjpeg"),
     uid.RLELossless: ("pylibjpeg", "pylibjpeg-rle"),
 }
+MARKED = [  # streams that end in a marker, which some makers leave out of JPEG 2000
+    syntax for syntax in DECODERS if "JPEG" in syntax.name and "2000" not in syntax.name
+]
 LOSSY = (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLSNearLossless, uid.JPEG2000)
 NATIVE = (uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.ExplicitVRBigEndian)
 
@@ -67,8 +73,9 @@ KEYWORDS = (
     *("PositionerType", "DetectorType", "OrganExposed", "BreastImplantPresent", "ConversionType"),
 )
 
-# pydicom logs the traceback of every decoder that fails; NotUsable says it in one line.
-logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
+# They log tracebacks when decoding fails; NotUsable says it in one line.
+for name in ("pydicom", "pylibjpeg", "openjpeg", "PIL"):
+    logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow then warns above it, which read_mammogram turns around
 
 
@@ -132,10 +139,28 @@ def read_mammogram(path: Path) -> Mammogram:
         return _read_raster(path, file)
 
 
-def _third_party(what: str, error: Exception) -> NotUsable:
-    """A decoder's exception as one short line."""
-    text = " ".join(str(error).split())[:200]
-    return NotUsable(f"{what} ({type(error).__name__}{': ' * bool(text)}{text})")
+@contextlib.contextmanager
+def _foreign_code(what: str, quote: bool = True) -> Iterator[None]:
+    """Whatever pydicom, Pillow or a decoder does with damaged data ends as NotUsable, in one line.
+
+    They raise almost anything, the RLE decoder (Rust) even a BaseException, and some print to file
+    descriptor 2 behind Python's back, which therefore leads nowhere meanwhile. Their words are not
+    quoted where these may hold words of the file, a patient's name for example.
+    """
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    except (NotUsable, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        text = ": " + " ".join(str(error).split())[:200] if quote else ""
+        raise NotUsable(f"{what} ({type(error).__name__}{text})") from None
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 # --- DICOM: header, exclusions ---
@@ -161,23 +186,32 @@ def _read_dicom(path: Path, file) -> Mammogram:
 
 def _read_header(path: Path, file) -> Dataset:
     """KEYWORDS of the file, each decoded; leaves `file` at the PixelData element."""
-    try:
+    with _foreign_code("DICOM file meta information is damaged", quote=False):
         meta = pydicom.filereader.read_file_meta_info(path)
         syntax = uid.UID(meta.get("TransferSyntaxUID") or "")
-    except Exception as error:  # damaged files make pydicom raise almost anything
-        raise _third_party("DICOM file meta information is damaged", error) from None
     if syntax not in NATIVE and syntax not in DECODERS:  # deflated: inflating could fill the memory
-        found = f"is {syntax.name}" if syntax else "is absent"
-        raise NotUsable(f"TransferSyntaxUID {found}; expected a plain or a JPEG or RLE syntax")
-    try:
+        raise NotUsable(
+            f"TransferSyntaxUID is {_shown(syntax)}; expected a plain or a JPEG or RLE syntax"
+        )
+    with _foreign_code("DICOM header is damaged", quote=False):
         ds = pydicom.dcmread(
             file, stop_before_pixels=True, defer_size="1 MB", specific_tags=list(KEYWORDS)
         )
         for element in ds.iterall():  # pydicom decodes an element when it is asked for
             element.value  # noqa: B018
-    except Exception as error:
-        raise _third_party("DICOM header is damaged", error) from None
     return ds
+
+
+def _shown(value: object) -> str:
+    """An attribute's value in a reason. A damaged one may hold anything, names too: not shown."""
+    if value is None or value == "":
+        return "absent"
+    if isinstance(value, uid.UID):
+        return value.name if value.type else "unknown"
+    texts = [value] if isinstance(value, str | int) else list(value)
+    if all(re.fullmatch(r"[A-Z0-9_ ]{0,16}", str(text)) for text in texts):  # VR CS
+        return " ".join(map(repr, texts))
+    return "not a valid value"
 
 
 def _integer(ds: Dataset, keyword: str, default: int | None = None) -> int:
@@ -197,15 +231,14 @@ def _exclude(ds: Dataset) -> None:
 
     def need(ok: bool, keyword: str, expected: str) -> None:
         if not ok:
-            value = ds.get(keyword)
-            found = "absent" if value is None or value == "" else repr(value)[:80]
-            raise NotUsable(f"{keyword} is {found}; expected {expected}")
+            raise NotUsable(f"{keyword} is {_shown(ds.get(keyword))}; expected {expected}")
 
     sop_class = uid.UID(str(ds.get("SOPClassUID") or ""))
     processing = str(ds.get("PresentationIntentType") or "").upper() == "FOR PROCESSING"
     need(not processing, "PresentationIntentType", "FOR PRESENTATION")
     if sop_class in FOR_PROCESSING or "Tomosynthesis" in sop_class.name:
-        raise NotUsable(f"SOPClassUID is {sop_class.name}; expected a 2-D image for presentation")
+        found = _shown(sop_class)
+        raise NotUsable(f"SOPClassUID is {found}; expected a 2-D image for presentation")
     frames = _integer(ds, "NumberOfFrames", 1)
     if frames > 1:
         raise NotUsable(f"NumberOfFrames is {frames}; expected 1 (tomosynthesis or a loop)")
@@ -221,7 +254,7 @@ def _exclude(ds: Dataset) -> None:
             if str(item.get("CodeValue", "")) in SPECIMEN_CODES:
                 raise NotUsable(f"{keyword} is tissue specimen from breast; expected a mammogram")
     if "Rows" not in ds:
-        raise NotUsable(f"no image: Rows is absent (SOP class {sop_class.name or 'absent'})")
+        raise NotUsable(f"no image: Rows is absent (SOP class is {_shown(sop_class)})")
     monochrome = ds.get("PhotometricInterpretation") in ("MONOCHROME1", "MONOCHROME2")
     need(monochrome, "PhotometricInterpretation", "MONOCHROME1 or MONOCHROME2")
     need(_integer(ds, "SamplesPerPixel", 1) == 1, "SamplesPerPixel", "1")
@@ -295,6 +328,8 @@ def _read_pixels(ds: Dataset, file) -> np.ndarray:
         plugin, package = "", "pydicom"
     else:
         start = file.tell()
+        _check_whole(file, syntax, order)
+        file.seek(start)
         shape = _codestream_shape(file.read(1 << 20), syntax)
         file.seek(start)
         if shape and shape != (rows, columns):  # a decoder would make room for what it finds there
@@ -310,17 +345,33 @@ def _read_pixels(ds: Dataset, file) -> np.ndarray:
     options = as_pixel_options(
         ds, transfer_syntax_uid=syntax, pixel_keyword="PixelData", pixel_vr=vr, number_of_frames=1
     )
-    try:
+    with _foreign_code(f"PixelData could not be decoded as {syntax.name} by {package}"):
         stored, _ = get_decoder(syntax).as_array(
             file, index=0, raw=True, decoding_plugin=plugin, **options
         )
-    except Exception as error:  # four decoder packages, each with its own kinds
-        what = f"PixelData could not be decoded as {syntax.name} by {package}"
-        raise _third_party(what, error) from None
     kind = "ui"[ds.PixelRepresentation]
     stored = np.ascontiguousarray(stored, dtype=f"={kind}{bits // 8}")
     assert stored.shape == (rows, columns)
     return stored
+
+
+def _check_whole(file, syntax: uid.UID, order: str) -> None:
+    """Raise NotUsable for compressed data that end early: of the decoders some hang, some invent.
+
+    PixelData is a sequence of items, a table and the stream's fragments (PS3.5 A.4).
+    """
+    size, last = os.fstat(file.fileno()).st_size, b""
+    while len(head := file.read(8)) == 8:
+        group, number, length = struct.unpack(f"{order}HHL", head)
+        if (group, number) == (0xFFFE, 0xE0DD):  # end of the sequence
+            if syntax not in MARKED or b"\xff\xd9" in last:  # end of the image
+                return
+            break
+        if (group, number) != (0xFFFE, 0xE000) or file.tell() + length > size:
+            break
+        file.seek(max(length - 16, 0), os.SEEK_CUR)
+        last = file.read(min(length, 16))
+    raise NotUsable("PixelData is cut off or its fragments are damaged")
 
 
 def _codestream_shape(head: bytes, syntax: uid.UID) -> tuple[int, int] | None:
@@ -443,7 +494,7 @@ def window(x: np.ndarray, center: float, width: float, function: str) -> np.ndar
             return np.where(x <= center, -1.0, 1.0)
     elif function not in ("LINEAR_EXACT", "SIGMOID") or width <= 0:
         raise NotUsable(
-            f"WindowWidth is {width:g} with VOILUTFunction {function[:16]!r}; expected at least 1 "
+            f"WindowWidth is {width:g} with VOILUTFunction {_shown(function)}; expected at least 1 "
             "with LINEAR or more than 0 with LINEAR_EXACT or SIGMOID"
         )
     y = 2 * (x - center) / width
@@ -470,8 +521,8 @@ def _apply_lut(ds: Dataset, keyword: str, x: np.ndarray, signed: bool) -> tuple[
     if len(descriptor) != 3 or item.get("LUTData") is None:
         raise NotUsable(f"{keyword} has no complete LUT")
     count = (int(descriptor[0]) & 0xFFFF) or 65536  # 65536 does not fit its 16 bits
-    first, bits = int(descriptor[1]), int(descriptor[2])
-    if signed and first >= 2**15:  # two's complement, whatever the VR says
+    first, bits = int(descriptor[1]) & 0xFFFF, int(descriptor[2])
+    if signed and first >= 2**15:  # two's complement or not follows from x, whatever the VR says
         first -= 2**16
     if not 1 < bits <= 16:
         raise NotUsable(f"{keyword} says {bits} bits an entry; expected 8 or 10 to 16")
@@ -499,31 +550,28 @@ def _lut_words(ds: Dataset, item: Dataset) -> np.ndarray:
 
 def _read_raster(path: Path, file) -> Mammogram:
     """8- or 16-bit greyscale PNG, PGM, TIFF or JPEG; the bounds are those of the bit depth."""
-    try:
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = Image.open(file, formats=("PNG", "PPM", "TIFF", "JPEG"))
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise NotUsable(f"header claims more than {MAX_PIXELS // 10**6} megapixels") from None
-    except Image.UnidentifiedImageError:
-        raise NotUsable("neither DICOM nor PNG, PGM, TIFF or JPEG") from None
-    except Exception as error:  # damaged files make Pillow raise almost anything
-        raise _third_party("image is damaged", error) from None
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+    with _foreign_code("image is damaged"):
+        try:
+            image = Image.open(file, formats=("PNG", "PPM", "TIFF", "JPEG"))
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+            raise NotUsable(f"header claims more than {MAX_PIXELS // 10**6} megapixels") from None
+        except Image.UnidentifiedImageError:
+            raise NotUsable("neither DICOM nor PNG, PGM, TIFF or JPEG") from None
     _check_size(image.height, image.width)
-    if image.mode not in ("L", "I;16", "I;16L", "I;16B"):
+    wide = image.mode in ("I;16", "I;16L", "I;16B") or (image.format, image.mode) == ("PPM", "I")
+    if image.mode != "L" and not wide:
         raise NotUsable(f"{image.format} of mode {image.mode}; expected 8- or 16-bit greyscale")
-    try:
+    with _foreign_code(f"{image.format} is damaged"):
         frames = getattr(image, "n_frames", 1)
         white_is_zero = image.format == "TIFF" and image.tag_v2.get(262) == 0
-        stored = np.asarray(image)
-    except Exception as error:
-        raise _third_party(f"{image.format} is damaged", error) from None
+        stored = np.ascontiguousarray(image, dtype=np.uint16 if wide else np.uint8)
     if frames > 1:
         raise NotUsable(f"{image.format} holds {frames} images; expected 1")
-    stored = np.ascontiguousarray(stored, dtype=f"=u{stored.dtype.itemsize}")
     values = np.arange(2 ** (8 * stored.itemsize), dtype=stored.dtype)
     display = np.linspace(-1, 1, len(values))
     text = f"no window, bit depth 0 to {values[-1]}"
-    if white_is_zero and stored.itemsize == 2:  # Pillow has inverted 8-bit ones already
+    if white_is_zero and wide:  # Pillow has inverted 8-bit ones already
         display, text = -display, f"{text}; inverted"
     table = DisplayTable(values, display.astype(np.float32), text)
     return Mammogram(
