@@ -184,7 +184,7 @@ def main(preset, task, device, steps, rounds, batch_size, threads, profiled, dry
         torch.set_num_threads(threads)
     device = models.choose_device(device)
     gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name() if gpu else f"{platform.processor()} CPU"
+    name = torch.cuda.get_device_name() if gpu else f"{platform.processor() or platform.machine()} CPU"
     print(
         f"{preset}, {task}, batch {config.batch_size} per class, torch {torch.__version__}, "
         f"{name}, {torch.get_num_threads()} threads, {steps} steps x {rounds} rounds\n"
