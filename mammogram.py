@@ -54,23 +54,48 @@ MARKED = [  # streams that end in a marker, which some makers leave out of JPEG 
 LOSSY = (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLSNearLossless, uid.JPEG2000)
 NATIVE = (uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.ExplicitVRBigEndian)
 
-# All that is ever read of a DICOM file: no name, no identifier but two UIDs (which only leave
-# hashed), no date, no free text enters the program.
+# --- What is read of a DICOM file, and what of it a derived file may hold ---
+
+NUMBERS = (  # copied as they are: nobody's name fits into a number
+    *("SamplesPerPixel", "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit"),
+    *("PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit", "RescaleSlope"),
+    *("RescaleIntercept", "WindowCenter", "WindowWidth", "PixelSpacing", "ImagerPixelSpacing"),
+    *("NominalScannedPixelSpacing", "EstimatedRadiographicMagnificationFactor"),
+    *("LossyImageCompressionRatio", "PixelIntensityRelationshipSign"),
+)
+WORDS = {  # copied when every value is one of these, so that no text comes through
+    "Modality": MODALITIES,
+    "PresentationIntentType": ("FOR PRESENTATION",),
+    "PhotometricInterpretation": ("MONOCHROME1", "MONOCHROME2"),
+    "VOILUTFunction": ("LINEAR", "LINEAR_EXACT", "SIGMOID"),
+    "PresentationLUTShape": ("IDENTITY", "INVERSE"),
+    "RescaleType": ("US", "OD"),
+    "BodyPartExamined": ("BREAST",),
+    "OrganExposed": ("BREAST",),
+    "Laterality": ("L", "R", "B"),
+    "ImageLaterality": ("L", "R", "B"),
+    "ViewPosition": ("CC", "MLO", "ML", "LM", "LMO", "SIO", "FB", "XCC", "XCCL", "XCCM", "AT"),
+    "PatientOrientation": ("A", "P", "L", "R", "H", "F", "FL", "FR", "HL", "HR", "AF", "PF"),
+    "BurnedInAnnotation": ("YES", "NO"),
+    "LossyImageCompression": ("00", "01"),
+    "LossyImageCompressionMethod": ("ISO_10918_1", "ISO_14495_1", "ISO_15444_1"),
+    "PixelIntensityRelationship": ("LIN", "LOG"),
+    "PositionerType": ("MAMMOGRAPHIC", "NONE"),
+    "DetectorType": ("DIRECT", "SCINTILLATOR", "STORAGE", "FILM"),
+    "BreastImplantPresent": ("YES", "NO"),
+    "ConversionType": ("DV", "DI", "DF", "WSD", "SD", "SI", "DRW", "SYN"),
+}
+CODES = {  # copied when pydicom knows the code, with pydicom's meaning in place of the file's
+    "AnatomicRegionSequence": (codes.SCT.Breast,),
+    "ViewCodeSequence": tuple(getattr(codes.cid4014, name) for name in codes.cid4014.dir()),
+    "ViewModifierCodeSequence": tuple(getattr(codes.cid4015, name) for name in codes.cid4015.dir()),
+}
+LUTS = ("ModalityLUTSequence", "VOILUTSequence")
+# All that is ever read: no name, no identifier but two UIDs (which only leave hashed), no date, no
+# free text enters the program.
 KEYWORDS = (
-    *("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "Modality", "PresentationIntentType"),
-    *("ImageType", "BodyPartExamined", "AnatomicRegionSequence", "ViewCodeSequence"),
-    *("SpecimenDescriptionSequence", "NumberOfFrames", "SamplesPerPixel"),
-    *("PhotometricInterpretation", "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit"),
-    *("PixelRepresentation", "PlanarConfiguration", "PixelPaddingValue", "PixelPaddingRangeLimit"),
-    *("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "VOILUTSequence"),
-    *("WindowCenter", "WindowWidth", "VOILUTFunction", "PresentationLUTShape"),
-    *("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing"),
-    *("EstimatedRadiographicMagnificationFactor", "Laterality", "ImageLaterality", "ViewPosition"),
-    *("PatientOrientation", "BurnedInAnnotation", "LossyImageCompression"),
-    *("LossyImageCompressionRatio", "LossyImageCompressionMethod"),
-    # not read here, but a derived file must have them
-    *("PixelIntensityRelationship", "PixelIntensityRelationshipSign", "RescaleType"),
-    *("PositionerType", "DetectorType", "OrganExposed", "BreastImplantPresent", "ConversionType"),
+    *(*NUMBERS, *WORDS, *CODES, *LUTS, "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID"),
+    *("ImageType", "SpecimenDescriptionSequence", "NumberOfFrames", "PlanarConfiguration"),
 )
 
 # They log tracebacks when decoding fails; NotUsable says it in one line.
@@ -171,17 +196,7 @@ def _read_dicom(path: Path, file) -> Mammogram:
     _exclude(ds)
     stored = _read_pixels(ds, file)
     table = dicom_table(ds)
-    spacing_mm, spacing_source = _spacing(ds)
-    return Mammogram(
-        path=path,
-        stored=stored,
-        display=table.apply(stored),
-        spacing_mm=spacing_mm,
-        spacing_source=spacing_source,
-        windowing=table.text,
-        ds=ds,
-        table=table,
-    )
+    return Mammogram(path, stored, table.apply(stored), *_spacing(ds), table.text, ds, table)
 
 
 def _read_header(path: Path, file) -> Dataset:
@@ -574,16 +589,7 @@ def _read_raster(path: Path, file) -> Mammogram:
     if white_is_zero and wide:  # Pillow has inverted 8-bit ones already
         display, text = -display, f"{text}; inverted"
     table = DisplayTable(values, display.astype(np.float32), text)
-    return Mammogram(
-        path=path,
-        stored=stored,
-        display=table.apply(stored),
-        spacing_mm=None,
-        spacing_source="",
-        windowing=text,
-        ds=None,
-        table=table,
-    )
+    return Mammogram(path, stored, table.apply(stored), None, "", text, None, table)
 
 
 # --- Writing: a derived DICOM file, a 16-bit PNG, COCO annotations (F7) ---
@@ -592,40 +598,6 @@ EMPTY = (  # required, may be empty, and nothing of the source is copied into th
     *("StudyDate", "StudyTime", "ContentDate", "ContentTime", "AccessionNumber", "StudyID"),
     *("ReferringPhysicianName", "PatientBirthDate", "PatientSex", "Manufacturer"),
 )
-NUMBERS = (  # copied as they are: nobody's name fits into a number
-    *("SamplesPerPixel", "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit"),
-    *("PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit", "RescaleSlope"),
-    *("RescaleIntercept", "WindowCenter", "WindowWidth", "PixelSpacing", "ImagerPixelSpacing"),
-    *("NominalScannedPixelSpacing", "EstimatedRadiographicMagnificationFactor"),
-    *("LossyImageCompressionRatio", "PixelIntensityRelationshipSign"),
-)
-WORDS = {  # copied when every value is one of these, so that no text comes through
-    "Modality": MODALITIES,
-    "PresentationIntentType": ("FOR PRESENTATION",),
-    "PhotometricInterpretation": ("MONOCHROME1", "MONOCHROME2"),
-    "VOILUTFunction": ("LINEAR", "LINEAR_EXACT", "SIGMOID"),
-    "PresentationLUTShape": ("IDENTITY", "INVERSE"),
-    "RescaleType": ("US", "OD"),
-    "BodyPartExamined": ("BREAST",),
-    "OrganExposed": ("BREAST",),
-    "Laterality": ("L", "R", "B"),
-    "ImageLaterality": ("L", "R", "B"),
-    "ViewPosition": ("CC", "MLO", "ML", "LM", "LMO", "SIO", "FB", "XCC", "XCCL", "XCCM", "AT"),
-    "PatientOrientation": ("A", "P", "L", "R", "H", "F", "FL", "FR", "HL", "HR", "AF", "PF"),
-    "BurnedInAnnotation": ("YES", "NO"),
-    "LossyImageCompression": ("00", "01"),
-    "LossyImageCompressionMethod": ("ISO_10918_1", "ISO_14495_1", "ISO_15444_1"),
-    "PixelIntensityRelationship": ("LIN", "LOG"),
-    "PositionerType": ("MAMMOGRAPHIC", "NONE"),
-    "DetectorType": ("DIRECT", "SCINTILLATOR", "STORAGE", "FILM"),
-    "BreastImplantPresent": ("YES", "NO"),
-    "ConversionType": ("DV", "DI", "DF", "WSD", "SD", "SI", "DRW", "SYN"),
-}
-CODES = {  # copied when pydicom knows the code, with pydicom's meaning in place of the file's
-    "AnatomicRegionSequence": (codes.SCT.Breast,),
-    "ViewCodeSequence": tuple(getattr(codes.cid4014, name) for name in codes.cid4014.dir()),
-    "ViewModifierCodeSequence": tuple(getattr(codes.cid4015, name) for name in codes.cid4015.dir()),
-}
 
 
 def write_derived_dicom(
@@ -647,20 +619,21 @@ def write_derived_dicom(
             setattr(ds, keyword, values)  # empty stays empty: some must be there
     for keyword in CODES:
         _copy_codes(source.ds, ds, keyword)
-    for keyword in ("ModalityLUTSequence", "VOILUTSequence"):
-        items = [_copy_lut(source.ds, item) for item in source.ds.get(keyword) or ()]
-        if items:
-            setattr(ds, keyword, items)
+    for keyword in LUTS:
+        if items := source.ds.get(keyword):
+            setattr(ds, keyword, [_copy_lut(source.ds, item) for item in items])
     for item in ds.get("ModalityLUTSequence", ()):
         item.ModalityLUTType = "US"  # unspecified
 
     def new_uid(*what: object) -> str:
         return uid.generate_uid(entropy_srcs=["derived", *map(str, what)])
 
-    origin = source.ds.get("SOPInstanceUID", source.image_uid)
-    study = source.ds.get("StudyInstanceUID", origin)
+    origin = source.ds.get("SOPInstanceUID") or source.image_uid
+    study = source.ds.get("StudyInstanceUID") or origin
     reference = Dataset()
-    ds.SOPClassUID = reference.ReferencedSOPClassUID = source.ds.SOPClassUID
+    kind = uid.UID(source.ds.get("SOPClassUID") or "")
+    ds.SOPClassUID = kind if kind.type == "SOP Class" else uid.SecondaryCaptureImageStorage
+    reference.ReferencedSOPClassUID = ds.SOPClassUID
     reference.ReferencedSOPInstanceUID = new_uid("source", origin)
     purpose = codes.DCM.SourceImageForImageProcessingOperation
     reference.PurposeOfReferenceCodeSequence = [_code_item(purpose)]
@@ -747,16 +720,10 @@ def coco(images: list[dict], annotations: list[dict]) -> dict:
     filled = []
     for number, annotation in enumerate(annotations, start=1):
         row0, col0, row1, col1 = annotation["bbox"]
-        filled.append(
-            annotation
-            | {
-                "id": number,
-                "category_id": names.index(annotation["category"]) + 1,
-                "bbox": [col0, row0, col1 - col0, row1 - row0],
-                "area": sum(annotation["segmentation"]["counts"][1::2]),
-                "iscrowd": 0,
-            }
-        )
+        box = [col0, row0, col1 - col0, row1 - row0]
+        area = sum(annotation["segmentation"]["counts"][1::2])
+        label = {"id": number, "category_id": names.index(annotation["category"]) + 1}
+        filled.append(annotation | label | {"bbox": box, "area": area, "iscrowd": 0})
     return {
         "info": {"description": "Synthetic lesions in mammograms; research only"},
         "images": images,
