@@ -390,7 +390,7 @@ def cbis_case(
         "pathology": f"{pathology} ",
         "subtlety": "4",
         # as published: with newlines in the fields, and names of an older tree
-        "image file path": f"{case}/{uids[0]}/{uids[1]}\n/000000.dcm",
+        "image file path": f"{case}\n/{uids[0]}/{uids[1]}\n/000000.dcm",
         "cropped image file path": f"{case}_{number}/{uids[2]}/{uids[3]}/000000.dcm",
         "ROI mask file path": f"{case}_{number}/{uids[2]}/{uids[3]}/000001.dcm\n",
     }
