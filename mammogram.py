@@ -299,6 +299,15 @@ def _values(ds: Dataset, keyword: str) -> list:
     return [value] if isinstance(value, str | bytes | int | float) else list(value)
 
 
+def _floats(ds: Dataset, keyword: str) -> list[float]:
+    """The numbers of an element, none when one of them is no finite number."""
+    try:
+        values = [float(v) for v in _values(ds, keyword)]
+    except (TypeError, ValueError):
+        return []
+    return values if all(map(math.isfinite, values)) else []
+
+
 def _spacing(ds: Dataset) -> tuple[tuple[float, float] | None, str]:
     """(row, col) spacing in the breast and its source; (None, "") rather than a guess.
 
@@ -306,13 +315,13 @@ def _spacing(ds: Dataset) -> tuple[tuple[float, float] | None, str]:
     detector, larger by the magnification (PS3.3 10.7.1.3).
     """
     for keyword in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing"):
-        spacing = [float(v) for v in _values(ds, keyword)]
+        spacing = _floats(ds, keyword)
         if len(spacing) != 2 or not all(1e-3 < v < 10 for v in spacing):
             continue
-        factor = _values(ds, "EstimatedRadiographicMagnificationFactor")
-        if keyword == "ImagerPixelSpacing" and len(factor) == 1 and 1 < float(factor[0]) < 10:
-            spacing = [v / float(factor[0]) for v in spacing]
-            keyword += f" / magnification {float(factor[0]):g}"
+        factor = _floats(ds, "EstimatedRadiographicMagnificationFactor")
+        if keyword == "ImagerPixelSpacing" and len(factor) == 1 and 1 < factor[0] < 10:
+            spacing = [v / factor[0] for v in spacing]
+            keyword += f" / magnification {factor[0]:g}"
         return (spacing[0], spacing[1]), keyword
     return None, ""
 
@@ -489,9 +498,9 @@ def dicom_table(ds: Dataset) -> DisplayTable:
     if ds.PhotometricInterpretation == "MONOCHROME1" or shape == "INVERSE":
         y = -y  # [-1, 1] is the window: inverting here is inverting about it, and only here
         text.append("inverted")
-    padding = _values(ds, "PixelPaddingValue")
+    padding = _floats(ds, "PixelPaddingValue")
     if padding:
-        ends = [padding[0], (_values(ds, "PixelPaddingRangeLimit") or padding)[0]]
+        ends = [padding[0], (_floats(ds, "PixelPaddingRangeLimit") or padding)[0]]
         ends = [int(v) - 2**16 if signed and int(v) >= 2**15 else int(v) for v in ends]
         padded = (pattern >= min(ends)) & (pattern <= max(ends))
         y = np.where(padded, -1, y)
@@ -532,11 +541,11 @@ def _number(ds: Dataset, keyword: str, default: float | None = None) -> float:
 def _apply_lut(ds: Dataset, keyword: str, x: np.ndarray, signed: bool) -> tuple[np.ndarray, int]:
     """x through the first LUT of the sequence (C.11.1.1, C.11.2.1.1), and the LUT's top value."""
     item = ds[keyword].value[0]
-    descriptor = _values(item, "LUTDescriptor")
+    descriptor = [int(v) for v in _floats(item, "LUTDescriptor")]
     if len(descriptor) != 3 or item.get("LUTData") is None:
         raise NotUsable(f"{keyword} has no complete LUT")
-    count = (int(descriptor[0]) & 0xFFFF) or 65536  # 65536 does not fit its 16 bits
-    first, bits = int(descriptor[1]) & 0xFFFF, int(descriptor[2])
+    count = (descriptor[0] & 0xFFFF) or 65536  # 65536 does not fit its 16 bits
+    first, bits = descriptor[1] & 0xFFFF, descriptor[2]
     if signed and first >= 2**15:  # two's complement or not follows from x, whatever the VR says
         first -= 2**16
     if not 1 < bits <= 16:

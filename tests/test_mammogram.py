@@ -208,6 +208,12 @@ def test_Q19_LUT_descriptor_traps(tmp_path):
         assert found == pytest.approx([2 * v / 255 - 1 for v in entries])
     item = lut([0, 1023], 0, 10, vr="US")  # numbers in place of bytes
     assert display(tmp_path, [0, 1], VOILUTSequence=[item]) == [-1, 1]
+    # rescaled to positive numbers, the LUT of signed pixels starts at an unsigned 32768
+    item.add_new("LUTDescriptor", "SS", [2, -32768, 10])
+    found = display(tmp_path, [-1, 0, 1], np.int16, RescaleIntercept=32768, VOILUTSequence=[item])
+    assert found == [-1, -1, 1]
+    item.add_new("LUTDescriptor", "US", [2, 32768, 10])  # of unsigned pixels anyway
+    assert display(tmp_path, [32767, 32768, 32769], VOILUTSequence=[item]) == [-1, -1, 1]
 
 
 @pytest.mark.parametrize(
@@ -417,6 +423,13 @@ def test_a_DICOM_object_without_pixels_is_left_out(tmp_path):
 def test_a_missing_file_is_an_OSError(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_mammogram(tmp_path / "x.dcm")
+
+
+def test_a_spacing_that_is_no_number_is_none(tmp_path):
+    spacing = {"ImagerPixelSpacing": [0.25, 0.25], "PixelPaddingValue": 7}
+    path = write_dicom(tmp_path / "x.dcm", np.zeros((2, 2), np.uint16), **spacing)
+    path.write_bytes(path.read_bytes().replace(b"0.25", b"0.\xd7x"))
+    assert read_mammogram(path).spacing_mm is None
 
 
 @pytest.mark.parametrize(
