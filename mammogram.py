@@ -622,8 +622,10 @@ def write_derived_dicom(
     ds = FileDataset("", {}, preamble=bytes(128), file_meta=FileMetaDataset())
     for keyword in (*NUMBERS, *WORDS):
         values = _values(source.ds, keyword)
-        if not all(v in WORDS.get(keyword, values) for v in values):
+        if keyword in WORDS and not all(v in WORDS[keyword] for v in values):
             values = []
+        if keyword in NUMBERS and not _floats(source.ds, keyword):
+            values = []  # pydicom leaves a damaged number as text
         if keyword in source.ds:
             setattr(ds, keyword, values)  # empty stays empty: some must be there
     for keyword in CODES:

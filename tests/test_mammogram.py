@@ -430,6 +430,8 @@ def test_a_spacing_that_is_no_number_is_none(tmp_path):
     path = write_dicom(tmp_path / "x.dcm", np.zeros((2, 2), np.uint16), **spacing)
     path.write_bytes(path.read_bytes().replace(b"0.25", b"0.\xd7x"))
     assert read_mammogram(path).spacing_mm is None
+    derive(read_mammogram(path), tmp_path / "new.dcm")
+    assert not pydicom.dcmread(tmp_path / "new.dcm").ImagerPixelSpacing
 
 
 @pytest.mark.parametrize(
