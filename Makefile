@@ -39,7 +39,8 @@ cbis: .venv/stamp
 	done
 	$(M) train-cls --data $(C)/patches --run $(C)/cls-blob --preset $(PRESET) --seeds $(SEEDS) --device $(DEVICE) \
 	  --synthetic $(C)/blob-mass --synthetic $(C)/blob-removal --proportion 0.50
-	$(M) evaluate --data $(C)/patches --baseline $(C)/cls-baseline $(SETS) --out $(C)/report --device $(DEVICE) \
+	$(M) evaluate --data $(C)/patches --baseline $(C)/cls-baseline $(SETS) \
+	  --synthetic $(C)/blob-mass --synthetic $(C)/blob-removal --out $(C)/report --device $(DEVICE) \
 	  $(foreach p,$(PROPORTIONS),--augmented $(C)/cls-$(p)) --augmented $(C)/cls-blob
 
 lint: .venv/stamp

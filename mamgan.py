@@ -113,7 +113,7 @@ def cli() -> None:
 @preset_options(
     data.PREPARE_PRESETS,
     {
-        "spacing_mm": "Resample to this spacing; None keeps native pixels, as the paper (Q19).",
+        "spacing_mm": "Resample to this spacing; 0 keeps native pixels, as the paper (Q19).",
         "normals_from_annotated": "Cut normal patches from annotated images too, off the boxes.",
         "pseudonymise": "Hash patient ids and paths with the key in MAMGAN_PSEUDONYM_KEY.",
     },
@@ -128,7 +128,7 @@ def cli() -> None:
 @click.option(
     "--birads-as-pathology",
     is_flag=True,
-    help="VinDr-Mammo, INbreast: BI-RADS 4 and 5 stand for malignant, 2 and 3 for benign.",
+    help="VinDr-Mammo, INbreast: BI-RADS 4 to 6 stand for malignant, 2 and 3 for benign.",
 )
 @click.option("--qc", default=0, help="Contact sheet of so many images: mask, boxes, windows.")
 @click.option(
@@ -148,6 +148,8 @@ def prepare(
         findings, notes = data.read_manifest(source), []
     else:
         findings, notes = sources.READERS[source_format](source, birads_as_pathology)
+    for note in notes:
+        click.echo(note, err=True)
     config = configure(data.PREPARE_PRESETS, preset, options, seed=seed).with_counts(counts)
     data.prepare(findings, out, config, workers=workers, qc=qc, notes=notes)
 
@@ -430,7 +432,7 @@ def demo(out, seed):
         patches,
         out / "cls-baseline",
         augmented,
-        sets[""],
+        sets[""] + sets["blob"],
         out / "report",
         seed=seed,
         skipped=skipped,

@@ -632,8 +632,6 @@ class ClassifierConfig:
     width: int = 64  # ResNet-50's; smaller for the CPU
     blocks: tuple[int, ...] = (3, 4, 6, 3)  # ResNet-50's
     include_benign: bool = False  # benign patches as negatives (Q36)
-    g_accepted: float = 0.0  # use the last G of which so many validation lesions pass S3 to S5,
-    # or else the one of which most do; 0 = the last
     bfloat16: bool = True  # on a GPU: autocast; the CPU always computes in float32
 
 

@@ -184,7 +184,8 @@ def main(preset, task, device, steps, rounds, batch_size, threads, profiled, dry
         torch.set_num_threads(threads)
     device = models.choose_device(device)
     gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name() if gpu else f"{platform.processor() or platform.machine()} CPU"
+    cpu = f"{platform.processor() or platform.machine()} CPU"
+    name = torch.cuda.get_device_name() if gpu else cpu
     print(
         f"{preset}, {task}, batch {config.batch_size} per class, torch {torch.__version__}, "
         f"{name}, {torch.get_num_threads()} threads, {steps} steps x {rounds} rounds\n"

@@ -1,0 +1,172 @@
+"""The command line: what users type, what they read when something is wrong."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import data
+import mamgan
+import phantom
+from mammogram import write_png16
+
+ROOT = Path(mamgan.__file__).parent
+COMMANDS = ("prepare", "train-gan", "synthesize", "train-cls", "evaluate", "demo")
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(mamgan.cli, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory) -> Path:
+    return phantom.write_phantoms(tmp_path_factory.mktemp("phantoms") / "set", patients=8)
+
+
+@pytest.fixture(scope="module")
+def patches(manifest, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("patches") / "set"
+    held = ("train/normal", "train/malignant_mass", "train/malignant_calcification")
+    counts = [f"--count={key}=16" for key in (*held, "val/normal", "val/malignant_mass")]
+    result = run("prepare", manifest, "--out", out, "--preset", "tiny", *counts)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_help_lists_the_six_commands():
+    result = run("--help")
+    assert result.exit_code == 0
+    assert all(f"  {command} " in result.output for command in COMMANDS)
+    assert "not for clinical use" in result.output
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command_states_defaults(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert "--seed" in result.output
+    assert "[default: 0]" in " ".join(result.output.split())
+
+
+def test_help_states_the_value_of_every_preset():
+    text = " ".join(run("train-gan", "--help").output.split())
+    assert "(T1). [paper 1e-05, cbis 0.0002, tiny 0.0002]" in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("prepare",),
+        ("train-gan", "--task", "cyst", "--data", "d", "--run", "r"),
+        ("synthesize", "--gan", "g", "--out", "o"),
+        ("synthesize", "--gan", "g", "--out", "o", "--data", "d", "--lesions", "2"),
+        ("train-cls", "--data", "d", "--run", "r", "--proportion", "1.5"),
+        ("prepare", "m.csv", "--out", "o", "--birads-as-pathology"),
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments):
+    assert run(*arguments).exit_code == 2
+
+
+def message(result) -> str:
+    """The one clear message of a failed command."""
+    assert result.exit_code == 1
+    assert "Traceback" not in result.output
+    (line,) = [x for x in result.output.splitlines() if x.startswith("Error: ")]
+    return line
+
+
+def test_missing_and_unreadable_manifests_are_one_message(tmp_path):
+    absent = run("prepare", tmp_path / "absent.csv", "--out", tmp_path / "out")
+    assert "absent.csv" in message(absent)
+    (tmp_path / "odd.csv").write_bytes(b"\xff\xfe\x00odd")
+    assert "odd.csv" in message(run("prepare", tmp_path / "odd.csv", "--out", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_no_patch_set_is_one_message(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for command in (
+        ("train-gan", "--task", "mass", "--run", tmp_path / "run", "--preset", "tiny"),
+        ("train-cls", "--run", tmp_path / "run", "--preset", "tiny"),
+        ("synthesize", "--gan", tmp_path / "empty", "--out", tmp_path / "run"),
+        ("evaluate", "--baseline", tmp_path / "empty", "--out", tmp_path / "run"),
+    ):
+        assert "empty" in message(run(*command, "--data", tmp_path / "empty"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_made_with_other_options_is_refused_by_name(patches, tmp_path):
+    line = ("train-cls", "--data", patches, "--preset", "tiny", "--run", tmp_path / "run")
+    short = ("--samples", "8", "--batch-size", "4", "--width", "4", "--device", "cpu")
+    assert run(*line, *short).exit_code == 0
+    assert "decay: 0.9 there, 0.5 now" in message(run(*line, *short, "--decay", "0.5"))
+
+
+def test_a_patch_set_of_another_size_names_both(patches, tmp_path):
+    found = message(run("train-gan", "--task", "mass", "--data", patches, "--run", tmp_path / "r"))
+    assert "64 px" in found
+    assert "256 px" in found
+
+
+def test_a_folder_that_cannot_be_written_is_one_message(manifest, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert "file" in message(run("prepare", manifest, "--out", tmp_path / "file" / "out"))
+
+
+def test_no_space_left_says_what_to_do():
+    error = OSError(28, "No space left on device", "/data/patches")
+    assert mamgan._one_line(error) == (
+        "/data/patches: No space left on device; free some space, then run it again"
+    )
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_stops_soon_says_how_to_go_on_and_the_same_command_does(manifest, tmp_path, kind):
+    line = [sys.executable, ROOT / "mamgan.py", "prepare", manifest, "--out", tmp_path / "out"]
+    line += ["--preset", "tiny", "--workers", "1"]
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "out" / "config.json").exists():
+        time.sleep(0.05)
+    process.send_signal(kind)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "stopped; the same command goes on from here" in text
+    assert data.read_json(tmp_path / "out" / "config.json")["complete"] is False
+    with pytest.raises(ValueError, match="not finished"):
+        data.patch_config(tmp_path / "out")
+    assert run(*line[2:]).exit_code == 0
+
+
+def test_file_names_with_spaces_quotes_newlines_and_leading_dashes_work(tmp_path):
+    folder = tmp_path / "a folder, 'quoted'\n-and odd"
+    folder.mkdir()
+    display, _, _ = phantom.render(0, 0, "L", "CC")
+    name = '-P1 "ä";\nCC.png'
+    write_png16(folder / name, (np.clip(display, 0, 1) * 65535).astype(np.uint16))
+    with open(folder / "manifest.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(data.MANIFEST_COLUMNS)
+        writer.writerow([name, "P1", "L", "CC", "", "normal", "", "", "", ""])
+    found = data.read_manifest(folder / "manifest.csv")
+    assert os.path.samefile(found[0].image_path, folder / name)
+
+
+def test_table_is_printed_with_intervals_and_reasons(tmp_path, capsys):
+    base = {"regime": "Baseline", "auc": 0.8, "low": 0.7, "high": 0.9, "delta": None}
+    more = {"regime": "50% w/ decay", "auc": 0.82, "low": 0.72, "high": 0.92, "delta": 0.02}
+    more |= {"delta_low": -0.01, "delta_high": 0.05, "p_delong": 0.03, "p_clustered": 0.2}
+    none = {"regime": "Blob control", "auc": None, "reason": "synthetic-mass-blob is empty"}
+    mamgan.print_table([base, more, none], tmp_path)
+    text = capsys.readouterr().out
+    assert "0.820 (0.720 to 0.920)" in text
+    assert "+0.020 (-0.010 to +0.050)" in text
+    assert "skipped: synthetic-mass-blob is empty" in text
+    assert str(tmp_path / "report.html") in text
