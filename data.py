@@ -1091,12 +1091,34 @@ def _pool(workers: int, *work: object) -> Iterator[concurrent.futures.Executor]:
     )
     with pool:
         try:
+            with _signals_after():  # Python drops a KeyboardInterrupt that comes while it forks
+                pool.submit(os.getpid).result()  # forks all workers
             yield pool
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in set(multiprocessing.active_children()) - before:
                 process.terminate()
             raise
+
+
+@contextlib.contextmanager
+def _signals_after() -> Iterator[None]:
+    """SIGINT and SIGTERM that come meanwhile interrupt at the end of the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = []
+    before = {
+        number: signal.signal(number, lambda number, _: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def _read_lines(path: Path) -> Iterator[dict]:

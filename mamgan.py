@@ -130,9 +130,17 @@ def cli() -> None:
     is_flag=True,
     help="VinDr-Mammo, INbreast: BI-RADS 4 to 6 stand for malignant, 2 and 3 for benign.",
 )
-@click.option("--qc", default=0, help="Contact sheet of so many images: mask, boxes, windows.")
 @click.option(
-    "--workers", default=os.cpu_count() or 1, help="Processes; any number writes the same bytes."
+    "--qc",
+    type=click.IntRange(0),
+    default=0,
+    help="Contact sheet of so many images: mask, boxes, windows.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    default=os.cpu_count() or 1,
+    help="Processes; any number writes the same bytes.",
 )
 @seed_option
 def prepare(
@@ -204,7 +212,7 @@ def train_gan(task, patches, run, preset, seed, device, **options):
 @click.option("--gan", type=FOLDER, required=True, help="Run of train-gan.")
 @click.option("--data", "patches", type=FOLDER, help="Patch set that the GAN was trained on.")
 @click.option("--out", type=FOLDER, required=True, help="Synthetic set, or folder of full images.")
-@click.option("-n", "number", default=5000, help="Samples to write (S10).")
+@click.option("-n", "number", type=click.IntRange(1), default=5000, help="Samples to write (S10).")
 @click.option(
     "--component",
     type=click.Choice(["largest", "cluster"]),
@@ -220,13 +228,20 @@ def train_gan(task, patches, run, preset, seed, device, **options):
 @click.option(
     "--min-area",
     "min_area_frac",
-    type=float,
+    type=click.FloatRange(0, 1),
     help="Smallest object, share of the patch (S5).  [largest 0.10, cluster 0.02]",
 )
-@click.option("--expand", "dilate_px", default=postprocess.DILATE_PX, help="px at 256 px (S6).")
+@click.option(
+    "--expand",
+    "dilate_px",
+    type=click.FloatRange(0),
+    default=postprocess.DILATE_PX,
+    help="px at 256 px (S6).",
+)
 @click.option(
     "--smoothing",
     "smooth_sigma",
+    type=click.FloatRange(0, min_open=True),
     default=postprocess.SMOOTH_SIGMA,
     help="Sigma of the Gaussian, px at 256 px (S7, Q29).",
 )

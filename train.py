@@ -553,14 +553,14 @@ def train_gan(config: GanConfig, data: Path, run: Path, device: torch.device) ->
                 text = f"lesion share {row['lesion_share']:.3f}"
             if logging:
                 recorded = []
+            if showing and log:  # before the checkpoint: what a kill leaves out is made again
+                watch.grid(watch.look(average, size, alpha)[1], run / f"samples/{done:06d}.png")
+                plot_log(run)
             if (showing or stopping) and log:
                 state = {name: part.state_dict() for name, part in parts.items()}
                 state |= {"step": done, "recorded": recorded, "best": best}
                 state["lasting"] = watch.lasting
                 save_checkpoint(run, state)
-            if showing and log:
-                watch.grid(watch.look(average, size, alpha)[1], run / f"samples/{done:06d}.png")
-                plot_log(run)
             if advance:
                 advance(1, text)
             world.wait()  # none leaves while the first one writes

@@ -240,7 +240,7 @@ def test_killed_and_stopped_at_random_moments_a_run_ends_bitwise_the_same(
     for attempt in range(60):
         process = fork.Process(target=child, args=(config, patches, run, sets))
         process.start()
-        process.join(clock.uniform(0.05, 1.5) if attempt < 50 else None)
+        process.join(clock.uniform(0.05, 0.6) if attempt < 50 else None)
         if process.is_alive():
             stopped += 1
             os.kill(process.pid, clock.choice([signal.SIGKILL, signal.SIGTERM]))
