@@ -81,7 +81,7 @@ def sets(patches, tmp_path_factory) -> list[Path]:
     return [write_synthetic(folder / t, patches, t) for t in ("mass", "calcification", "removal")]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -65,7 +65,7 @@ def patches(tmp_path_factory) -> Path:
     return patch_set(tmp_path_factory.mktemp("data") / "patches")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
