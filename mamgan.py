@@ -395,7 +395,7 @@ DEMO_PATIENTS = 60
 @click.option("--out", type=FOLDER, required=True, help="Folder for everything.")
 @seed_option
 def demo(out, seed):
-    """All of it on synthetic phantoms: about ten minutes on two CPU cores.
+    """All of it on synthetic phantoms: a quarter of an hour on two CPU cores.
 
     Runs the other commands one after the other and prints each; given again, it goes on.
     """
