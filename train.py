@@ -205,6 +205,42 @@ def join_world(device: torch.device) -> Iterator[World]:
         dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def training(
+    run: Path, command: str, facts: dict, batch_size: int, device: torch.device
+) -> Iterator[World]:
+    """The processes of one run; the first one holds its folder (data.claim_folder)."""
+    with join_world(device) as world, contextlib.ExitStack() as stack:
+        if batch_size % world.size:
+            raise ValueError(
+                f"--batch-size {batch_size}: found {world.size} processes; expected a batch that "
+                "they share evenly"
+            )
+        if world.rank == 0:
+            stack.enter_context(claim_folder(run, command, facts))
+        world.wait()
+        yield world
+
+
+class ReadAhead:
+    """`draw(step)` of a subclass; a thread reads the next step's patches while one is computed."""
+
+    def __init__(self, config, steps: int):
+        self.config, self.steps = config, steps
+        self.world = World()  # those that share each batch, once they have joined
+        self.reader = ThreadPoolExecutor(1)
+        self.ahead: dict[int, Future] = {}
+        self.waited = 0.0  # seconds that training stood still for data
+
+    def at(self, step: int) -> tuple:
+        start = time.perf_counter()
+        drawn = (self.ahead.pop(step, None) or self.reader.submit(self.draw, step)).result()
+        if step + 1 < self.steps:
+            self.ahead = {step + 1: self.reader.submit(self.draw, step + 1)}
+        self.waited += time.perf_counter() - start
+        return drawn
+
+
 # --- §2 Training details, Progressive growing ---
 
 
@@ -308,11 +344,12 @@ class Pool:
         return torch.from_numpy(to_float(np.stack(patches)))[:, None]
 
 
-class Batches:
-    """The patches of each step, drawn from (seed, step); the next step's are read meanwhile."""
+class Batches(ReadAhead):
+    """The patches of each step, drawn from (seed, step)."""
 
-    def __init__(self, config: GanConfig, data: Path, world: World, pinned: bool):
-        self.config, self.world, self.pinned = config, world, pinned
+    def __init__(self, config: GanConfig, data: Path, pinned: bool):
+        super().__init__(config, config.iters_base + config.iters_fade + config.iters_final)
+        self.pinned = pinned
         self.pools = [Pool.open(data, "train", name) for name in TASKS[config.task]]
         self.shared = TASKS[config.task].index(TASKS[config.task][0], 1)  # D's class that G reads
         for i, pool in enumerate(self.pools):
@@ -324,8 +361,6 @@ class Batches:
                 )
         # One source batch for D, then one for each G update (T2)
         self.pools += self.pools[:1] * (config.g_updates_mass if config.task == "mass" else 1)
-        self.reader = ThreadPoolExecutor(1)
-        self.ahead: dict[int, Future] = {}
 
     def draw(self, step: int) -> list[Tensor]:
         """D's sub-batches [source, real, benign, normal], then a source batch per G update."""
@@ -336,11 +371,6 @@ class Batches:
         rows[0], rows[self.shared] = both[:n], both[n:]
         drawn = [p.take(self.world.share(r)) for p, r in zip(self.pools, rows, strict=True)]
         return [x.pin_memory() for x in drawn] if self.pinned else drawn
-
-    def at(self, step: int) -> list[Tensor]:
-        future = self.ahead.get(step) or self.reader.submit(self.draw, step)
-        self.ahead = {step + 1: self.reader.submit(self.draw, step + 1)}
-        return future.result()
 
 
 class Watch:
@@ -444,21 +474,14 @@ def train_gan(config: GanConfig, data: Path, run: Path, device: torch.device) ->
             f"{data}: holds patches of {patches['patch_size']} px, the preset trains on "
             f"{config.patch_size} px; give the preset that prepared them"
         )
+    facts = asdict(config) | {"data": patches["fingerprint"]}
+    facts["spacing_mm"] = patches["spacing_mm"]  # what a pixel of full mammograms must become
+    batches = Batches(config, data, pinned=device.type == "cuda")
+    watch = Watch(config, data, device)
     with contextlib.ExitStack() as stack:
-        world = stack.enter_context(join_world(device))
-        if config.batch_size % world.size:
-            raise ValueError(
-                f"--batch-size {config.batch_size}: found {world.size} processes; expected a batch "
-                "that they share evenly"
-            )
-        batches = Batches(config, data, world, pinned=device.type == "cuda")
         stack.callback(batches.reader.shutdown)
-        watch = Watch(config, data, device)
-        facts = asdict(config) | {"data": patches["fingerprint"]}
-        facts["spacing_mm"] = patches["spacing_mm"]  # what a pixel of full mammograms must become
-        if world.rank == 0:
-            stack.enter_context(claim_folder(run, "train-gan", facts))
-        world.wait()
+        world = stack.enter_context(training(run, "train-gan", facts, config.batch_size, device))
+        batches.world, end = world, batches.steps
 
         # Networks, optimisers, and where an earlier run stopped
         G, D = networks(config, device)
@@ -474,7 +497,6 @@ def train_gan(config: GanConfig, data: Path, run: Path, device: torch.device) ->
                 part.load_state_dict(state[name])
             start, recorded = state["step"], [r.to(device) for r in state["recorded"]]
             best, watch.lasting = state["best"], state["lasting"]
-        end = config.iters_base + config.iters_fade + config.iters_final
         autocast = torch.autocast(
             device.type, torch.bfloat16, enabled=config.bfloat16 and device.type == "cuda"
         )
@@ -668,19 +690,16 @@ def synthetic_proportion(
     return initial * decay ** (samples_seen // every)
 
 
-class ClassifierBatches:
-    """The patches of each step, drawn from (seed, step); the next step's are read meanwhile."""
+class ClassifierBatches(ReadAhead):
+    """The patches of each step, drawn from (seed, step)."""
 
     def __init__(self, config: ClassifierConfig, data: Path, sets: list[SyntheticSet]):
-        self.config = config
+        super().__init__(config, -(-config.samples // config.batch_size))
         real = {1: [Pool.open(data, "train", "malignant")], 0: [Pool.open(data, "train", "normal")]}
         if config.include_benign:
             real[0].append(Pool.open(data, "train", "benign"))
         self.pools = {(y, False): Pool([a for p in real[y] for a in p.parts]) for y in (0, 1)}
         self.pools |= {(y, True): Pool([s.combined for s in sets if s.label == y]) for y in (0, 1)}
-        self.reader = ThreadPoolExecutor(1)
-        self.ahead: dict[int, Future] = {}
-        self.waited = 0.0  # seconds that training stood still for data
 
     def draw(self, step: int) -> tuple[Tensor, Tensor, int]:
         """Patches (B, 1, S, S), labels (B,) and how many are synthetic.
@@ -709,14 +728,6 @@ class ClassifierBatches:
                 x = x if len(x) else drawn.new_empty(n, *drawn.shape[1:])
                 x[rows] = drawn
         return x, torch.from_numpy(labels), int(synthetic.sum())
-
-    def at(self, step: int) -> tuple[Tensor, Tensor, int]:
-        start = time.perf_counter()
-        drawn = (self.ahead.pop(step, None) or self.reader.submit(self.draw, step)).result()
-        if (step + 1) * self.config.batch_size < self.config.samples:
-            self.ahead = {step + 1: self.reader.submit(self.draw, step + 1)}
-        self.waited += time.perf_counter() - start
-        return drawn
 
 
 def validation_auc(model: PatchClassifier, data: Path, device: torch.device) -> float:
@@ -755,23 +766,16 @@ def train_classifier(
     }
     if config.weights not in ("imagenet", "none"):
         facts["weights"] = f"file {sha256(Path(config.weights))[:16]}"
+    batches = ClassifierBatches(config, data, sets)
     with contextlib.ExitStack() as stack:
-        world = stack.enter_context(join_world(device))
-        if config.batch_size % world.size:
-            raise ValueError(
-                f"--batch-size {config.batch_size}: found {world.size} processes; expected a batch "
-                "that they share evenly"
-            )
-        batches = ClassifierBatches(config, data, sets)
         stack.callback(batches.reader.shutdown)
+        world = stack.enter_context(training(run, "train-cls", facts, config.batch_size, device))
         if world.rank == 0:
-            stack.enter_context(claim_folder(run, "train-cls", facts))
             if config.weights == "none":
                 warning = "WARNING: random first weights; the paper starts from ImageNet's (C1)"
                 click.secho(warning, fg="red", err=True)
             if sets and all(s.label for s in sets):
                 click.echo("no removal set: synthetic patches replace positives only", err=True)
-        world.wait()
 
         # Network, optimiser, and where an earlier run stopped
         with torch.random.fork_rng(devices=[]):
@@ -794,13 +798,12 @@ def train_classifier(
         autocast = torch.autocast(
             device.type, torch.bfloat16, enabled=config.bfloat16 and device.type == "cuda"
         )
-        steps = -(-config.samples // config.batch_size)
         log = stack.enter_context(open_log(run, start)) if world.rank == 0 else None
         stop = stack.enter_context(stop_requested())
         seen, since, text = start * config.batch_size, time.time(), ""
         advance = stack.enter_context(progress(config.samples, "train-cls", done=seen))
 
-        for step in range(start, steps):
+        for step in range(start, batches.steps):
             # Batch
             x, labels, synthetic_drawn = batches.at(step)
             share = world.share if len(x) == config.batch_size else lambda t: t
@@ -821,7 +824,7 @@ def train_classifier(
             sums += torch.stack([loss.detach() * len(labels), loss.new_tensor(synthetic_drawn)])
             stopping = world.any(stop(), device)
             looking = before // config.evaluate_every < seen // config.evaluate_every
-            looking = looking or step + 1 == steps
+            looking = looking or step + 1 == batches.steps
             if looking or stopping:
                 world.average([sums])
                 if not sums.isfinite().all():
@@ -852,7 +855,7 @@ def train_classifier(
                 state["best_so_far"] = {k: v for k, v in best.items() if k != "weights"}
                 save_checkpoint(run, state)
             world.wait()  # none leaves while the first one writes
-            if stopping and step + 1 < steps:
+            if stopping and step + 1 < batches.steps:
                 raise KeyboardInterrupt
             advance(len(labels), text)
 

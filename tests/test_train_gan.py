@@ -143,7 +143,7 @@ def test_G14_Q14_classes_of_each_task(patches):
         "removal": ("malignant", "normal", "benign", "malignant"),
     }
     for task, names in expected.items():
-        batches = Batches(dataclasses.replace(TINY, task=task), patches, World(), pinned=False)
+        batches = Batches(dataclasses.replace(TINY, task=task), patches, pinned=False)
         assert [pool.name for pool in batches.pools[:4]] == [f"train/{name}" for name in names]
         for pool in batches.pools:
             name = pool.name.removeprefix("train/")
@@ -155,7 +155,7 @@ def test_G14_Q14_classes_of_each_task(patches):
 def test_L2_Q10_sub_batches_are_equal_disjoint_and_fresh(patches):
     for task in ("mass", "removal"):
         config = dataclasses.replace(TINY, task=task, batch_size=8, g_updates_mass=2)
-        batches = Batches(config, patches, World(), pinned=False)
+        batches = Batches(config, patches, pinned=False)
         drawn = [batches.at(step) for step in range(20)]
         for tensors in drawn:
             assert len(tensors) == 4 + (2 if task == "mass" else 1)
@@ -165,12 +165,12 @@ def test_L2_Q10_sub_batches_are_equal_disjoint_and_fresh(patches):
             source, shared = kept[0], kept[batches.shared]
             assert not source & shared
         assert not torch.equal(drawn[0][0], drawn[1][0])
-        again = Batches(config, patches, World(), pinned=False).at(7)
+        again = Batches(config, patches, pinned=False).at(7)
         assert all(torch.equal(a, b) for a, b in zip(again, drawn[7], strict=True))
 
 
 def test_real_patches_are_what_the_patch_set_holds(patches):
-    batches = Batches(TINY, patches, World(), pinned=False)
+    batches = Batches(TINY, patches, pinned=False)
     stored = data.open_patches(patches, "train", "malignant_mass")
     real = batches.at(0)[1]
     numbers = [int(n) for n in data.to_uint16(real[:, 0, 0, 0].numpy()) - 1_000]
