@@ -81,14 +81,6 @@ def sets(patches, tmp_path_factory) -> list[Path]:
     return [write_synthetic(folder / t, patches, t) for t in ("mass", "calcification", "removal")]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def drawn(config: ClassifierConfig, patches: Path, sets: list[Path]) -> tuple[np.ndarray, ...]:
     """Labels, codes (see write_patches), numbers and synthetic counts of every step."""
     batches = ClassifierBatches(config, patches, [data.open_synthetic(s) for s in sets])

@@ -1,0 +1,5 @@
+"""One thread in the tests and in what they start: sums keep their order, bits can be compared."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
