@@ -213,7 +213,6 @@ def test_achieved_synthetic_share_is_logged(finished, patches, sets):
 
 def child(config, patches: Path, run: Path, sets: list[Path], env: dict | None = None) -> None:
     os.environ |= env or {}
-    torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         train_classifier(config, patches, run, sets, CPU)

@@ -331,7 +331,6 @@ def test_the_figures_of_the_watch_by_hand(patches):
 def child(config: GanConfig, patches: Path, run: Path, env: dict | None = None) -> None:
     os.environ.update(env or {})
     sys.stderr = open(os.devnull, "w")
-    torch.set_num_threads(1)
     try:
         train_gan(config, patches, run, CPU)
     except KeyboardInterrupt:
