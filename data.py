@@ -1295,7 +1295,10 @@ def open_synthetic(path: Path) -> SyntheticSet:
 
 
 def check_synthetic(syn: SyntheticSet, data: Path) -> None:
-    """Raises ValueError unless every sample comes from a training patient of this patch set."""
+    """Raises ValueError unless every sample comes from a training patient of this patch set.
+
+    Sets carry the hash of the patch set and of each source image: both are compared, not trusted.
+    """
     config = patch_config(data)
     if syn.patch_size != config["patch_size"]:
         raise ValueError(
@@ -1311,4 +1314,13 @@ def check_synthetic(syn: SyntheticSet, data: Path) -> None:
         raise ValueError(
             f"{syn.path}: {len(leaked)} source patients are not in train, such as {leaked[0]} "
             f"({splits.get(leaked[0], 'unknown')}); synthesize it again from {data}"
+        )
+    columns, trained = ("image_uid", "patient_id"), set()
+    for path in Path(data).glob("patches/train/*.csv"):
+        trained |= set(zip(*read_table(path, columns).values(), strict=True))
+    if foreign := set(zip(*(syn.index[c] for c in columns), strict=True)) - trained:
+        image, patient = min(foreign)
+        raise ValueError(
+            f"{syn.path}: {len(foreign)} source images are not in train, such as {image} of "
+            f"{patient}; synthesize it again from {data}"
         )

@@ -256,11 +256,11 @@ def train_gan(task, patches, run, preset, seed, device, **options):
     metavar="ROW COL",
     help="Patch centre in stored pixels. Repeat.",
 )
-@click.option("--lesions", type=click.IntRange(1), default=1, help="Lesions an image.")
+@click.option("--lesions", type=click.IntRange(1), default=1, help="Lesions at random places.")
 @click.option(
     "--strip",
-    type=click.IntRange(0),
-    default=0,
+    type=click.IntRange(1),
+    default=1,
     help="So many contiguous patches in a row (Figure 3).",
 )
 @seed_option
@@ -268,16 +268,18 @@ def train_gan(task, patches, run, preset, seed, device, **options):
 def synthesize(gan, patches, out, number, control, images, at, lesions, strip, device, **options):
     """Trained GAN -> synthetic set (S1 to S10), or lesions in full mammograms (F3, F7).
 
-    With --data a synthetic set; with --image full mammograms with boxes and masks.
+    With --data a synthetic set; with --image full mammograms with boxes and masks. A removal GAN
+    takes out the lesions whose boxes a manifest gives (else --at, or random places).
     """
     if bool(images) == bool(patches):
         raise click.UsageError("give --data for a synthetic set or --image for full mammograms")
-    if patches and (at or strip or lesions != 1):
+    several = bool(at) + (lesions > 1) + (strip > 1)
+    if patches and several:
         raise click.UsageError("--at, --lesions and --strip belong to --image")
     if images and control:
         raise click.UsageError("--control belongs to --data")
-    if strip and (at or lesions != 1):
-        raise click.UsageError("--strip goes without --at and --lesions")
+    if several > 1:
+        raise click.UsageError("--at, --lesions, --strip: give one of them")
     device = models.choose_device(device)
     if patches:
         postprocess.synthesize_set(

@@ -285,6 +285,8 @@ def synthesize_set(
         )
         for warning in facts["warnings"]:
             click.echo(f"Warning: {warning}")
+        with data.replace_file(out / "gan.png") as file:  # how it was trained, for the report
+            file.write((gan / "gan.png").read_bytes())
         data.finish_folder(out, **facts)
         shutil.rmtree(parts)
         return data.read_json(out / "config.json")
@@ -415,31 +417,30 @@ def synthesize_images(
     """Add lesions to full mammograms, or remove them; returns the files that failed, with reasons.
 
     files: mammograms, or manifests (.csv) whose images are meant and whose spacing overrides
-    at: centres of patches in stored pixels, a lesion each; else `lesions` random places that
-        satisfy the 90% rule; or `strip` contiguous patches in a row, where none fits
-        in a column (Figure 3)
+    at: centres of patches in stored pixels, a lesion each; or `strip` contiguous patches in a row,
+        where none fits in a column (Figure 3). Without either, removal takes every lesion that
+        the manifest marks in an image; else `lesions` random places that satisfy the 90% rule
     """
-    strip = strip or 1
-    if (strip > 1) + bool(at) + (lesions > 1) > 1:
-        raise ValueError("--at, --lesions, --strip: each says how many lesions; give one of them")
     synth = Synthesizer(gan, device, "", {"component": component, **options})
     if strip > 1:  # Figure 3 shows a lesion on every patch, so smaller ones are taken too
         synth.options["min_area_frac"] = options.get("min_area_frac") or STRIP_MIN_AREA_FRAC
     images, failed = _named(files), []
     config = {"images": list(images), "at": [list(map(int, place)) for place in at]}
     config |= {"lesions": lesions, "strip": strip, "seed": seed, **synth.config}
+    marked = synth.task == "removal" and not at and strip == lesions == 1
     category = CATEGORY.get(synth.task, "removed lesion")
     made = f"{category} by contextual GAN {synth.hash[:16]}; research only", f"{seed} {synth.hash}"
     with data.claim_folder(out, "synthesize", config), data.progress(len(images), "images") as tick:
         parts = out / "parts"  # a record per finished image: a killed run goes on with the others
         parts.mkdir(exist_ok=True)
-        for number, (name, (file, spacing_mm)) in enumerate(images.items(), start=1):
+        for number, (name, (file, spacing_mm, boxes)) in enumerate(images.items(), start=1):
             part = parts / f"{number:08d}.json"
             if not part.exists():
                 try:
                     m = mammogram.read_mammogram(file)
                     m.spacing_mm = spacing_mm or m.spacing_mm
-                    display, placed = insert_lesions(synth, m, at, lesions, strip, seed)
+                    boxes = boxes if marked else []
+                    display, placed = insert_lesions(synth, m, at, lesions, strip, seed, boxes)
                     note = _write_image(out / name, m, display, placed, strip, made)
                 except (ValueError, OSError) as error:
                     reason = getattr(error, "strerror", None) or str(error)
@@ -451,6 +452,7 @@ def synthesize_images(
                     label = {"image_id": number, "category": category}
                     annotations = [label | lesion for lesion in placed]
                     data.write_json(part, {"image": image, "annotations": annotations})
+                    note += " at random, no box was given" if marked and not boxes else ""
                     click.echo(f"{file}: {len(placed)} x {category}{note}")
             tick()
         records = [data.read_json(part) for part in sorted(parts.glob("*.json"))]
@@ -471,13 +473,18 @@ def insert_lesions(
     lesions: int = 1,
     strip: int = 1,
     seed: int = 0,
+    boxes: Sequence[tuple[float, ...]] = (),
 ) -> tuple[np.ndarray, list[dict]]:
-    """New display image, equal to the old one wherever a weight is zero, and what was placed."""
+    """New display image, equal to the old one wherever a weight is zero, and what was placed.
+
+    boxes: annotated lesions in stored pixels, one after the other; what changes must meet them
+    """
     shape = window_shape(synth, m.spacing_mm)
     if (np.array(m.display.shape) < shape).any():
         raise ValueError(f"{_px(m.display.shape)}, smaller than a patch of {_px(shape)}")
     tissue = data.breast_mask(m.display)
     fixed = [_centred(place, shape, tissue) for place in at]
+    fixed += [_around(box, shape, tissue.shape) for box in boxes]
     valid, step = _side_by_side(data.tissue_windows(tissue, shape), shape, strip)
     display, placed = m.display.copy(), []
     for k in range(len(fixed) or lesions):
@@ -490,12 +497,17 @@ def insert_lesions(
             windows = [(slice(r, r + shape[0]), slice(c, c + shape[1])) for r, c in corners]
             patches = np.stack([resize(display[w], (synth.side, synth.side)) for w in windows])
             found = [synth.isolate(lesion, rng) for lesion in synth.lesions(patches, [rng] * strip)]
-            if all(isolated is not None and not _is_cut(isolated) for _, isolated in found):
+            good = all(isolated is not None and not _is_cut(isolated) for _, isolated in found)
+            if good and boxes:
+                inside = _inside(boxes[k], (row, col), synth.side / np.array(shape))
+                good = found[0][1].mask[inside].any()
+            if good:
                 break
         else:
             raise ValueError(
                 f"no lesion accepted in {attempt + 1} attempts, the last in the window of "
-                f"{_px(shape)} at row {row}, column {col}: too small (S5), or cut by its border"
+                f"{_px(shape)} at row {row}, column {col}: too small (S5) or cut by its border"
+                + (" or beside the annotated box" if boxes else "")
             )
         for corner, window, (lesion, isolated) in zip(corners, windows, found, strict=True):
             added = resize(isolated.weights * lesion, shape)
@@ -572,17 +584,33 @@ def _centred(place: tuple[int, int], shape: tuple[int, int], tissue: np.ndarray)
     return int(corner[0]), int(corner[1])
 
 
-def _named(files: Iterable[Path]) -> dict[str, tuple[Path, tuple[float, float] | None]]:
-    """Output name -> (file, spacing of the manifest); names are file stems, made unique."""
+def _around(box: Sequence[float], shape: tuple[int, int], image: tuple[int, int]) -> tuple:
+    """Top left corner of the window centred on a box, moved into the image where it sticks out."""
+    centre = np.array(box).reshape(2, 2).mean(axis=0)
+    corner = np.clip(np.rint(centre - np.array(shape) / 2), 0, np.subtract(image, shape))
+    return int(corner[0]), int(corner[1])
+
+
+def _inside(box: Sequence[float], corner: tuple[int, int], scale: np.ndarray) -> tuple:
+    """A box of the image in the pixels of the patch cut at `corner`, rounded outwards."""
+    low, high = (np.reshape(box, (2, 2)) - corner) * scale
+    return tuple(slice(max(math.floor(a), 0), math.ceil(b)) for a, b in zip(low, high, strict=True))
+
+
+def _named(files: Iterable[Path]) -> dict[str, tuple]:
+    """Output name -> (file, spacing, boxes of the manifest); names are file stems, made unique."""
     found = {}
     for file in map(Path, files):
         rows = data.read_manifest(file) if file.suffix.lower() == ".csv" else []
-        found |= {row.image_path: row.spacing_mm for row in rows} or {str(file): None}
+        found |= {row.image_path: (row.spacing_mm, []) for row in rows} or {str(file): (None, [])}
+        for row in rows:  # a lesion that is both mass and calcification has two rows
+            boxes = found[row.image_path][1]
+            boxes += [row.bbox] if row.bbox and row.bbox not in boxes else []
     named = {}
-    for path, spacing_mm in found.items():
+    for path, (spacing_mm, boxes) in found.items():
         stem = Path(path).stem
         names = itertools.chain([stem], (f"{stem}_{k}" for k in itertools.count(2)))
-        named[next(name for name in names if name not in named)] = Path(path), spacing_mm
+        named[next(name for name in names if name not in named)] = Path(path), spacing_mm, boxes
     return named
 
 

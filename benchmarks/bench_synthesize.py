@@ -19,6 +19,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from PIL import Image
 from scipy import ndimage
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -124,6 +125,7 @@ def write_run(run: Path, data: Path, task="mass", lesion=bright, gain=1.0, **con
             G.train()(torch.zeros(1, 1, G.patch_size, G.patch_size))
     run.mkdir(parents=True)
     torch.save({"format": CHECKPOINT_FORMAT, "chosen": G.state_dict()}, run / "checkpoint.pt")
+    Image.new("L", (8, 8), 200).save(run / "gan.png")
     write_json(run / "config.json", {"command": "train-gan", "config": config, "complete": True})
 
 

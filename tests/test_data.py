@@ -887,14 +887,16 @@ def test_a_class_that_is_missing_is_named(patches):
 def write_synthetic(folder: Path, patches: Path, **changes: object) -> Path:
     """Two samples made from the first training patient's patches, as `synthesize` writes them."""
     train = sorted(p for p, split in data.split_of(patches).items() if split == "train")
-    facts = {"patient": train[0], "n": 2, "data": data.fingerprint(patches), "size": 32} | changes
+    own = next(row for row in index(patches, "train/normal") if row["patient_id"] == train[0])
+    facts = {"patient": train[0], "n": 2, "data": data.fingerprint(patches), "size": 32}
+    facts |= {"image": own["image_uid"]} | changes
     config = {"task": "mass", "control": "", "n": facts["n"], "patch_size": facts["size"]}
     config |= {"generator": "abc", "data": facts["data"]}
     shape = (2, facts["size"], facts["size"])
     with data.claim_folder(folder, "synthesize", config):
         for name, kind in (("input", "u2"), ("combined", "u2"), ("lesion", "i4"), ("mask", "?")):
             np.save(folder / f"{name}.npy", np.zeros(shape, kind))
-        rows = [(n, n, "0" * 16, facts["patient"], 1, 5, 1, 1, 4, 4) for n in range(2)]
+        rows = [(n, n, facts["image"], facts["patient"], 1, 5, 1, 1, 4, 4) for n in range(2)]
         data.write_table(folder / "index.csv", data.SYNTHETIC_COLUMNS, rows)
         data.finish_folder(folder, short=False)
     return folder
@@ -913,6 +915,7 @@ def test_S1_S9_synthetic_set_is_read_and_belongs_to_its_patch_set(patches, tmp_p
         ({"data": "f" * 64}, "made from another patch set"),
         ({"size": 64}, "patches of 64 px; expected 32"),
         ({"patient": "patient of nowhere"}, r"1 source patients are not in train.*unknown"),
+        ({"image": "0" * 16}, r"1 source images are not in train, such as 0{16} of patient"),
     ],
 )
 def test_leak_synthetic_set_of_other_origin_is_refused(patches, tmp_path, changes, text):

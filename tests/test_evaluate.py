@@ -459,7 +459,8 @@ def write_set(folder: Path, patches: Path, task: str, control: str = "", n: int 
     folder.mkdir()
     kind = "malignant_mass" if task == "removal" else "normal"
     source = np.load(patches / "patches" / "train" / f"{kind}.npy")[:n].astype(np.int32)
-    who = data.read_table(patches / "patches" / "train" / f"{kind}.csv", ("patient_id",))
+    columns = ("image_uid", "patient_id")
+    who = data.read_table(patches / "patches" / "train" / f"{kind}.csv", columns)
     lump = np.exp(-(((np.indices((SIDE, SIDE)) - 15) / 5) ** 2).sum(axis=0)) * 9000
     combined = np.clip(source + (-1 if task == "removal" else 1) * lump, 0, 65535)
     arrays = {"input": source.astype(np.uint16), "combined": combined.astype(np.uint16)}
@@ -467,7 +468,8 @@ def write_set(folder: Path, patches: Path, task: str, control: str = "", n: int 
     arrays["mask"] = np.broadcast_to(lump > 5000, source.shape)
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
-    rows = [(i, i, "u", p, i, 80, 9, 9, 20, 20) for i, p in enumerate(who["patient_id"][:n])]
+    origin = zip(*(who[c][:n] for c in columns), strict=True)
+    rows = [(i, i, *both, i, 80, 9, 9, 20, 20) for i, both in enumerate(origin)]
     data.write_table(folder / "index.csv", data.SYNTHETIC_COLUMNS, rows)
     config = {"task": task, "control": control, "patch_size": SIDE, "n": n, "generator": "g" * 64}
     config |= {"data": data.fingerprint(patches), "seed": 0}

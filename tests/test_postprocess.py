@@ -288,6 +288,7 @@ def test_S10_set_holds_what_the_design_says(made, tmp_path):
     assert facts["acceptance"] == 20 / facts["attempts"]
     assert sum(facts["area_histogram"]) == 20 and facts["strength"] > 0.1
     assert facts["patients"] == ["a", "b"]
+    assert (tmp_path / "out/gan.png").read_bytes() == (made / "mass/gan.png").read_bytes()
     assert (tmp_path / "out/figure1.png").exists() and (tmp_path / "out/figure2a.png").exists()
     assert not (tmp_path / "out/parts").exists()
 
@@ -874,6 +875,57 @@ def test_removal_darkens(made, phantoms, tmp_path):
         before = read_mammogram(source).display
         after = read_mammogram(tmp_path / "out" / f"{source.stem}_synthetic.dcm").display
         assert (after - before).max() < 0.01 and (after - before).min() < -0.05
+
+
+def box_of(place, half=20):
+    return [place[0] - half, place[1] - half, place[0] + half, place[1] + half]
+
+
+def marked(path, images, spacing="0.28"):
+    """A manifest of images, each with a box about every lesion: {image: boxes}."""
+    header = "image_path,patient_id,laterality,view,finding,pathology,row0,col0,row1,col1"
+    rows = [f"{header},spacing_row_mm,spacing_col_mm"]
+    for k, (image, boxes) in enumerate(images.items()):
+        for box in boxes:
+            edges = ",".join(map(str, box))
+            for finding in ("mass", "calcification"):  # one lesion of both types: two rows
+                rows.append(f"{image},{k},L,CC,{finding},malignant,{edges},{spacing},{spacing}")
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def test_removal_takes_out_the_lesion_that_the_manifest_marks(made, phantoms, tmp_path):
+    row, col = tissue_centre(phantoms[0])
+    images = {phantoms[0]: [box_of((row, col))], phantoms[1]: [box_of(tissue_centre(phantoms[1]))]}
+    manifest = marked(tmp_path / "m.csv", images)
+    assert synthesize_images(made / "unbump", [manifest], tmp_path / "out", device="cpu") == []
+    found = annotated(tmp_path / "out")
+    for source, (wanted,) in images.items():
+        ((_, mask, annotation),) = found[source.stem]  # two rows of one box: once
+        assert annotation["window"][0] == (wanted[0] + wanted[2]) // 2 - 32
+        assert mask[wanted[0] : wanted[2], wanted[1] : wanted[3]].any()
+    # a place that is given, or a number of them, comes before the boxes
+    at = [(row - 10, col)]
+    assert synthesize_images(made / "unbump", [manifest], tmp_path / "at", at=at) == []
+    ((_, _, annotation),) = annotated(tmp_path / "at")[phantoms[0].stem]
+    assert annotation["window"][:2] == [row - 42, col - 32]
+
+
+def test_removal_shifts_the_window_at_the_edge_and_refuses_what_misses_the_box(
+    made, phantoms, tmp_path
+):
+    """The made-up GAN darkens the middle of any window; a box at the edge lies beside that."""
+    edge = [100, 0, 110, 2]
+    manifest = marked(tmp_path / "m.csv", {phantoms[0]: [edge]})
+    ((_, reason),) = synthesize_images(made / "unbump", [manifest], tmp_path / "out", device="cpu")
+    assert "row 73, column 0: too small (S5) or cut by its border or beside the annotated" in reason
+
+
+def test_removal_without_a_box_says_that_places_are_random(made, phantoms, tmp_path, capsys):
+    for files in ([phantoms[0]], [csv_of([phantoms[0]], tmp_path, "0.28")]):
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        assert synthesize_images(made / "unbump", files, out, device="cpu") == []
+        assert "at random, no box was given" in capsys.readouterr().out
 
 
 # --- Figures ---

@@ -45,6 +45,8 @@ def write_patches(out: Path, n: int = 30) -> Path:
             patches[:, 0, 0] = 1_000 * code + np.arange(n)
             (out / "patches" / key).parent.mkdir(parents=True, exist_ok=True)
             np.save(out / "patches" / f"{key}.npy", patches.astype(np.uint16))
+            origin = [("u", f"patient-{key.partition('/')[0]}")]
+            data.write_table(out / "patches" / f"{key}.csv", ("image_uid", "patient_id"), origin)
         rows = [(f"patient-{s}", s) for s in data.SPLITS]
         data.write_table(out / "splits.csv", ("patient_id", "split"), rows)
         data.finish_folder(out, counts=dict.fromkeys(keys, n))
