@@ -8,6 +8,8 @@ import functools
 import itertools
 import math
 import shutil
+import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,7 +260,7 @@ def synthesize_set(
             return data.read_json(out / "config.json")
         parts.mkdir(exist_ok=True)
         counts = np.zeros(3, int)  # attempts, accepted, without a pixel over the threshold
-        counts += sum(np.load(part)["counts"] for part in parts.glob("*.npz"))
+        counts += sum(_chunk(part, "counts") for part in parts.glob("*.npz"))
         with data.progress(n, f"synthesize {synth.task}", done=int(counts[1])) as advance:
             while counts[1] < n and counts[0] < ATTEMPTS_PER_SAMPLE * n:
                 end = min(counts[0] + CHUNK, ATTEMPTS_PER_SAMPLE * n)
@@ -350,17 +352,26 @@ def attempt(
     return np.array(kept, [*sample, ("strength", "f8")]), (tried, len(kept), empty)
 
 
+def _chunk(part: Path, name: str) -> np.ndarray:
+    """An array of a part file. Raises ValueError when the file is damaged."""
+    try:
+        with np.load(part) as arrays:
+            return arrays[name]
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{part}: damaged ({error}); delete {part.parent}, run it again") from None
+
+
 def _assemble(out: Path, parts: list[Path], config: dict, sources: TrainingPatches) -> dict:
     """Arrays, index and figures from the chunks; what there is to say about the lesions."""
     fields = ("seed", "source", "area", "bbox", "strength")
-    rows = np.concatenate([np.load(part)["samples"][list(fields)] for part in parts])
+    rows = np.concatenate([_chunk(part, "samples")[list(fields)] for part in parts])
     side = config["patch_size"]
     for name, dtype in (("input", "<u2"), ("combined", "<u2"), ("lesion", "<i4"), ("mask", "|b1")):
         with data.replace_file(out / f"{name}.npy") as file:
             header = {"descr": dtype, "fortran_order": False, "shape": (len(rows), side, side)}
             np.lib.format.write_array_header_1_0(file, header)
             for part in parts:
-                samples = np.load(part)["samples"]
+                samples = _chunk(part, "samples")
                 lesion = samples["combined"].astype(np.int32) - samples["input"]
                 file.write((lesion if name == "lesion" else samples[name]).tobytes())
     source = {c: values[rows["source"]].tolist() for c, values in sources.columns.items()}
