@@ -388,7 +388,7 @@ def evaluate(patches, baseline, augmented, synthetic, out, holm, seed, device):
 # Fewer steps than the preset's: three GANs and four classifiers in a quarter of an hour.
 DEMO_GAN = {"iters-base": 150, "iters-fade": 50, "iters-final": 350}
 DEMO_SAMPLES = 300  # synthetic patches a set
-DEMO_PATIENTS = 60
+DEMO_PATIENTS = 72
 
 
 @cli.command()
