@@ -391,7 +391,7 @@ def evaluate(patches, baseline, augmented, synthetic, out, holm, seed, device):
 DEMO_GAN = {"iters-base": 200, "iters-fade": 50, "iters-final": 450}
 DEMO_CLASSIFIER = {"samples": 10_000, "decay-every": 100, "evaluate-every": 1_000}
 DEMO_SAMPLES = 300  # synthetic patches a set
-DEMO_PATIENTS = 60
+DEMO_PATIENTS = 72
 
 
 @cli.command()

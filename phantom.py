@@ -17,13 +17,17 @@ from scipy.interpolate import PchipInterpolator
 
 import data
 
-FORMAT = 1  # raised when the same seed gives other bytes
+FORMAT = 2  # raised when the same seed gives other bytes
 IMAGES = (("L", "CC"), ("R", "CC"), ("L", "MLO"), ("R", "MLO"))  # of one patient
-# Finding and pathology of patients 0..19, then again: 7 normal, 5 + 4 malignant, 2 + 2 benign.
-# Every class comes early, so that a handful of patients already has them all.
+# Finding and pathology of patients 0..23, then again: 10 + 7 malignant, 2 + 2 benign, 3 normal, so
+# that the test split of 72 patients has 6 with a malignant mass and 4 with malignant calcifications
+# (healthy images come from every patient). Every class comes early: a few patients have them all.
 MM, MC = ("mass", "malignant"), ("calcification", "malignant")
 BM, BC, NO = ("mass", "benign"), ("calcification", "benign"), ("", "normal")
-CASES = (MM, NO, MC, BM, NO, BC, MM, NO, MC, NO, MM, MC, NO, BM, MM, NO, BC, MC, NO, MM)
+CASES = (
+    *(MM, NO, MC, BM, NO, BC, MM, NO, MC, MM, MM, MC),
+    *(MM, BM, MC, MM, MM, MC, BC, MM, MC, MM, MM, MC),
+)
 SPACINGS = (0.25, 0.28, 0.3, 0.33, 0.36)  # mm; real detectors have 0.05-0.1, too many pixels here
 LOSSLESS = (uid.JPEG2000Lossless, uid.JPEGLSLossless, uid.RLELossless)
 SYNTAXES = (uid.ExplicitVRLittleEndian, *LOSSLESS, uid.ImplicitVRLittleEndian)
@@ -205,18 +209,22 @@ def mass(rng, who: Patient, y, x, spacing) -> tuple[np.ndarray, np.ndarray]:
 def calcifications(rng, who: Patient, y, x, spacing) -> tuple[np.ndarray, np.ndarray]:
     """Malignant: many grains of all shapes and brightness. Benign: fewer, round, alike."""
     malignant = who.pathology == "malignant"
-    grains = (int(rng.integers(11, 22) if malignant else rng.integers(6, 11)), 1, 1, 1)
-    parts = (grains[0], 1 + malignant, 1, 1)  # a pleomorphic grain is two overlapping ellipses
-    r, phi = np.sqrt(rng.uniform(size=grains)), rng.uniform(0, 2 * np.pi, grains)
-    turn, slim = rng.uniform(0, np.pi), rng.uniform(0.4, 0.75) if malignant else 0.9
-    a, b = 0.45 * who.size * r * np.cos(phi), 0.45 * who.size * slim * r * np.sin(phi)
-    jitter = 0.25 * malignant * rng.standard_normal((2, *parts))
-    dy = y - (a * np.cos(turn) - b * np.sin(turn) + jitter[0])
-    dx = x - (a * np.sin(turn) + b * np.cos(turn) + jitter[1])
-    size, bright, angle, long = rng.uniform(0.55, 0.8), 1.0, 0.0, 1.0
+    pitch, wanted = (1.45, rng.integers(12, 22)) if malignant else (1.8, rng.integers(6, 11))
+    # Places on a shaken lattice within an ellipse: grains that lie apart.
+    places = np.mgrid[-6:7, -6:7].reshape(2, -1) * pitch
+    places += rng.uniform(-0.4, 0.4, places.shape) * pitch
+    turn, slim = rng.uniform(0, np.pi), rng.uniform(0.6, 0.9) if malignant else 0.9
+    within = np.hypot(places[0], places[1] / slim) < 0.45 * who.size
+    a, b = rng.permutation(places[:, within].T)[:wanted].T
+    grains = (len(a), 1, 1, 1)
+    parts = (len(a), 1 + 2 * malignant, 1, 1)  # a pleomorphic grain is three overlapping ellipses
+    jitter = 0.17 * malignant * rng.standard_normal((2, *parts))
+    dy = y - ((a * np.cos(turn) - b * np.sin(turn)).reshape(grains) + jitter[0])
+    dx = x - ((a * np.sin(turn) + b * np.cos(turn)).reshape(grains) + jitter[1])
+    size, bright, angle, long = rng.uniform(0.55, 0.75), 1.0, 0.0, 1.0
     if malignant:
-        size, bright = 0.4 + 0.5 * rng.uniform(size=grains) ** 2, rng.uniform(0.5, 1.3, grains)
-        angle, long = rng.uniform(0, np.pi, parts), rng.uniform(1, 2.6, parts)
+        size, bright = 0.3 + 0.6 * rng.uniform(size=grains) ** 1.5, rng.uniform(0.5, 1.3, grains)
+        angle, long = rng.uniform(0, np.pi, parts), rng.uniform(1, 1.7, parts)
     u, v = dy * np.cos(angle) + dx * np.sin(angle), dx * np.cos(angle) - dy * np.sin(angle)
     off = np.hypot(u / long, v) * np.sqrt(long)
     disc = np.clip((size / 2 - off) / spacing + 0.5, 0, 1)
@@ -358,7 +366,7 @@ def dicom(seed: int, number: int, laterality: str, view: str, shade, spacing) ->
 # --- The data set ---
 
 
-def write_phantoms(out: Path, patients: int = 60, seed: int = 0) -> Path:
+def write_phantoms(out: Path, patients: int = 72, seed: int = 0) -> Path:
     """Four DICOM files a patient, lesion masks (PNG) and `manifest.csv`, whose path is returned.
 
     Called again after an interruption it goes on: a file that is there is whole and is kept.
