@@ -344,18 +344,16 @@ def train_cls(patches, run, synthetic, proportion, preset, seeds, seed, device, 
 def print_table(rows: list[dict], out: Path) -> None:
     """Table 1 on standard output, with the place of the report."""
     click.echo(
-        f"{'Training regime':<22}{'AUC (95% CI)':<24}{'difference':<26}{'p DeLong':<11}p clustered"
+        f"{'Training regime':<22}{'AUC (95% CI)':<24}{'difference':<26}p DeLong  p clustered"
     )
     for row in rows:
-        if row["auc"] is None:
-            click.echo(f"{row['regime']:<22}skipped: {row['reason']}")
-            continue
-        auc = "{auc:.3f} ({low:.3f} to {high:.3f})".format(**row)
-        difference, p = "-", ("-", "-")
-        if row["delta"] is not None:
-            difference = "{delta:+.3f} ({delta_low:+.3f} to {delta_high:+.3f})".format(**row)
-            p = tuple(f"{row[k]:.2g}" for k in ("p_delong", "p_clustered"))
-        click.echo(f"{row['regime']:<22}{auc:<24}{difference:<26}{p[0]:<11}{p[1]}")
+        cells = f"skipped: {row.get('reason')}"
+        if row["auc"] is not None:
+            auc = evaluation.in_words((row["auc"], row["low"], row["high"]))
+            p = (evaluation.p_in_words(row[key]) for key in ("p_delong", "p_clustered"))
+            difference = evaluation.difference_in_words(row)
+            cells = "{:<24}{:<26}{:<10}{}".format(auc, difference, *p)
+        click.echo(f"{row['regime']:<22}{cells}")
     click.echo(f"Report: {out / 'report.html'}")
 
 

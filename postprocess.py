@@ -278,7 +278,7 @@ def synthesize_set(
         facts = {"attempts": attempts, "accepted": accepted, "acceptance": accepted / attempts}
         facts |= {"empty": empty, "short": accepted < n}
         facts |= _assemble(out, sorted(parts.glob("*.npz")), config, sources)
-        facts["warnings"] = _warnings(facts)
+        facts |= {"warnings": _warnings(facts), "gan": synth.run}
         click.echo(
             f"{out}: {accepted} of {n} samples, {facts['acceptance']:.1%} of {attempts} attempts, "
             f"from {len(facts['patients'])} training patients; area in tenths of the patch: "

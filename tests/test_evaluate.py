@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import ndimage, stats
 
 import data
@@ -475,8 +476,10 @@ def write_set(folder: Path, patches: Path, task: str, control: str = "", n: int 
     config |= {"data": data.fingerprint(patches), "seed": 0}
     facts = {"command": "synthesize", "config": config, "complete": True, "short": False}
     facts |= {"attempts": 3 * n, "acceptance": 1 / 3, "area_median": 0.12, "strength": 0.2}
-    facts["warnings"] = []
+    facts |= {"warnings": [], "gan": {"task": task, "seed": 7, "g_lr": 0.00012}}
     data.write_json(folder / "config.json", facts)
+    for name, value in (("figure1", 60), ("gan", 200)):
+        Image.new("L", (8, 8), value).save(folder / f"{name}.png")
     return folder
 
 
@@ -533,7 +536,7 @@ def fake_world(folder: Path, seeds: int = 2) -> dict:
         for k in range(seeds):
             write_run(folder / name / f"seed-{k}", patches, p, used, k)
     return {
-        "data": patches,
+        "patch_set": patches,
         "baseline": folder / "baseline",
         "augmented": [folder / name for name in ("blob", "aug-100", "aug-50")],
         "synthetic": sets,
@@ -577,8 +580,8 @@ def test_table_is_what_the_models_score(evaluated):
     """The row of a regime from its checkpoints, by the public functions alone."""
     world, _, rows = evaluated
     kinds = ("normal", "malignant_mass", "malignant_calcification")
-    patches = np.concatenate([data.open_patches(world["data"], "test", k) for k in kinds])
-    folder = world["data"] / "patches" / "test"
+    patches = np.concatenate([data.open_patches(world["patch_set"], "test", k) for k in kinds])
+    folder = world["patch_set"] / "patches" / "test"
     who = [data.read_table(folder / f"{k}.csv", ("patient_id",))["patient_id"] for k in kinds]
     y = np.arange(len(patches)) >= len(who[0])
     scores = {}
@@ -597,7 +600,8 @@ def test_same_command_same_bytes(evaluated):
     _, out, _ = evaluated
     names = sorted(p.name for p in out.iterdir())
     assert {"table1.csv", "metrics.json", "report.html", "roc.png", "difference.png"} < set(names)
-    assert {f"figure{k}.png" for k in (1, 4, 5, 6)} | {"nearest.png"} < set(names)
+    assert {f"figure{k}.png" for k in (4, 5, 6)} | {"nearest.png"} < set(names)
+    assert {f"{name}-{k}.png" for name in ("figure1", "gan") for k in range(4)} < set(names)
     for name in names:
         assert (out / name).read_bytes() == (out.parent / "again" / name).read_bytes(), name
 
@@ -611,8 +615,9 @@ def test_report_is_one_file_without_script(evaluated):
     assert not page.open
     assert "script" not in page.tags and not page.handlers
     sources = [value for tag, name, value in page.attributes if name in ("src", "href")]
-    assert len(sources) == 7 and all(s.startswith("data:image/png;base64,") for s in sources)
+    assert len(sources) == 14 and all(s.startswith("data:image/png;base64,") for s in sources)
     assert "Research only, not for clinical use" in html
+    assert "GAN, mass" in html and "g_lr 0.00012" in html  # what the sets were made with
     for said in ("0.846", "1e-4", "p &lt; 1e-8 for 50%", "no time &lt;left&gt; &amp; no money"):
         assert said in html
     assert "no time <left>" not in html
@@ -627,7 +632,11 @@ def test_metrics_hold_what_the_report_says(evaluated):
         assert 0 <= control["linear"][1] <= control["linear"][0] <= control["linear"][2] <= 1
         assert ("nearest" in control) == (control["set"] != "removal")
     assert metrics["controls"][3]["task"] == "mass blob"
-    assert len(metrics["conditions"]["Malignant against normal"]["against_blob"]) == 2
+    rows = metrics["conditions"]["Malignant against normal"]["rows"]
+    assert ["against_blob" in row for row in rows] == [False, True, True, False]
+    assert metrics["conditions"]["Malignant against benign masses"]["patches"] == 80
+    assert not metrics["conditions"]["Malignant against benign calcifications"]
+    assert set(metrics["lesion_or_image"]) == {row["regime"] for row in rows}
     points = metrics["feature_space"]["points"]
     assert points["normal"] == 40 and points["mass"] == 40  # F4: min of the paper's and ours
     assert metrics["feature_space"]["up"] > 0
@@ -716,7 +725,7 @@ def test_arguments_that_do_not_fit_are_refused(evaluated, tmp_path):
     for change, message in (
         ({"baseline": world["augmented"][0]}, "trained with synthetic patches"),
         ({"augmented": world["augmented"] * 2}, "50% w/ decay is given twice"),
-        ({"synthetic": [world["data"]]}, "expected a set of synthesize"),
+        ({"synthetic": [world["patch_set"]]}, "expected a set of synthesize"),
         ({"out": out, "seed": 1}, "other options"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -735,7 +744,7 @@ def test_baseline_alone_and_one_lesion_type(tmp_path):
     assert "Masses against normal" not in conditions  # the whole test set again
     assert not conditions["Calcifications against normal"]
     html = (tmp_path / "out" / "report.html").read_text()
-    assert "Calcifications against normal</h2><p>Not computed" in html
+    assert "Calcifications against normal</h3><p>Not computed" in html
     assert "None was run" in html and "<figure><figcaption>" not in html
 
 
@@ -854,19 +863,50 @@ def test_roc_band_is_the_curve_whose_area_is_the_auc():
 @pytest.mark.parametrize(
     ("delta", "p", "blob", "expected"),
     [
-        (0.02, 0.2, None, "no difference shown (one of 0.030 is found with 80% power)"),
-        (0.02, 0.01, None, "higher; no blob control was run"),
-        (0.02, 0.01, (0.01, 0.3), "higher"),
-        (-0.02, 0.01, (0.03, 0.01), "lower"),
-        (0.02, 0.01, (0.03, 0.01), "higher, but so is the blob control: not found"),
+        (0.02, 0.2, None, "not found (one of 0.030 would be, with 80% power)"),
+        (0.02, 0.01, None, "higher, but not found: no blob control was run"),
+        (0.02, 0.01, (0.01, 0.3), "found: higher; against the blob control +0.010 (-0.010 to"),
+        (-0.02, 0.01, (0.03, 0.01), "found: lower; against the blob control"),
+        (0.02, 0.01, (0.03, 0.01), "higher, but not found: so is the blob control; against"),
     ],
 )
 def test_E3_a_difference_counts_only_if_the_blob_control_does_not_show_it(delta, p, blob, expected):
     row = {"regime": "50% w/ decay", "delta": delta, "p_clustered": p, "detectable": 0.03}
+    row["against_blob"] = {"delta": 0.01, "delta_low": -0.01, "delta_high": 0.03}
     rows = [row]
     if blob:
         rows.append({"regime": "Blob control", "delta": blob[0], "p_clustered": blob[1]})
-    assert evaluate.verdict(row, rows) == expected
+    assert evaluate.verdict(row, rows).startswith(expected)
+
+
+def test_E3_the_report_says_in_one_sentence_whether_synthetic_lesions_help(evaluated):
+    metrics = data.read_json(evaluated[1] / "metrics.json")
+    rows = metrics["conditions"][evaluate.MAIN]["rows"]
+    for row in rows[1:]:
+        row |= {"delta": 0.01, "p_clustered": 0.3}
+    assert "No evidence here that synthetic lesions help." in evaluate.report(metrics, evaluated[1])
+    rows[2]["p_clustered"] = 0.001
+    assert "lesions helped: 100% w/ decay." in evaluate.report(metrics, evaluated[1])
+    rows[3]["p_clustered"] = 0.001  # the blob control does the same
+    assert "No evidence here that synthetic lesions help." in evaluate.report(metrics, evaluated[1])
+
+
+def test_lesion_or_image_tells_a_model_of_lesions_from_one_that_recognises_images():
+    rng, n = np.random.default_rng(13), 40
+    kind = np.tile(["malignant_mass", "normal", "benign_mass", "normal"], n)
+    image = np.repeat(np.arange(2 * n), 2)  # cancer in every second one
+    test = evaluate.Patches({}, kind, image, image)
+    lesion, cancer = np.char.endswith(kind, "mass"), np.tile([1, 1, 0, 0], n)
+    of_lesions, of_images = (
+        evaluate.lesion_or_image(test, (2 * seen + rng.normal(size=4 * n))[None]).values()
+        for seen in (lesion, cancer)
+    )
+    low, high = 1, 2
+    malignant, benign, normal = of_lesions
+    assert malignant[low] > 0.7 and benign[low] > 0.7 and normal[low] < 0.5 < normal[high]
+    malignant, benign, normal = of_images
+    assert malignant[low] < 0.5 < malignant[high] and benign[low] < 0.5 < benign[high]
+    assert normal[low] > 0.7
 
 
 if __name__ == "__main__":  # the ten data sets for R, see PROC
