@@ -10,6 +10,7 @@ import fcntl
 import functools
 import hashlib
 import hmac
+import itertools
 import json
 import math
 import multiprocessing
@@ -45,6 +46,12 @@ KEYS = tuple(f"{split}/{name}" for split in SPLITS for name in CLASSES)
 EVALUATED = (CLASSES[0], CLASSES[1], CLASSES[3])  # no benign in validation and test, P5
 FINDINGS = ("mass", "calcification", "distortion", "asymmetry")
 PATHOLOGIES = ("", "normal", "benign", "malignant")  # from best to worst, "" = unknown
+MANIFEST_WORDS = {
+    "laterality": ("L", "R"),
+    "finding": ("", *FINDINGS),
+    "pathology": PATHOLOGIES,
+    "split": ("", *SPLITS),
+}
 SPLIT_SHARES = {"train": 60, "val": 20, "test": 20}  # %, P2
 MANIFEST_COLUMNS = (
     *("image_path", "patient_id", "laterality", "view", "finding", "pathology"),
@@ -61,6 +68,7 @@ MASK_CELLS = 200  # cells along the longer side of a breast mask: about 1 mm
 BURNT_OUT = 249  # of 255; what touches the border above it is film frame, not tissue
 SKIN_LEVEL = 0.35  # of the way from air to Otsu's threshold; set by eye on CBIS-DDSM
 NPY_HEADER = 128  # bytes before the first patch
+FLIPPED = "Boxes in air, on tissue if rows were counted from the bottom: kept, look at them"
 PSEUDONYM_KEY = "MAMGAN_PSEUDONYM_KEY"  # environment variable
 _LOCKS: set[int] = set()  # folder locks of this process, which forked workers must not keep
 _worker: dict = {}  # what a worker process works on
@@ -135,16 +143,13 @@ def read_json(path: Path) -> dict:
 def write_table(path: Path, columns: tuple[str, ...], rows) -> None:
     """CSV with a header; `rows` yields sequences in the order of `columns`."""
     with replace_file(path, "w") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows)
+        csv.writer(file, lineterminator="\n").writerows(itertools.chain([columns], rows))
 
 
 def read_table(path: Path, columns: tuple[str, ...]) -> dict[str, np.ndarray]:
     """The named columns of a CSV as arrays of str. Raises ValueError when one is missing."""
-    rows = [[row[c] for c in columns] for _, row in csv_rows(path, columns)]
-    values = list(zip(*rows, strict=True)) if rows else [()] * len(columns)
-    return {c: np.array(v, dtype=str) for c, v in zip(columns, values, strict=True)}
+    rows = [row for _, row in csv_rows(path, columns)]
+    return {name: np.array([row[name] for row in rows], dtype=str) for name in columns}
 
 
 def csv_rows(
@@ -159,22 +164,33 @@ def csv_rows(
             reader = csv.reader(file, delimiter=delimiter)
             header = [name.strip() for name in next(reader, [])]
             for name in (*columns, *optional):
-                if header.count(name) != 1 and (name in columns or name in header):
-                    count = "is missing" if name not in header else "is there twice"
+                if header.count(name) > 1 or (name in columns and name not in header):
+                    count = "is there twice" if name in header else "is missing"
                     found = ", ".join(header[:20])[:300]
                     raise ValueError(f"{path}: column {name!r} {count}; found {found!r}")
             at = {name: header.index(name) for name in (*columns, *optional) if name in header}
             absent = dict.fromkeys(optional, "")
-            for row in reader:
-                if len(row) not in (0, len(header)):
+            for row in filter(None, reader):
+                if len(row) != len(header):
                     count = f"{len(row)} fields; expected {len(header)}"
                     raise ValueError(f"{path}: line {reader.line_num} has {count}")
-                if row:
-                    yield reader.line_num, absent | {name: row[i] for name, i in at.items()}
+                yield reader.line_num, absent | {name: row[i] for name, i in at.items()}
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not readable as CSV in UTF-8 ({error})") from None
+
+
+def numbers(row: dict, names: Sequence[str], where: str = "") -> tuple[float, ...]:
+    """The named fields of a row as finite numbers. Raises ValueError that shows them."""
+    try:
+        values = tuple(float(row[name]) for name in names)
+    except (KeyError, TypeError, ValueError):
+        values = (math.nan,)
+    if not all(map(math.isfinite, values)):
+        found = ", ".join(f"{name} {str(row.get(name))[:20]!r}" for name in names)
+        raise ValueError(f"{where}found {found}; expected {len(names)} numbers")
+    return values
 
 
 @contextlib.contextmanager
@@ -189,56 +205,52 @@ def claim_folder(out: Path, command: str, config: dict) -> Iterator[bool]:
     it holds files that are not ours.
     """
     out.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(
-        out, os.O_RDONLY
-    )  # the lock is on the folder: no lock file to leave behind
+    path, config = out / "config.json", json.loads(json.dumps(config))
+    lock = os.open(out, os.O_RDONLY)  # the folder itself is locked: no file to leave behind
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
-                f"{out}: another process is writing there; wait for it or give another folder"
-            ) from None
-        path = out / "config.json"
-        config = json.loads(json.dumps(config))
-        resumed = path.exists()
-        if resumed:
+            text = "another process is writing there; wait for it or give another folder"
+            raise ValueError(f"{out}: {text}") from None
+        if resumed := path.exists():
             found = read_json(path)
-            if found.get("command") != command:
-                raise ValueError(
-                    f"{out}: made by {found.get('command')!r}, not by {command!r}; "
-                    "give another folder"
-                )
-            if differences := _differences(found.get("config"), config):
-                raise ValueError(
-                    f"{out}: made with other options ({'; '.join(differences)}); "
-                    "give the same options to go on, or another folder"
-                )
+            if (other := found.get("command")) != command:
+                text = f"made by {other!r}, not by {command!r}; give another folder"
+                raise ValueError(f"{out}: {text}")
+            there = found["config"] if isinstance(found.get("config"), dict) else {}
+            if different := "; ".join(
+                f"{key}: {there.get(key)!r} there, {config.get(key)!r} now"
+                for key in sorted(there.keys() | config.keys())
+                if there.get(key) != config.get(key)
+            ):
+                text = "give the same options to go on, or another folder"
+                raise ValueError(f"{out}: made with other options ({different}); {text}")
         elif foreign := sorted(p.name for p in out.iterdir() if not p.name.endswith(".part")):
-            raise ValueError(
-                f"{out}: holds {foreign[0]!r} but no config.json; give an empty or a new folder"
-            )
+            text = "but no config.json; give an empty or a new folder"
+            raise ValueError(f"{out}: holds {foreign[0]!r} {text}")
         else:
             write_json(path, {"command": command, "config": config, "complete": False})
-        _LOCKS.add(descriptor)
+        _LOCKS.add(lock)
         yield resumed
     finally:
-        _LOCKS.discard(descriptor)
-        os.close(descriptor)
-
-
-def _differences(found: object, wanted: dict) -> list[str]:
-    found = found if isinstance(found, dict) else {}
-    return [
-        f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now"
-        for key in sorted(found.keys() | wanted.keys())
-        if found.get(key) != wanted.get(key)
-    ]
+        _LOCKS.discard(lock)
+        os.close(lock)
 
 
 def finish_folder(out: Path, **facts: object) -> None:
     """Mark a claimed folder whole and add what is known only at the end."""
     write_json(out / "config.json", read_json(out / "config.json") | facts | {"complete": True})
+
+
+def finished(path: Path, command: str) -> dict:
+    """config.json of a whole folder that `command` made. Raises ValueError."""
+    found = read_json(path / "config.json")
+    if (other := found.get("command")) != command or not isinstance(found.get("config"), dict):
+        raise ValueError(f"{path}: made by {other!r}; expected a folder made by {command!r}")
+    if found.get("complete") is not True:
+        raise ValueError(f"{path}: not finished; run the same {command} command again")
+    return found
 
 
 def sha256(*parts: bytes | Path) -> str:
@@ -247,53 +259,38 @@ def sha256(*parts: bytes | Path) -> str:
     for part in parts:
         if isinstance(part, Path):
             with open(part, "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
+                hashlib.file_digest(file, lambda: digest)
         else:
             digest.update(part)
     return digest.hexdigest()
 
 
-# --- Progress ---
-
-
 @contextlib.contextmanager
 def progress(total: int, label: str, done: int = 0, every: float = 15.0) -> Iterator:
-    """Yields `advance(n, text="")`: a bar on a terminal, elsewhere a line every `every` seconds."""
-    if sys.stderr.isatty():
-        shown = {"text": ""}
-        with click.progressbar(
-            length=total,
-            label=label,
-            file=sys.stderr,
-            show_pos=True,
-            item_show_func=lambda _: shown["text"],
-        ) as bar:
-            bar.update(done)
-
-            def advance(n: int = 1, text: str = "") -> None:
-                shown["text"] = text
-                bar.update(n, current_item=text)
-
-            yield advance
-        return
+    """Yields `advance(n, text="")`: rate and time left in a bar on a terminal, else in lines."""
     start = last = time.monotonic()
-    count = done
+    count, terminal = done, sys.stderr.isatty()
+    with click.progressbar(
+        length=total,
+        label=label,
+        file=sys.stderr,
+        show_pos=True,
+        hidden=not terminal,
+        item_show_func=lambda text: text,
+    ) as bar:
 
-    def advance(n: int = 1, text: str = "") -> None:
-        nonlocal count, last
-        count += n
-        now = time.monotonic()
-        if now - last >= every or count == total:
-            last = now
+        def advance(n: int = 1, text: str = "") -> None:
+            nonlocal count, last
+            count, now = count + n, time.monotonic()
             rate = (count - done) / max(now - start, 1e-9)
-            left = (total - count) / rate if rate else 0.0
-            click.echo(
-                f"{label}: {count}/{total}  {rate:.1f}/s  {left:.0f} s left  {text}".rstrip(),
-                err=True,
-            )
+            bar.update(n, current_item=f"{rate:.1f}/s  {text}")
+            if not terminal and (now - last >= every or count == total):
+                last, left = now, (total - count) / rate if rate else 0.0
+                line = f"{label}: {count}/{total}  {rate:.1f}/s  {left:.0f} s left  {text}"
+                click.echo(line.rstrip(), err=True)
 
-    yield advance
+        bar.update(done)
+        yield advance
 
 
 # --- Manifest ---
@@ -316,61 +313,45 @@ def read_manifest(path: Path) -> list[Finding]:
 
 def _finding(row: dict[str, str], folder: Path) -> Finding:
     row = {name: value.strip() for name, value in row.items()}
-
-    def word(name: str, allowed: tuple[str, ...], upper: bool = False) -> str:
-        value = row[name].upper() if upper else row[name].lower()
-        if value not in allowed:
-            raise ValueError(f"{name} is {row[name][:40]!r}; expected {'/'.join(allowed)}")
-        return value
-
-    def numbers(*names: str) -> tuple[float, ...] | None:
-        if not any(row[name] for name in names):
-            return None
-        try:
-            values = tuple(float(row[name]) for name in names)
-        except ValueError:
-            values = (np.nan,)
-        if not np.isfinite(values).all():
-            found = ", ".join(row[name][:20] for name in names)
-            raise ValueError(f"{','.join(names)} is {found!r}; expected {len(names)} numbers")
-        return values
-
     for name in ("image_path", "patient_id", "view"):
         if not row[name]:
             raise ValueError(f"{name} is empty")
-    bbox = numbers("row0", "col0", "row1", "col1")
+    words = {}
+    for name, allowed in MANIFEST_WORDS.items():
+        words[name] = row[name].upper() if name == "laterality" else row[name].lower()
+        if words[name] not in allowed:
+            raise ValueError(f"{name} is {row[name][:40]!r}; expected {'/'.join(allowed)}")
+    bbox, spacing = (
+        numbers(row, names) if any(row[name] for name in names) else None
+        for names in (("row0", "col0", "row1", "col1"), ("spacing_row_mm", "spacing_col_mm"))
+    )
     if bbox and not (0 <= bbox[0] < bbox[2] and 0 <= bbox[1] < bbox[3]):
         raise ValueError(f"box {bbox} is empty or negative; expected row0 < row1, col0 < col1")
-    spacing = numbers("spacing_row_mm", "spacing_col_mm")
     if spacing and not all(1e-3 < value < 10 for value in spacing):
         raise ValueError(f"spacing is {spacing} mm; expected 0.001 to 10")
     return Finding(
         image_path=str(folder / row["image_path"]),
         patient_id=row["patient_id"],
-        laterality=word("laterality", ("L", "R"), upper=True),
         view=row["view"].upper(),
-        finding=word("finding", ("", *FINDINGS)),
-        pathology=word("pathology", PATHOLOGIES),
         bbox=bbox,
         mask_path=str(folder / row["mask_path"]) if row["mask_path"] else "",
         spacing_mm=spacing,
-        split=word("split", ("", *SPLITS)),
+        **words,
     )
 
 
 def check_findings(findings: list[Finding]) -> list[str]:
     """What contradicts itself or the files, one line each."""
-    images, splits, problems = {}, {}, []
+    images, splits, problems = defaultdict(list), defaultdict(set), []
     for row in findings:
-        images.setdefault(row.image_path, []).append(row)
-        splits.setdefault(row.patient_id, set()).add(row.split)
+        images[row.image_path].append(row)
+        splits[row.patient_id].add(row.split)
     for patient, found in sorted(splits.items()):
         if len(found - {""}) > 1:
             problems.append(f"patient {patient} in splits {', '.join(sorted(found - {''}))}")
     for path, rows in images.items():
-        if missing := [
-            p for p in (path, *(r.mask_path for r in rows)) if p and not Path(p).is_file()
-        ]:
+        files = {path: 1} | {row.mask_path: 1 for row in rows if row.mask_path}
+        if missing := [file for file in files if not Path(file).is_file()]:
             problems.append(f"{missing[0]}: no such file")
             continue
         for name in ("patient_id", "laterality", "view", "spacing_mm"):
@@ -380,23 +361,23 @@ def check_findings(findings: list[Finding]) -> list[str]:
             problems.append(f"{path}: normal, and yet with a finding")
         if len({(row.finding, row.bbox) for row in rows}) < len(rows):
             problems.append(f"{path}: the same finding and box twice")
-        size = _image_size(path) if any(row.bbox for row in rows) else None
-        for row in rows:
-            if size and row.bbox and (row.bbox[2] > size[0] or row.bbox[3] > size[1]):
-                problems.append(f"{path}: box {row.bbox} outside the image of {size} pixels")
+        boxes = [row.bbox for row in rows if row.bbox]
+        height, width = (boxes and image_size(path)) or (math.inf, math.inf)
+        for box in boxes:
+            if box[2] > height or box[3] > width:
+                problems.append(f"{path}: box {box} outside the image of {height, width} pixels")
     return problems
 
 
 def _raise_all(what: str, problems: list[str], advice: str) -> None:
     if problems:
         more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ValueError(
-            f"{what} {len(problems)} problems: {'; '.join(problems[:10])}{more}; {advice}"
-        )
+        listed = "; ".join(problems[:10]) + more
+        raise ValueError(f"{what} {len(problems)} problems: {listed}; {advice}")
 
 
 @functools.cache
-def _image_size(path: str) -> tuple[int, int] | None:
+def image_size(path: str) -> tuple[int, int] | None:
     """(rows, columns) by the header alone; None when it is unreadable, which `prepare` reports."""
     try:
         if pydicom.misc.is_dicom(path):
@@ -605,9 +586,7 @@ class PrepareConfig:
     min_tissue: float = 0.9  # of the window before resizing, P6, Q21
     scale: tuple[float, float] = (0.8, 1.2)  # uniform, P7, Q22
     augment_eval: bool = False  # flip, rotate and resize validation and test patches too, Q22
-    normals_from_annotated: bool = (
-        False  # normal patches away from boxes; the paper: normal studies
-    )
+    normals_from_annotated: bool = False  # normal patches away from boxes, too; the paper: none
     normal_margin: float = 0.125  # of the window side, between a normal patch and any box; ours
     pseudonymise: bool = False  # keyed hashes in place of patient ids and paths
 
@@ -697,6 +676,15 @@ class _Field:
         self.masks = {
             row: self.mask_pixels(row) for row in image.rows if row.mask_path and row.bbox
         }
+
+    def flipped(self) -> int:
+        """How many boxes in air have their mirror image (rows from the bottom) on tissue."""
+        count = 0
+        for row0, col0, row1, col1 in {_whole(row.bbox) for row in self.image.rows if row.bbox}:
+            size, mirrored = (row1 - row0, col1 - col0), self.display.shape[0] - row1
+            given, other = (self.tissue.share(row, col0, size) for row in (row0, mirrored))
+            count += int(given < 0.1 and other > 0.9)
+        return count
 
     def mask_pixels(self, lesion: Finding) -> np.ndarray:
         """(n, 2) rows and columns of a lesion's mask within its box.
@@ -795,33 +783,32 @@ def _start_worker(images: list[_Image], config: PrepareConfig, out: Path) -> Non
 def _visit(index: int, tasks: list[tuple[str, int, int]]) -> dict:
     """Decode one image, cut and store the patches (key, patch, attempt) that are drawn from it."""
     image, config = _worker["images"][index], _worker["config"]
-    found = {"image": index, "uid": "", "reason": "", "dead": [], "rows": [], "failed": tasks}
+    visit = {"image": index, "uid": "", "reason": "", "dead": [], "flipped": 0}
+    visit |= {"rows": [], "failed": []}
     try:
         field = _Field(image, config)
     except (ValueError, OSError) as error:  # an OSError would name the file
         reason = getattr(error, "strerror", None) or str(error)
-        return found | {"reason": " ".join(reason.split())}
+        return visit | {"reason": " ".join(reason.split()), "failed": tasks}
+    visit |= {"uid": field.uid, "flipped": field.flipped()}
     # Whether a class has any place here may not depend on which patches ask first.
     for key in sorted({key for key, _, _ in tasks}):
-        rng = np.random.default_rng((config.seed, index, KEYS.index(key)))
-        if field.place(key, rng) is None:
-            found["dead"].append(key)
-    found |= {"uid": field.uid, "failed": []}
+        if not field.place(key, np.random.default_rng((config.seed, index, KEYS.index(key)))):
+            visit["dead"].append(key)
     for key, patch, attempt in tasks:
         seed = patch_seed(config.seed, key, patch, attempt)
-        place = None
-        if key not in found["dead"]:
-            place = field.place(key, np.random.default_rng(seed))
+        alive = key not in visit["dead"]
+        place = field.place(key, np.random.default_rng(seed)) if alive else None
         if place is None:
-            found["failed"].append((key, patch, attempt))
+            visit["failed"].append((key, patch, attempt))
             continue
         pixels, bbox = field.cut(place)
-        numbers = f"{place['scale']:.6f}", place["flip"], place["rotation"]
-        row = (*place["window"], *numbers, seed, f"{place['tissue']:.4f}", *(bbox or ("",) * 4))
+        row = (*place["window"], f"{place['scale']:.6f}", place["flip"], place["rotation"])
+        row += (seed, f"{place['tissue']:.4f}", *(bbox or ("",) * 4))
         text, body = ",".join(map(str, row)), np.ascontiguousarray(pixels).tobytes()
         os.pwrite(_store(_worker["out"], key), body, NPY_HEADER + patch * len(body))
-        found["rows"].append((key, patch, text, zlib.crc32(body, zlib.crc32(text.encode()))))
-    return found
+        visit["rows"].append((key, patch, text, zlib.crc32(body, zlib.crc32(text.encode()))))
+    return visit
 
 
 @functools.cache
@@ -897,10 +884,10 @@ class _Run:
         }
         self.skipped: dict[str, str] = {}
         self.texts = {key: [None] * config.counts[key] for key in self.sources}  # image, index row
-        self.log: dict[int, dict] = {}  # what was found at each image
+        self.visits: dict[int, dict] = {}  # the last one of each image
         self.pending = defaultdict(list)  # image: patches that want it
         self.dead = {key: set() for key in self.sources}  # images without a place for a class
-        self.owners: dict[str, int] = {}  # image_uid: first image
+        self.same = defaultdict(set)  # image_uid: images
         for key in [key for key, indexes in self.sources.items() if not indexes]:
             self.skip(key, "the source holds none")
         if not self.sources:
@@ -918,17 +905,14 @@ class _Run:
         """Files for every patch, their whole size reserved. Raises ValueError, OSError."""
         size, sizes = self.config.patch_size, {}
         for key, texts in self.texts.items():
-            path = self.out / "patches" / f"{key}.npy"
-            length = NPY_HEADER + 2 * len(texts) * size**2
+            path, length = self.path(key), NPY_HEADER + 2 * len(texts) * size**2
             if not path.exists() or path.stat().st_size != length:
                 sizes[path] = length, (len(texts), size, size)
         needed = sum(length for length, _ in sizes.values())
         needed += 500 * sum(map(len, self.texts.values()))  # indexes and the work folder
         if needed > (free := shutil.disk_usage(self.out).free):
-            raise ValueError(
-                f"{self.out}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room "
-                "or lower --count"
-            )
+            text = f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+            raise ValueError(f"{self.out}: {text}; make room or lower --count")
         (self.out / "work").mkdir(exist_ok=True)
         for path, (length, shape) in sizes.items():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -939,10 +923,13 @@ class _Run:
                 file.flush()
                 os.posix_fallocate(file.fileno(), 0, length)
 
+    def path(self, key: str) -> Path:
+        return self.out / "patches" / f"{key}.npy"
+
     def stored(self, key: str, patch: int, text: str, checksum: int) -> bool:
         """Whether the patch of an index row is on the disk as it was cut."""
         size = 2 * self.config.patch_size**2
-        with open(self.out / "patches" / f"{key}.npy", "rb") as file:
+        with open(self.path(key), "rb") as file:
             body = os.pread(file.fileno(), size, NPY_HEADER + patch * size)
         return zlib.crc32(body, zlib.crc32(text.encode())) == checksum
 
@@ -956,25 +943,25 @@ class _Run:
                 return
             attempt += 1
 
-    def learn(self, found: dict, rows: Iterable) -> None:
+    def learn(self, visit: dict, rows: Iterable) -> None:
         """Take in a visit, this run's or an earlier one's. Raises ValueError: two patients."""
-        index = found["image"]
-        found["dead"] = sorted({*found["dead"], *self.log.get(index, found)["dead"]})
-        self.log[index] = {name: found[name] for name in ("uid", "reason", "dead")}
+        index, image = visit["image"], self.images[visit["image"]]
+        self.visits[index] = visit
         for key, patch, text, _ in rows:
             self.texts[key][patch] = index, text
-        for key in self.images[index].classes.keys() & self.sources.keys():
-            if key in found["dead"] or found["reason"]:
-                self.dead[key].add(index)
-                if self.dead[key].issuperset(self.sources[key]):
-                    self.skip(key, "no image has a place for it")
-        image = self.images[index]
-        other = self.images[self.owners.setdefault(found["uid"] or index, index)]
-        if other.patient_id != image.patient_id:
-            raise ValueError(
-                f"{other.name} and {image.name} are the same image, and yet of patients "
-                f"{other.patient_id} and {image.patient_id}; correct the source"
-            )
+        gone = image.classes if visit["reason"] else visit["dead"]
+        for key in sorted(self.sources.keys() & gone):
+            self.dead[key].add(index)
+            if len(self.dead[key]) == len(self.sources[key]):
+                self.skip(key, "no image has a place for it")
+        same = self.same[visit["uid"] or index]
+        same.add(index)
+        patients = {self.images[i].patient_id for i in same}
+        if len(patients) > 1:
+            names = " and ".join(sorted(self.images[i].name for i in same))
+            patients = " and ".join(sorted(patients))
+            text = f"are the same image, and yet of patients {patients}; correct the source"
+            raise ValueError(f"{names} {text}")
 
     def tasks(self, index: int) -> list[tuple[str, int, int]]:
         """What an image is visited for; what it is known to have no place for goes on."""
@@ -986,71 +973,67 @@ class _Run:
 
     def cut(self, workers: int) -> None:
         """Cut every patch that no earlier run has cut."""
-        wanted = sorted({index for indexes in self.sources.values() for index in indexes})
-        visits = self.out / "work" / "visits.jsonl"
-        for found in _read_lines(visits):
-            self.learn(found, [row for row in found["rows"] if self.stored(*row)])
+        record = self.out / "work" / "visits.jsonl"
+        for visit in _read_lines(record):
+            self.learn(visit, [row for row in visit.pop("rows") if self.stored(*row)])
         for key, texts in self.texts.items():
             for patch in [patch for patch, text in enumerate(texts) if text is None]:
                 self.send(key, patch, 0)
         total, left = (sum(map(len, d.values())) for d in (self.texts, self.pending))
+        wanted = sorted({index for indexes in self.sources.values() for index in indexes})
+        queue, running = deque(index for index in wanted if index not in self.visits), {}
         with (
-            open(visits, "a", encoding="utf-8") as lines,
+            open(record, "a", encoding="utf-8") as lines,
             progress(total, "patches", done=total - left) as advance,
             _pool(workers, self.images, self.config, self.out) as pool,
         ):
-            running = {}
-            while queue := deque(
-                [i for i in wanted if i not in self.log] + sorted(self.log.keys() & self.pending)
-            ):
-                while queue or running:
-                    while queue and len(running) < 2 * workers:
-                        index = queue.popleft()
-                        if (tasks := self.tasks(index)) or index not in self.log:
-                            running[pool.submit(_visit, index, tasks)] = index
-                    done, _ = concurrent.futures.wait(running, return_when="FIRST_COMPLETED")
-                    for future in done:
-                        try:
-                            found = future.result()
-                        except concurrent.futures.process.BrokenProcessPool:
-                            names = ", ".join(self.images[i].name for i in running.values())
-                            raise ValueError(
-                                f"a worker process died at one of {names}; leave the damaged one "
-                                "out, or give fewer --workers if the memory was too small"
-                            ) from None
-                        del running[future]
-                        failed = found.pop("failed")
-                        lines.write(json.dumps(found) + "\n")
-                        lines.flush()
-                        self.learn(found, found["rows"])
-                        for key, patch, attempt in failed:
-                            self.send(key, patch, attempt + 1)
-                        advance(len(found["rows"]))
+            while queue or running or self.pending:
+                while (queue or self.pending) and len(running) < 2 * workers:
+                    index = queue.popleft() if queue else next(iter(self.pending))
+                    if (tasks := self.tasks(index)) or index not in self.visits:
+                        running[pool.submit(_visit, index, tasks)] = index
+                for future in concurrent.futures.wait(running, return_when="FIRST_COMPLETED")[0]:
+                    try:
+                        visit = future.result()
+                    except concurrent.futures.process.BrokenProcessPool:
+                        names = ", ".join(self.images[index].name for index in running.values())
+                        raise ValueError(
+                            f"a worker process died at one of {names}; leave the damaged one out, "
+                            "or give fewer --workers if the memory was too small"
+                        ) from None
+                    del running[future]
+                    failed = visit.pop("failed")
+                    lines.write(json.dumps(visit) + "\n")
+                    lines.flush()
+                    self.learn(visit, rows := visit.pop("rows"))
+                    for key, patch, attempt in failed:
+                        self.send(key, patch, attempt + 1)
+                    advance(len(rows))
+
+    def reason(self, index: int) -> str:
+        """Why an image gave no patch."""
+        dead = [key for key in sorted(self.dead) if index in self.dead[key]]
+        if index not in self.visits:
+            return f"none of its findings is a class wanted in {self.images[index].split}"
+        if dead and not self.visits[index]["reason"]:
+            return f"no window with enough tissue for {dead[0]}"
+        return self.visits[index]["reason"] or "usable; no patch happened to be drawn from it"
 
     def finish(self, notes: Sequence[str]) -> None:
         """Write the tables, then mark the patch set whole."""
         images, out = self.images, self.out
         for key in self.skipped:
-            (out / "patches" / f"{key}.npy").unlink(missing_ok=True)
+            self.path(key).unlink(missing_ok=True)
         for key, texts in self.texts.items():
-            with open(out / "patches" / f"{key}.npy", "rb") as file:
+            with open(self.path(key), "rb") as file:
                 os.fsync(file.fileno())
             rows = (
-                (patch, self.log[index]["uid"], images[index].patient_id, *text.split(","))
+                (patch, self.visits[index]["uid"], images[index].patient_id, *text.split(","))
                 for patch, (index, text) in enumerate(texts)
             )
-            write_table(out / "patches" / f"{key}.csv", INDEX_COLUMNS, rows)
+            write_table(self.path(key).with_suffix(".csv"), INDEX_COLUMNS, rows)
         used = {index for texts in self.texts.values() for index, _ in texts}
-        excluded, same = [], defaultdict(list)
-        for index, image in enumerate(images):
-            unread = f"none of its findings is a class wanted in {image.split}"
-            found = self.log.get(index, {"uid": "", "reason": unread})
-            same[found["uid"] or index].append(image.name)
-            reason = found["reason"] or "usable; no patch happened to be drawn from it"
-            if not found["reason"] and found["dead"]:
-                reason = f"no window with enough tissue for {found['dead'][0]}"
-            if index not in used:
-                excluded.append((image.name, reason))
+        excluded = [(im.name, self.reason(i)) for i, im in enumerate(images) if i not in used]
         write_table(out / "excluded.csv", ("image_path", "reason"), excluded)
         splits = {image.patient_id: image.split for image in images}
         write_table(out / "splits.csv", ("patient_id", "split"), sorted(splits.items()))
@@ -1065,12 +1048,17 @@ class _Run:
             for row in image.rows
         )
         write_table(out / "manifest.csv", MANIFEST_COLUMNS + MANIFEST_OPTIONAL, rows)
-        duplicates = [names for names in same.values() if len(names) > 1]
-        for names in duplicates:
-            click.echo(f"the same image under {len(names)} names: {', '.join(names)}", err=True)
         click.echo(f"{len(excluded)} of {len(images)} images gave no patch: excluded.csv", err=True)
         if not self.texts:
             raise ValueError(f"{out}: no patch could be cut; excluded.csv says why for each image")
+        duplicates = sorted(sorted(same) for same in self.same.values() if len(same) > 1)
+        duplicates = [[images[index].name for index in same] for same in duplicates]
+        said = [f"the same image under {len(n)} names: {', '.join(n)}" for n in duplicates]
+        if flipped := sum(visit["flipped"] for visit in self.visits.values()):
+            said.append(f"{FLIPPED}: {flipped}.")
+            notes = [*notes, said[-1]]
+        for text in said:
+            click.echo(text, err=True)
         finish_folder(
             out,
             counts={key: len(texts) for key, texts in self.texts.items()},
@@ -1104,18 +1092,12 @@ def _pool(workers: int, *work: object) -> Iterator[concurrent.futures.Executor]:
 @contextlib.contextmanager
 def _signals_after() -> Iterator[None]:
     """SIGINT and SIGTERM that come meanwhile interrupt at the end of the block."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came = []
-    before = {
-        number: signal.signal(number, lambda number, _: came.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    came, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _: came.append(number)) for number in numbers]
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
     if came:
         raise KeyboardInterrupt
@@ -1146,28 +1128,29 @@ def contact_sheet(images: list[_Image], config: PrepareConfig, out: Path, number
         table = read_table(out / "patches" / f"{key}.csv", INDEX_COLUMNS[1:2] + INDEX_COLUMNS[3:7])
         for uid, *window in zip(*table.values(), strict=True):
             windows[uid].append((colours[key.split("/")[1]], 0.7, map(float, window)))
-    across = min(4, len(images))
-    figure = matplotlib.figure.Figure((4 * across, 4.6 * -(-len(images) // across)), dpi=100)
-    for place, image in enumerate(images):
+    shape = -(-len(images) // 4), min(4, len(images))
+    figure = matplotlib.figure.Figure((4 * shape[1], 4.6 * shape[0]), dpi=100)
+    for place, image in enumerate(images, start=1):
         field, first = _Field(image, config), image.rows[0]
         (height, width), step = field.display.shape, max(field.display.shape) // 900 + 1
-        axes = figure.add_subplot(-(-len(images) // across), across, place + 1)
-        axes.imshow(field.display[::step, ::step], cmap="gray", extent=(0, width, height, 0))
+        axes = figure.add_subplot(*shape, place)
+        extent = (0, width, height, 0)
+        axes.imshow(field.display[::step, ::step], cmap="gray", extent=extent)
         outline = breast_mask(field.display)[::step, ::step]
-        rows, cols = np.arange(0, height, step), np.arange(0, width, step)
-        axes.contour(cols, rows, outline, [0.5], colors="lime", linewidths=0.8)
+        at = np.arange(0, width, step), np.arange(0, height, step)
+        axes.contour(*at, outline, [0.5], colors="lime", linewidths=0.8)
         shown = windows[field.uid][:: len(windows[field.uid]) // 12 + 1]
         for row in image.rows:
             colour = colours.get(f"{row.pathology}_{row.finding}", "white")
             shown += [(colour, 2, row.bbox)] if row.bbox else []
         for colour, line, (row0, col0, row1, col1) in shown:
-            box = matplotlib.patches.Rectangle((col0, row0), col1 - col0, row1 - row0)
-            box.set(fill=False, edgecolor=colour, linewidth=line)
+            style = {"fill": False, "edgecolor": colour, "linewidth": line}
+            box = matplotlib.patches.Rectangle((col0, row0), col1 - col0, row1 - row0, **style)
             axes.add_patch(box)
-        count = f"{len(windows[field.uid])} patches, {len(shown)} boxes drawn"
-        title = f"{field.uid}  {image.split}  {first.laterality} {first.view}  {count}"
-        axes.set(title=title, aspect=field.side[1] / field.side[0], xticks=[], yticks=[])
-        axes.title.set_fontsize(7)
+        title = f"{field.uid}  {image.split}  {first.laterality} {first.view}  "
+        title += f"{len(windows[field.uid])} patches, {len(shown)} boxes drawn"
+        axes.set(aspect=field.side[1] / field.side[0], xticks=[], yticks=[])
+        axes.set_title(title, fontsize=7)
     text = "lime: breast mask; thick: lesion boxes; thin: patch windows; "
     text += ", ".join(f"{name} {colour}" for name, colour in colours.items())
     figure.suptitle(text, fontsize=8)
@@ -1181,19 +1164,10 @@ def contact_sheet(images: list[_Image], config: PrepareConfig, out: Path, number
 
 def patch_config(data: Path) -> dict:
     """The configuration of a finished patch set, with its fingerprint. Raises ValueError."""
-    data = Path(data)
-    found = read_json(data / "config.json")
-    if found.get("command") != "prepare" or not isinstance(found.get("config"), dict):
-        raise ValueError(
-            f"{data}: made by {found.get('command')!r}; expected a patch set of prepare"
-        )
-    if found.get("complete") is not True:
-        raise ValueError(f"{data}: not finished; run the same prepare command again")
+    found = finished(Path(data), "prepare")
     config, counts = found["config"], found.get("counts")
     sizes = [config.get("patch_size"), *(counts.values() if isinstance(counts, dict) else [None])]
-    if not all(isinstance(size, int) and size > 0 for size in sizes) or not counts.keys() <= {
-        *KEYS
-    }:
+    if not all(isinstance(n, int) and n > 0 for n in sizes) or not set(counts).issubset(KEYS):
         raise ValueError(f"{data}/config.json: damaged (patch_size or counts); run prepare again")
     return config | {"held": counts, "fingerprint": fingerprint(data)}
 
@@ -1207,11 +1181,9 @@ def fingerprint(data: Path) -> str:
 
 def open_patches(data: Path, split: str, name: str) -> np.ndarray:
     """(N, S, S) uint16 memory map of one class. Raises ValueError when it is missing or damaged."""
-    config = patch_config(data)
-    key = f"{split}/{name}"
+    config, key = patch_config(data), f"{split}/{name}"
     if key not in config["held"]:
-        held = ", ".join(sorted(config["held"]))
-        raise ValueError(f"{data}: holds no {key}; found {held}")
+        raise ValueError(f"{data}: holds no {key}; found {', '.join(sorted(config['held']))}")
     shape = (config["held"][key], config["patch_size"], config["patch_size"])
     return _open_array(Path(data) / "patches" / f"{key}.npy", shape, np.uint16)
 
@@ -1223,11 +1195,9 @@ def _open_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
         raise ValueError(f"{path}: no such file") from None
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path}: damaged ({error}); make it again") from None
-    if not isinstance(array, np.ndarray) or (array.shape, array.dtype) != (shape, dtype):
-        found = getattr(array, "shape", None), str(getattr(array, "dtype", None))
-        raise ValueError(
-            f"{path}: holds {found}; expected {shape} {np.dtype(dtype)}; make it again"
-        )
+    found = f"{getattr(array, 'shape', None)} {getattr(array, 'dtype', None)}"
+    if found != (expected := f"{shape} {np.dtype(dtype)}"):
+        raise ValueError(f"{path}: holds {found}; expected {expected}; make it again")
     return array
 
 
@@ -1269,11 +1239,7 @@ class SyntheticSet:
 def open_synthetic(path: Path) -> SyntheticSet:
     """Raises ValueError when the set is unfinished, damaged or no synthetic set."""
     path = Path(path)
-    found = read_json(path / "config.json")
-    if found.get("command") != "synthesize":
-        raise ValueError(f"{path}: made by {found.get('command')!r}; expected a set of synthesize")
-    if found.get("complete") is not True:
-        raise ValueError(f"{path}: not finished; run the same synthesize command again")
+    found = finished(path, "synthesize")
     index = read_table(path / "index.csv", SYNTHETIC_COLUMNS)
     try:
         config = found["config"]
@@ -1299,28 +1265,21 @@ def check_synthetic(syn: SyntheticSet, data: Path) -> None:
 
     Sets carry the hash of the patch set and of each source image: both are compared, not trusted.
     """
-    config = patch_config(data)
-    if syn.patch_size != config["patch_size"]:
-        raise ValueError(
-            f"{syn.path}: patches of {syn.patch_size} px; expected {config['patch_size']} as {data}"
-        )
+    config, splits = patch_config(data), split_of(data)
+    side, again = config["patch_size"], f"synthesize it again from {data}"
+    if syn.patch_size != side:
+        raise ValueError(f"{syn.path}: patches of {syn.patch_size} px; expected {side} as {data}")
     if syn.data_fingerprint != config["fingerprint"]:
-        raise ValueError(
-            f"{syn.path}: made from another patch set; synthesize it again from {data}"
-        )
-    splits = split_of(data)
+        raise ValueError(f"{syn.path}: made from another patch set; {again}")
     leaked = sorted({p for p in syn.index["patient_id"].tolist() if splits.get(p) != "train"})
     if leaked:
-        raise ValueError(
-            f"{syn.path}: {len(leaked)} source patients are not in train, such as {leaked[0]} "
-            f"({splits.get(leaked[0], 'unknown')}); synthesize it again from {data}"
-        )
+        first = f"such as {leaked[0]} ({splits.get(leaked[0], 'unknown')})"
+        text = f"{len(leaked)} source patients are not in train, {first}"
+        raise ValueError(f"{syn.path}: {text}; {again}")
     columns, trained = ("image_uid", "patient_id"), set()
     for path in Path(data).glob("patches/train/*.csv"):
         trained |= set(zip(*read_table(path, columns).values(), strict=True))
     if foreign := set(zip(*(syn.index[c] for c in columns), strict=True)) - trained:
-        image, patient = min(foreign)
-        raise ValueError(
-            f"{syn.path}: {len(foreign)} source images are not in train, such as {image} of "
-            f"{patient}; synthesize it again from {data}"
-        )
+        first = "such as {} of {}".format(*min(foreign))
+        text = f"{len(foreign)} source images are not in train, {first}"
+        raise ValueError(f"{syn.path}: {text}; {again}")

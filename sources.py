@@ -22,7 +22,7 @@ from xml.parsers.expat import ExpatError
 import numpy as np
 import pydicom
 
-from data import PATHOLOGIES, Finding, csv_rows, progress, read_json
+from data import PATHOLOGIES, Finding, csv_rows, image_size, numbers, progress, read_json
 from mammogram import Mammogram, read_mammogram
 
 Traps = Counter  # sentence -> how often it was met
@@ -82,17 +82,6 @@ def _known(table: dict[str, str], value: str, where: str) -> str:
     return table[value]
 
 
-def _numbers(row: dict, names: Iterable[str], where: str) -> tuple[float, ...]:
-    try:
-        values = tuple(float(row[name]) for name in names)
-    except (KeyError, TypeError, ValueError):
-        values = (math.nan,)
-    if not all(map(math.isfinite, values)):
-        found = ", ".join(f"{name} {str(row.get(name))[:20]!r}" for name in names)
-        raise ValueError(f"{where}: found {found}; expected numbers of pixels")
-    return values
-
-
 def _inside(text: str) -> tuple[str, ...]:
     """The parts of a relative path that a distributed file names; () when it would lead outside."""
     path = PurePosixPath("".join(text.splitlines()).replace("\\", "/"))
@@ -114,7 +103,7 @@ def _clip(box: Box, size: tuple[int, int] | None, traps: Traps) -> Box | None:
 
 def _header(path: Path) -> pydicom.Dataset:
     """The few attributes needed here; empty for a damaged file, which `prepare` then names."""
-    keywords = ["Rows", "Columns", "ImageLaterality", "Laterality", "ViewPosition"]
+    keywords = ["ImageLaterality", "Laterality", "ViewPosition"]
     try:
         ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=keywords)
         return ds if list(ds) else pydicom.Dataset()  # decodes each element
@@ -128,11 +117,6 @@ def _decoded(path: Path) -> Mammogram | None:
         return read_mammogram(path)
     except (ValueError, OSError):
         return None
-
-
-def _size(ds: pydicom.Dataset) -> tuple[int, int] | None:
-    size = ds.get("Rows"), ds.get("Columns")
-    return size if all(isinstance(n, int) and n > 0 for n in size) else None
 
 
 def _typed(image: Finding, kinds: set[str], pathology: str, box: Box | None, traps: Traps) -> list:
@@ -167,7 +151,6 @@ OMIDB_FLAGS = {
     "ArchitecturalDistortion": "distortion",
     "FocalAsymmetry": "asymmetry",
 }
-FLIPPED = "Boxes in air, on tissue if rows were counted from the bottom: kept, look at them"
 UID = re.compile(r"\d+(\.\d+)+")
 
 
@@ -216,29 +199,27 @@ def _omidb_client(client: Path, images: Path, traps: Traps) -> list[Finding]:
                 image = Finding(str(path), client.name, side, str(ds.get("ViewPosition") or ""))
                 rows = []
                 for mark in filter(None, map(_dict, _dict(marks).values())):
-                    rows += _omidb_mark(mark, image, _size(ds), episode, traps)
+                    rows += _omidb_mark(mark, image, episode, traps)
                 if not rows:
                     pathology = "normal" if normal else _omidb_pathology(episode, side, "", traps)
                     rows = [replace(image, pathology=pathology)]
                     traps[NOT_NORMAL] += not normal
-                traps[FLIPPED] += _only_fit_flipped(path, {row.bbox for row in rows if row.bbox})
                 findings += rows
     return findings
 
 
-def _omidb_mark(
-    mark: dict, image: Finding, size: tuple[int, int] | None, episode: dict, traps: Traps
-) -> list[Finding]:
+def _omidb_mark(mark: dict, image: Finding, episode: dict, traps: Traps) -> list[Finding]:
     """One mark -> a row for each of its types; a mass with calcification is two rows (Q24)."""
     box = None
     try:
-        x1, y1, x2, y2 = _numbers(mark, ("X1", "Y1", "X2", "Y2"), "mark")
+        x1, y1, x2, y2 = numbers(mark, ("X1", "Y1", "X2", "Y2"))
         traps["Boxes with corners in another order, sorted"] += x1 > x2 or y1 > y2
-        box = _clip((min(y1, y2), min(x1, x2), max(y1, y2), max(x1, x2)), size, traps)
+        box = min(y1, y2), min(x1, x2), max(y1, y2), max(x1, x2)
+        box = _clip(box, image_size(image.image_path), traps)
     except ValueError:
         traps["Marks without four corners: only their image is labelled"] += 1
-    numbers = re.findall(r"\d+", str(mark.get("LinkedNBSSLesionNumber") or "")) or ["0"]
-    verdicts = {_omidb_pathology(episode, image.laterality, str(int(n)), traps) for n in numbers}
+    linked = re.findall(r"\d+", str(mark.get("LinkedNBSSLesionNumber") or "")) or ["0"]
+    verdicts = {_omidb_pathology(episode, image.laterality, str(int(n)), traps) for n in linked}
     # Several linked lesions: one malignant decides; benign only when all of them are.
     pathology = "malignant" if "malignant" in verdicts else min(verdicts)
     traps["Marks whose linked lesion has no deciding opinion: pathology unknown"] += not pathology
@@ -311,19 +292,6 @@ def _omidb_pathology(episode: dict, side: str, lesion: str, traps: Traps) -> str
         elif verdict:
             return verdict
     return ""
-
-
-def _only_fit_flipped(path: Path, boxes: set[Box]) -> int:
-    """How many boxes in air have their mirror image (rows from the bottom) on tissue."""
-    if not boxes or not (file := _decoded(path)):
-        return 0
-    tissue = file.display > file.display.min() + 0.02 * np.ptp(file.display)
-    count = 0
-    for box in boxes:
-        row0, col0, row1, col1 = map(round, box)
-        given, flipped = (t[row0:row1, col0:col1] for t in (tissue, tissue[::-1]))
-        count += bool(given.size and given.mean() < 0.1 and flipped.mean() > 0.9)
-    return count
 
 
 # --- CBIS-DDSM ---
@@ -404,8 +372,8 @@ def _cbis_files(parts: tuple[str, ...], folders: dict[str, set[Path]]) -> set[Pa
 
 def _cbis_region(finding: Finding, paths: set[Path], traps: Traps) -> Finding:
     """Add mask and box: the mask is the largest file with two values; the crop is a photograph."""
-    size = _size(_header(Path(finding.image_path)))
-    sizes = {path: _size(_header(path)) or (0, 0) for path in paths}
+    size = image_size(finding.image_path)
+    sizes = {path: image_size(str(path)) or (0, 0) for path in paths}
     for path in sorted(paths, key=lambda path: (-math.prod(sizes[path]), path)):
         if (file := _decoded(path)) is None:
             continue
@@ -480,8 +448,8 @@ def read_vindr(root: Path, traps: Traps) -> list[Finding]:
             pathology = _birads(row["breast_birads"])
             findings.append(replace(image, pathology="normal" if normal else pathology))
             continue
-        size = _numbers(row, ("height", "width"), where)
-        box = _clip(_numbers(row, ("ymin", "xmin", "ymax", "xmax"), where), size, traps)
+        size = numbers(row, ("height", "width"), f"{where}: ")
+        box = _clip(numbers(row, ("ymin", "xmin", "ymax", "xmax"), f"{where}: "), size, traps)
         kinds = {VINDR_CATEGORIES[c] for c in categories if c in VINDR_CATEGORIES}
         findings += _typed(image, kinds, _birads(row["finding_birads"]), box, traps)
     return findings
@@ -543,7 +511,7 @@ def read_inbreast(root: Path, traps: Traps) -> list[Finding]:
         image = Finding(str(path), path.name.split("_")[1], side, row["View"])
         pathology = _birads(row["Bi-Rads"])
         regions = _inbreast_regions(contours[name]) if name in contours else []
-        size = _size(_header(path)) if regions else None
+        size = image_size(str(path)) if regions else None
         for kinds, box in regions:
             findings += _typed(image, kinds, pathology, _clip(box, size, traps), traps)
         if not regions:

@@ -496,6 +496,21 @@ def test_P3_Q24_lesions_without_box_or_class_give_no_patch(source, tmp_path):
     assert all("none of its findings is a class" in reasons[row.image_path] for row in rows[:3])
 
 
+def test_boxes_that_only_fit_flipped_are_reported_and_kept(tmp_path, capsys):
+    """Rows counted from the bottom would show as boxes in air: the breast is in the upper part."""
+    Image.fromarray(np.pad(breast(0, shape=(200, 280)), ((0, 160), (0, 0)))).save(
+        tmp_path / "a.png"
+    )
+    boxes = [(240, 20, 300, 80), (60, 20, 120, 80), (170, 20, 190, 80), (240, 240, 300, 270)]
+    row = Finding(str(tmp_path / "a.png"), "A", "L", "CC", "mass", "malignant", split="train")
+    rows = [dataclasses.replace(row, bbox=box) for box in boxes]
+    prepare(rows, tmp_path / "set", dataclasses.replace(SMALL, counts={"train/malignant_mass": 9}))
+    note = f"{data.FLIPPED}: 1."
+    assert note in capsys.readouterr().err
+    assert data.read_json(tmp_path / "set/config.json")["notes"] == [note]
+    assert {r.bbox for r in data.read_manifest(tmp_path / "set/manifest.csv")} == set(boxes)
+
+
 def test_normals_from_annotated_keep_away_from_every_box(source, tmp_path):
     rows = [dataclasses.replace(row, split="train", mask_path="") for row in source[1:10:2]]
     config = dataclasses.replace(SMALL, counts={"train/normal": 200})

@@ -303,20 +303,12 @@ def test_omidb_boxes_are_sorted_clipped_and_joined_and_each_is_reported(tmp_path
         assert count(notes, words) == 1, words
 
 
-def test_omidb_box_that_only_fits_flipped_is_reported_not_flipped(tmp_path):
-    pixels = np.zeros(SHAPE, dtype=np.uint16)
-    pixels[:, 35:] = 2000
-    pixels[:25] = 2000  # tissue in the upper part; row 40 to 50 counted from the bottom is 10 to 20
-    marks = [
-        mark(1, box=(5, 40, 25, 50)),
-        mark(2, box=(5, 10, 25, 20)),
-        mark(3, box=(5, 26, 9, 34)),
-        mark(4, box=(36, 40, 39, 50)),
-    ]
-    write_client(tmp_path, "demd1", {1: marks}, {"SURGERY": event("OM")}, pixels=pixels)
-    findings, notes = read("omidb", tmp_path)
+def test_omidb_boxes_keep_their_origin_and_no_image_is_decoded(tmp_path, monkeypatch):
+    """From the top left; `prepare`, which decodes each image anyway, reports flipped ones."""
+    monkeypatch.delattr(sources, "read_mammogram")
+    write_client(tmp_path, "demd1", {1: [mark(1, box=(5, 40, 25, 50))]}, ROUTINE)
+    findings, _ = read("omidb", tmp_path)
     assert findings[0].bbox == (40, 5, 50, 25)
-    assert count(notes, "counted from the bottom") == 1
 
 
 def test_omidb_absent_image_is_left_out_and_counted(tmp_path):
