@@ -610,11 +610,13 @@ PREPARE_PRESETS = {
     "cbis": PrepareConfig(
         patch_size=128,
         spacing_mm=0.166,
-        counts=_counts((40_000, 10_000, 5_000, 10_000, 5_000), 1_000),
+        counts=_counts((40_000, 10_000, 5_000, 10_000, 5_000), 1_000) | {"test/benign_mass": 1_000},
     ),
     # 5 to 10 patches a lesion on about 1,000 images; validation and test give AUC +-0.03.
     "tiny": PrepareConfig(
-        patch_size=64, spacing_mm=0.33, counts=_counts((4_000, 2_000, 1_000, 1_000, 1_000), 300)
+        patch_size=64,
+        spacing_mm=0.33,
+        counts=_counts((4_000, 2_000, 1_000, 1_000, 1_000), 300) | {"test/benign_mass": 300},
     ),
 }
 

@@ -89,8 +89,8 @@ def isolate_lesion(
     # "Discard the object if it is too small" (S5)
     if areas[largest] < min_area_frac * side**2:
         return None
-    kept = labels == largest
-    bbox = _bbox(kept)
+    kept, (rows, cols) = labels == largest, ndimage.find_objects(labels)[largest - 1]
+    bbox = (rows.start, cols.start, rows.stop, cols.stop)
     # "Expand the edges of the object by 5px" (S6)
     reach = int(dilate_px * scale)
     box = _grow(bbox, reach, side)
@@ -134,11 +134,6 @@ def smoothing(side: int, sigma: float) -> np.ndarray:
     """
     sigma = max(sigma, 1e-3)  # 0 is no smoothing
     return ndimage.gaussian_filter1d(np.eye(side), sigma, axis=0, mode="reflect", truncate=4.0)
-
-
-def _bbox(mask: np.ndarray) -> tuple[int, int, int, int]:
-    rows, cols = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return int(rows[0]), int(cols[0]), int(rows[-1]) + 1, int(cols[-1]) + 1
 
 
 def _grow(bbox: tuple[int, int, int, int], by: int, side: int) -> tuple[slice, slice]:
@@ -234,7 +229,7 @@ def synthesize_set(
     device: torch.device | str = "cpu",
     **options: object,
 ) -> dict:
-    """Write a synthetic set (DESIGN section 6), say what came out, return its config.json.
+    """Write a synthetic set, say what came out, return its config.json.
 
     Attempt a draws source patch and noise from (seed, a) alone; the first n accepted are the set.
     control: "blob" replaces each accepted lesion by a bump, see `blob`
@@ -498,6 +493,11 @@ def insert_lesions(
     fixed += [_around(box, shape, tissue.shape) for box in boxes]
     valid, step = _side_by_side(data.tissue_windows(tissue, shape), shape, strip)
     display, placed = m.display.copy(), []
+
+    def ends(isolated: IsolatedLesion, corner: tuple[int, int]) -> np.ndarray:
+        """First and last corner (2, 2) of the object in the image."""
+        return np.reshape(isolated.bbox, (2, 2)) * shape / synth.side + corner
+
     for k in range(len(fixed) or lesions):
         if not fixed and not valid.any():
             raise ValueError(f"lesion {k + 1}: no place for {strip} x {_px(shape)} with 90% tissue")
@@ -510,8 +510,8 @@ def insert_lesions(
             found = [synth.isolate(lesion, rng) for lesion in synth.lesions(patches, [rng] * strip)]
             good = all(isolated is not None and not _is_cut(isolated) for _, isolated in found)
             if good and boxes:
-                inside = _inside(boxes[k], (row, col), synth.side / np.array(shape))
-                good = found[0][1].mask[inside].any()
+                low, high = ends(found[0][1], corners[0])
+                good = (low < boxes[k][2:]).all() and (high > boxes[k][:2]).all()
             if good:
                 break
         else:
@@ -524,8 +524,8 @@ def insert_lesions(
             added = resize(isolated.weights * lesion, shape)
             changed = np.clip(display[window] + added, -1, 1)
             display[window] = np.where(added == 0, display[window], changed)
-            ends = np.array(isolated.bbox).reshape(2, 2) * shape / synth.side + corner
-            bbox = [int(v) for v in (*np.floor(ends[0]), *np.ceil(ends[1]))]  # half-open
+            low, high = ends(isolated, corner)
+            bbox = [int(v) for v in (*np.floor(low), *np.ceil(high))]  # half-open
             mask = np.zeros(display.shape, bool)
             mask[window] = resize(isolated.mask, shape) >= 0.5
             around = [*corner, *(edge.stop for edge in window)]
@@ -600,12 +600,6 @@ def _around(box: Sequence[float], shape: tuple[int, int], image: tuple[int, int]
     centre = np.array(box).reshape(2, 2).mean(axis=0)
     corner = np.clip(np.rint(centre - np.array(shape) / 2), 0, np.subtract(image, shape))
     return int(corner[0]), int(corner[1])
-
-
-def _inside(box: Sequence[float], corner: tuple[int, int], scale: np.ndarray) -> tuple:
-    """A box of the image in the pixels of the patch cut at `corner`, rounded outwards."""
-    low, high = (np.reshape(box, (2, 2)) - corner) * scale
-    return tuple(slice(max(math.floor(a), 0), math.ceil(b)) for a, b in zip(low, high, strict=True))
 
 
 def _named(files: Iterable[Path]) -> dict[str, tuple]:
@@ -698,7 +692,8 @@ def _before_after(
     whole = [Image.fromarray(grey(resize(a, shape))).convert("RGB") for a in (before, after)]
     for lesion in placed:
         r0, c0, r1, c1 = (round(v * factor) for v in lesion["bbox"])
-        ImageDraw.Draw(whole[1]).rectangle((c0 - 1, r0 - 1, c1, r1), outline=(255, 200, 0))
+        box = (c0 - 2, r0 - 2, c1 + 1, r1 + 1)
+        ImageDraw.Draw(whole[1]).rectangle(box, outline=(255, 200, 0), width=2)
     windows = [[grey(cut(a, p["window"])) for p in placed] for a in (before, after)]
     save_tiles(path, [list(map(np.asarray, whole)), *windows], [])
 

@@ -776,12 +776,10 @@ def test_kid_is_unbiased_for_equal_distributions_even_with_patients():
     assert singles[0] > 3 * means.std() / 20
 
 
-def test_kid_finds_a_shift_and_refuses_too_few_patients():
+def test_kid_finds_a_shift():
     rng, who = np.random.default_rng(2), np.arange(60) // 3
     x, y = rng.normal(size=(60, 6)), rng.normal(0.5, 1, size=(60, 6))
     assert evaluate.kid(x, y, who, who + 20)[1] > 0
-    with pytest.raises(ValueError, match="three patients"):
-        evaluate.kid(x, y, np.zeros(60), who)
 
 
 def test_detectors_tell_apart_what_differs_and_only_that():
