@@ -571,11 +571,13 @@ def control_of(
         pixels[name], patients[name] = values[at], who[at]
     deep = {name: features(values) for name, values in pixels.items()}
     scaler = StandardScaler().fit(deep["val"])
-    deep = {name: scaler.transform(values) for name, values in deep.items()}
+    # Directions only: the few patches with features ten times as long would decide the distance.
+    unit = {k: v / np.sqrt(np.square(v).mean(axis=1, keepdims=True)) for k, v in deep.items()}
     for prefix, side in (("", "synthetic"), ("floor_", "train")):
-        pair = deep["val"], deep[side], patients["val"], patients[side]
-        found |= {f"{prefix}linear": detectability(*pair, linear_detector)}
-        found |= {f"{prefix}kid": [1000 * v for v in kid(*pair)]}
+        who = patients["val"], patients[side]
+        pair = (scaler.transform(deep[name]) for name in ("val", side))
+        found |= {f"{prefix}linear": detectability(*pair, *who, linear_detector)}
+        found |= {f"{prefix}kid": [1000 * v for v in kid(unit["val"], unit[side], *who)]}
     pair = (side[name] for side in (pixels, patients) for name in ("train", "synthetic"))
     found["network"] = detectability(*pair, network_detector(device, seed), folds=3)
     if syn.task not in LESIONS:
@@ -884,7 +886,7 @@ patch of one image; a model that recognises images has 0.5 there. Normal patches
 one fold; 0.5 is chance, 1 always. By features: logistic regression on the baseline's features,
 against validation patches; the floor is the same for real training patches: what differs between
 the splits and what the baseline remembers. By pixels: a small network, against training patches;
-its floor is 0.5. KID: kernel inception distance on the same features (standardised), unbiased,
+its floor is 0.5. KID: kernel inception distance on the same features (scaled to one length), unbiased,
 without pairs of one patient, interval by jackknife over patients. Nearer: the share of synthetic
 patches nearer to a training patch than the nearest 1% of real validation patches; copies would look
 alike and make it far more than 1%.</p>{nearest}{gan}
