@@ -1108,7 +1108,7 @@ def _signals_after() -> Iterator[None]:
 def _read_lines(path: Path) -> Iterator[dict]:
     """The visits of earlier runs, without a line that a kill cut off."""
     if path.exists():
-        with open(path, "a+", encoding="utf-8") as file:
+        with open(path, "a+", encoding="utf-8", errors="replace") as file:
             file.write("\n")  # a cut line stays by itself
             file.seek(0)
             for line in file:

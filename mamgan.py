@@ -9,6 +9,7 @@ import dataclasses
 import os
 import shlex
 import signal
+import sys
 from pathlib import Path
 
 import click
@@ -30,6 +31,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
         try:
             return super().invoke(ctx)
         except (KeyboardInterrupt, click.Abort):

@@ -8,7 +8,7 @@ import contextlib
 import math
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -449,19 +449,35 @@ def load_checkpoint(run: Path) -> dict:
         raise ValueError(f"{error}; {advice}") from None
 
 
+@contextlib.contextmanager
+def restoring(run: Path) -> Iterator[dict]:
+    """Yields the state of the checkpoint. What the block can make nothing of is a ValueError."""
+    state = load_checkpoint(run)
+    try:
+        yield state
+    except (RuntimeError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise ValueError(
+            f"{run}: checkpoint.pt is damaged or holds another network ({reason}); delete the run "
+            "and train again"
+        ) from None
+
+
 def load_generator(run: Path, device: torch.device) -> tuple[Generator, dict, str]:
     """The trained generator of a finished run: (G in eval mode, config, hash of its weights)."""
     config = finished_config(run, "train-gan")
-    G = Generator(config["patch_size"], config["g_base"], config["g_center"], config["sn_g"])
-    load_weights(G, load_checkpoint(run)["chosen"], run)
+    with restoring(run) as state:
+        G = Generator(config["patch_size"], config["g_base"], config["g_center"], config["sn_g"])
+        G.load_state_dict(state["chosen"])
     return G.to(device).eval(), config, weights_hash(G)
 
 
 def load_classifier(run: Path, device: torch.device) -> tuple[PatchClassifier, dict]:
     """The classifier with its best weights (C7) of a finished run: (model in eval mode, config)."""
     config = finished_config(run, "train-cls")
-    model = PatchClassifier(config["width"], tuple(config["blocks"]))
-    load_weights(model, load_checkpoint(run)["best"], run)
+    with restoring(run) as state:
+        model = PatchClassifier(config["width"], tuple(config["blocks"]))
+        model.load_state_dict(state["best"])
     return model.to(device).eval(), config
 
 
@@ -472,15 +488,9 @@ def finished_config(run: Path, command: str) -> dict:
         raise ValueError(f"{run}: made by {facts.get('command')!r}; expected a run of {command!r}")
     if not facts.get("complete"):
         raise ValueError(f"{run}: not finished; run the same {command} command again")
+    if not isinstance(facts.get("config"), dict):
+        raise ValueError(f"{run}/config.json: damaged (no config); train again")
     return facts["config"]
-
-
-def load_weights(module: nn.Module, state: dict, run: Path) -> None:
-    try:
-        module.load_state_dict(state)
-    except (RuntimeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{run}: the checkpoint holds another network ({reason})") from None
 
 
 def weights_hash(module: nn.Module) -> str:

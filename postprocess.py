@@ -5,6 +5,7 @@ Lengths are the paper's at 256 px and scale with the patch side S by S / 256.
 """
 
 import functools
+import io
 import itertools
 import math
 import shutil
@@ -447,12 +448,12 @@ def synthesize_images(
                     m.spacing_mm = spacing_mm or m.spacing_mm
                     boxes = boxes if marked else []
                     display, placed = insert_lesions(synth, m, at, lesions, strip, seed, boxes)
-                    note = _write_image(out / name, m, display, placed, strip, made)
                 except (ValueError, OSError) as error:
                     reason = getattr(error, "strerror", None) or str(error)
                     failed.append((str(file), reason.removeprefix(f"{file}: ")))
                     click.echo(f"{file}: failed: {failed[-1][1]}", err=True)
                 else:
+                    note = _write_image(out / name, m, display, placed, strip, made)
                     image = dict(zip(("height", "width"), m.display.shape, strict=True))
                     image |= {"id": number, "file_name": f"{name}_synthetic.png"}
                     label = {"image_id": number, "category": category}
@@ -631,8 +632,10 @@ def _write_image(
     else:
         display = m.table.apply(stored)  # what a viewer makes of the new stored values
         if m.ds is not None:
+            whole = io.BytesIO()  # pydicom would hide why a file cannot be written
+            mammogram.write_derived_dicom(m, stored, whole, *made)
             with data.replace_file(Path(f"{stem}_synthetic.dcm")) as file:
-                mammogram.write_derived_dicom(m, stored, file, *made)
+                file.write(whole.getvalue())
     with data.replace_file(Path(f"{stem}_synthetic.png")) as file:
         mammogram.write_png16(file, data.to_uint16(display))
     _before_after(Path(f"{stem}_before_after.png"), m.display, display, placed)

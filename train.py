@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import numpy as np
@@ -55,7 +56,7 @@ from models import (
     down2,
     generator_loss,
     gradient_norm,
-    load_checkpoint,
+    restoring,
     update_average,
     weights_hash,
 )
@@ -80,8 +81,21 @@ def save_checkpoint(run: Path, state: dict) -> None:
     The state before it stays as `checkpoint-previous.pt`; a run that is whole removes it.
     """
     path = run / "checkpoint.pt"
+    failed = []
     with replace_file(run / "checkpoint-next.pt") as file:
-        torch.save(_plain({"format": CHECKPOINT_FORMAT} | state), file)
+
+        def write(chunk: bytes) -> int:
+            try:
+                return file.write(chunk)
+            except OSError as error:
+                failed.append(error)
+                raise
+
+        try:
+            plain = _plain({"format": CHECKPOINT_FORMAT} | state)
+            torch.save(plain, SimpleNamespace(write=write, flush=file.flush))
+        except RuntimeError as error:  # torch does not say that the disk is full
+            raise (failed or [error])[0] from None
     if path.exists():
         os.replace(path, run / "checkpoint-previous.pt")
     os.replace(run / "checkpoint-next.pt", path)
@@ -122,7 +136,7 @@ def open_log(run: Path, step: int) -> Iterator[Callable[[dict], None]]:
 def read_log(run: Path, step: int | None = None) -> list[dict]:
     """The rows of `run/log.jsonl` up to `step` (None = all)."""
     path, rows = run / "log.jsonl", []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
@@ -492,11 +506,12 @@ def train_gan(config: GanConfig, data: Path, run: Path, device: torch.device) ->
         parts |= {"average": average, "chosen": chosen}  # what is watched, what is used
         best, start, recorded, since, text = 0.0, 0, [], time.time(), ""
         if (run / "checkpoint.pt").exists() or (run / "checkpoint-previous.pt").exists():
-            state = load_checkpoint(run)
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-            start, recorded = state["step"], [r.to(device) for r in state["recorded"]]
-            best, watch.lasting = state["best"], state["lasting"]
+            with restoring(run) as state:
+                for name, part in parts.items():
+                    part.load_state_dict(state[name])
+                start = range(end + 1).index(state["step"])
+                recorded = [r.reshape(len(RECORDED)).to(device) for r in state["recorded"]]
+                best, watch.lasting = float(state["best"]), dict(state["lasting"])
         autocast = torch.autocast(
             device.type, torch.bfloat16, enabled=config.bfloat16 and device.type == "cuda"
         )
@@ -791,11 +806,12 @@ def train_classifier(
         start, sums = 0, torch.zeros(2, dtype=torch.float64, device=device)  # loss, synthetic
         best = {"val_auc": -1.0, "samples_seen": 0, "looked_at": 0, "weights": {}}
         if (run / "checkpoint.pt").exists() or (run / "checkpoint-previous.pt").exists():
-            state = load_checkpoint(run)
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            start, best = state["step"], state["best_so_far"] | {"weights": state["best"]}
-            sums.copy_(state["sums"])
+            with restoring(run) as state:
+                model.load_state_dict(state["model"])
+                optimizer.load_state_dict(state["optimizer"])
+                start = range(batches.steps + 1).index(state["step"])
+                best |= state["best_so_far"] | {"weights": dict(state["best"])}
+                sums.copy_(state["sums"])
         autocast = torch.autocast(
             device.type, torch.bfloat16, enabled=config.bfloat16 and device.type == "cuda"
         )
