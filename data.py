@@ -454,10 +454,7 @@ def tissue_windows(
 ) -> np.ndarray:
     """Bool (H - h + 1, W - w + 1): top-left corners whose window is >= 90% tissue (P6, Q21)."""
     h, w = np.broadcast_to(side, 2).tolist()
-    if h > mask.shape[0] or w > mask.shape[1]:
-        return np.zeros((max(mask.shape[0] - h + 1, 0), max(mask.shape[1] - w + 1, 0)), bool)
-    table = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), np.int32)  # summed-area table
-    table[1:, 1:] = mask.cumsum(axis=0, dtype=np.int32).cumsum(axis=1)
+    table = np.pad(mask, ((1, 0), (1, 0))).cumsum(0, np.int32).cumsum(1, np.int32)  # summed areas
     rows = table[h:] - table[:-h]
     return rows[:, w:] - rows[:, :-w] >= min_tissue * h * w - 1e-6
 
@@ -472,8 +469,7 @@ class Tissue:
 
     def __init__(self, cells: np.ndarray, f: int, shape: tuple[int, int], min_tissue: float):
         self.f, self.shape, self.min_tissue = f, shape, min_tissue
-        inner = cells.cumsum(axis=0, dtype=np.int32).cumsum(axis=1)
-        self.table = np.pad(np.pad(inner, ((1, 0), (1, 0))), ((0, 3), (0, 3)), mode="edge")
+        self.table = np.pad(cells, ((1, 3), (1, 3))).cumsum(0, np.int32).cumsum(1, np.int32)
 
     def before(self, row: np.ndarray, col: np.ndarray) -> np.ndarray:
         """Tissue pixels above and left of pixel corners: the table, linear between its nodes."""
