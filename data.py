@@ -274,8 +274,9 @@ def progress(total: int, label: str, done: int = 0, every: float = 15.0) -> Iter
         length=total,
         label=label,
         file=sys.stderr,
-        show_pos=True,
         hidden=not terminal,
+        show_pos=True,
+        show_eta=False,  # click's counts what an earlier run has done
         item_show_func=lambda text: text,
     ) as bar:
 
@@ -283,11 +284,11 @@ def progress(total: int, label: str, done: int = 0, every: float = 15.0) -> Iter
             nonlocal count, last
             count, now = count + n, time.monotonic()
             rate = (count - done) / max(now - start, 1e-9)
-            bar.update(n, current_item=f"{rate:.1f}/s  {text}")
+            text = f"{rate:.1f}/s  {(total - count) / (rate or 1):.0f} s left  {text}".rstrip()
+            bar.update(n, current_item=text)
             if not terminal and (now - last >= every or count == total):
-                last, left = now, (total - count) / rate if rate else 0.0
-                line = f"{label}: {count}/{total}  {rate:.1f}/s  {left:.0f} s left  {text}"
-                click.echo(line.rstrip(), err=True)
+                last = now
+                click.echo(f"{label}: {count}/{total}  {text}", err=True)
 
         bar.update(done)
         yield advance
@@ -453,10 +454,7 @@ def tissue_windows(
 ) -> np.ndarray:
     """Bool (H - h + 1, W - w + 1): top-left corners whose window is >= 90% tissue (P6, Q21)."""
     h, w = np.broadcast_to(side, 2).tolist()
-    if h > mask.shape[0] or w > mask.shape[1]:
-        return np.zeros((max(mask.shape[0] - h + 1, 0), max(mask.shape[1] - w + 1, 0)), bool)
-    table = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), np.int32)  # summed-area table
-    table[1:, 1:] = mask.cumsum(axis=0, dtype=np.int32).cumsum(axis=1)
+    table = np.pad(mask, ((1, 0), (1, 0))).cumsum(0, np.int32).cumsum(1, np.int32)  # summed areas
     rows = table[h:] - table[:-h]
     return rows[:, w:] - rows[:, :-w] >= min_tissue * h * w - 1e-6
 
@@ -471,8 +469,7 @@ class Tissue:
 
     def __init__(self, cells: np.ndarray, f: int, shape: tuple[int, int], min_tissue: float):
         self.f, self.shape, self.min_tissue = f, shape, min_tissue
-        inner = cells.cumsum(axis=0, dtype=np.int32).cumsum(axis=1)
-        self.table = np.pad(np.pad(inner, ((1, 0), (1, 0))), ((0, 3), (0, 3)), mode="edge")
+        self.table = np.pad(cells, ((1, 3), (1, 3))).cumsum(0, np.int32).cumsum(1, np.int32)
 
     def before(self, row: np.ndarray, col: np.ndarray) -> np.ndarray:
         """Tissue pixels above and left of pixel corners: the table, linear between its nodes."""
@@ -643,14 +640,13 @@ def _images(findings: list[Finding], config: PrepareConfig, hide: Callable) -> l
         rows = tuple(sorted(by_path[path], key=repr))
         split, classes = splits[rows[0].patient_id], {}
         for name in CLASSES[1:]:
-            kind = tuple(name.split("_"))
-            classes[name] = tuple(r for r in rows if (r.pathology, r.finding) == kind and r.bbox)
-        classes = {name: lesions for name, lesions in classes.items() if lesions}
+            lesions = tuple(r for r in rows if f"{r.pathology}_{r.finding}" == name and r.bbox)
+            if lesions:
+                classes[f"{split}/{name}"] = lesions
         if all(row.pathology == "normal" for row in rows):
-            classes["normal"] = ()
+            classes[f"{split}/normal"] = ()
         elif config.normals_from_annotated and all(row.bbox for row in rows):
-            classes["normal"] = rows
-        classes = {f"{split}/{name}": lesions for name, lesions in classes.items()}
+            classes[f"{split}/normal"] = rows
         images.append(_Image(hide(path), hide(rows[0].patient_id), split, rows, classes))
     return images
 
@@ -668,12 +664,12 @@ class _Field:
         self.uid, self.display = mammogram.image_uid, mammogram.display
         self.image, self.config = image, config
         self.tissue = Tissue(*_breast_cells(self.display), self.display.shape, config.min_tissue)
-        self.side = np.array([config.patch_size] * 2)  # of a window at scale 1, in stored pixels
+        self.side = [config.patch_size] * 2  # of a window at scale 1, in stored pixels
         if config.spacing_mm:
             spacing = image.rows[0].spacing_mm or mammogram.spacing_mm
             if spacing is None:
                 raise NotUsable("no pixel spacing in manifest or header; --spacing-mm needs it")
-            self.side = self.side * config.spacing_mm / np.array(spacing)
+            self.side = [config.patch_size * config.spacing_mm / mm for mm in spacing]
         self.augment = config.augment_eval or image.split == "train"
         self.masks = {
             row: self.mask_pixels(row) for row in image.rows if row.mask_path and row.bbox
@@ -709,7 +705,7 @@ class _Field:
         lesions, lesion = self.image.classes[key], None
         for _ in range(TRIES):
             scale = rng.uniform(*self.config.scale) if self.augment else 1.0
-            h, w = (int(n) for n in np.rint(self.side / scale))
+            h, w = (round(n / scale) for n in self.side)
             if key.endswith("/normal"):
                 down, across = (math.ceil(self.config.normal_margin * n) for n in (h, w))
                 away = [
@@ -1171,7 +1167,8 @@ def patch_config(data: Path) -> dict:
     sizes = [config.get("patch_size"), *(counts.values() if isinstance(counts, dict) else [None])]
     if not all(isinstance(n, int) and n > 0 for n in sizes) or not set(counts).issubset(KEYS):
         raise ValueError(f"{data}/config.json: damaged (patch_size or counts); run prepare again")
-    return config | {"held": counts, "fingerprint": fingerprint(data)}
+    notes = {"notes": found["notes"]} if found.get("notes") else {}  # BI-RADS as pathology, say
+    return config | {"held": counts, "fingerprint": fingerprint(data)} | notes
 
 
 def fingerprint(data: Path) -> str:

@@ -432,7 +432,7 @@ class DisplayTable:
         pattern = _unsigned(stored)
         display = np.empty(stored.shape, np.float32)
         for row in range(0, len(stored), 64):  # numpy widens indices to 8 bytes: not all at once
-            np.take(self.display, pattern[row : row + 64], out=display[row : row + 64])
+            np.take(self.display, pattern[row : row + 64], out=display[row : row + 64], mode="clip")
         return display
 
     def invert(self, display: np.ndarray, stored: np.ndarray) -> np.ndarray:

