@@ -491,7 +491,6 @@ def insert_lesions(
         raise ValueError(f"{_px(m.display.shape)}, smaller than a patch of {_px(shape)}")
     tissue = data.breast_mask(m.display)
     fixed = [_centred(place, shape, tissue) for place in at]
-    fixed += [_around(box, shape, tissue.shape) for box in boxes]
     valid, step = _side_by_side(data.tissue_windows(tissue, shape), shape, strip)
     display, placed = m.display.copy(), []
 
@@ -499,12 +498,16 @@ def insert_lesions(
         """First and last corner (2, 2) of the object in the image."""
         return np.reshape(isolated.bbox, (2, 2)) * shape / synth.side + corner
 
-    for k in range(len(fixed) or lesions):
-        if not fixed and not valid.any():
+    for k in range(len(fixed) or len(boxes) or lesions):
+        if not fixed and not boxes and not valid.any():
             raise ValueError(f"lesion {k + 1}: no place for {strip} x {_px(shape)} with 90% tissue")
         for attempt in range(TRIES_PER_LESION * strip):
             _, rng = draw(seed, int(m.image_uid, 16), k, attempt)
-            row, col = fixed[k] if fixed else _choose(valid, rng)
+            if boxes:  # first in the middle, then beside it, as training patches hold lesions (P8)
+                shift = rng.uniform(-0.25, 0.25, size=2) * (attempt > 0)
+                row, col = _around(boxes[k], shape, tissue.shape, shift)
+            else:
+                row, col = fixed[k] if fixed else _choose(valid, rng)
             corners = [(row + k * step[0], col + k * step[1]) for k in range(strip)]
             windows = [(slice(r, r + shape[0]), slice(c, c + shape[1])) for r, c in corners]
             patches = np.stack([resize(display[w], (synth.side, synth.side)) for w in windows])
@@ -596,10 +599,10 @@ def _centred(place: tuple[int, int], shape: tuple[int, int], tissue: np.ndarray)
     return int(corner[0]), int(corner[1])
 
 
-def _around(box: Sequence[float], shape: tuple[int, int], image: tuple[int, int]) -> tuple:
-    """Top left corner of the window centred on a box, moved into the image where it sticks out."""
-    centre = np.array(box).reshape(2, 2).mean(axis=0)
-    corner = np.clip(np.rint(centre - np.array(shape) / 2), 0, np.subtract(image, shape))
+def _around(box, shape: tuple[int, int], image: tuple[int, int], shift: np.ndarray) -> tuple:
+    """Top left corner of the window about a box, `shift` windows off, moved into the image."""
+    middle = np.reshape(box, (2, 2)).mean(axis=0) + (shift - 0.5) * shape
+    corner = np.clip(np.rint(middle), 0, np.subtract(image, shape))
     return int(corner[0]), int(corner[1])
 
 
