@@ -725,7 +725,7 @@ def test_arguments_that_do_not_fit_are_refused(evaluated, tmp_path):
     for change, message in (
         ({"baseline": world["augmented"][0]}, "trained with synthetic patches"),
         ({"augmented": world["augmented"] * 2}, "50% w/ decay is given twice"),
-        ({"synthetic": [world["patch_set"]]}, "expected a set of synthesize"),
+        ({"synthetic": [world["patch_set"]]}, "expected a folder made by 'synthesize'"),
         ({"out": out, "seed": 1}, "other options"),
     ):
         with pytest.raises(ValueError, match=message):
