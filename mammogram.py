@@ -28,6 +28,9 @@ from pydicom.pixels.utils import as_pixel_options
 from pydicom.sr.codedict import Code, codes
 
 MAX_PIXELS = 200_000_000  # a header that claims more is refused before anything is decoded
+# Above 50 megapixels (film at 43 micrometres has 40) a file must hold a byte for 512 pixels, a bit
+# for each 8 x 8 block: a mammogram takes tens of times more, what is forged or flat takes less.
+PLAUSIBLE_PIXELS, PIXELS_A_BYTE = 50_000_000, 512
 MODALITIES = ("MG", "CR", "DX", "RG", "SC")  # mammography and what film digitisers write
 FOR_PROCESSING = (
     "1.2.840.10008.5.1.4.1.1.1.2.1",  # digital mammography X-ray image, for processing
@@ -291,6 +294,13 @@ def _check_size(rows: int, columns: int) -> None:
         )
 
 
+def _check_bytes(file, rows: int, columns: int) -> None:
+    """Raise NotUsable for a small file that claims a huge image, which decoders would make up."""
+    size = os.fstat(file.fileno()).st_size
+    if rows * columns > max(PLAUSIBLE_PIXELS, PIXELS_A_BYTE * size):
+        raise NotUsable(f"header claims {rows} x {columns} pixels in a file of {size} bytes")
+
+
 def _values(ds: Dataset, keyword: str) -> list:
     """The values of an element of any multiplicity, none when it is absent or empty."""
     value = ds.get(keyword)
@@ -352,6 +362,9 @@ def _read_pixels(ds: Dataset, file) -> np.ndarray:
         plugin, package = "", "pydicom"
     else:
         start = file.tell()
+        _check_bytes(file, rows, columns)
+        if "2000" in syntax.name and rows * columns > MAX_PIXELS // 2:  # 12 bytes a pixel
+            raise NotUsable(f"JPEG 2000 of more than {MAX_PIXELS // 2_000_000} megapixels")
         _check_whole(file, syntax, order)
         file.seek(start)
         shape = _codestream_shape(file.read(1 << 20), syntax)
@@ -583,6 +596,7 @@ def _read_raster(path: Path, file) -> Mammogram:
         except Image.UnidentifiedImageError:
             raise NotUsable("neither DICOM nor PNG, PGM, TIFF or JPEG") from None
     _check_size(image.height, image.width)
+    _check_bytes(file, image.height, image.width)
     wide = image.mode in ("I;16", "I;16L", "I;16B") or (image.format, image.mode) == ("PPM", "I")
     if image.mode != "L" and not wide:
         raise NotUsable(f"{image.format} of mode {image.mode}; expected 8- or 16-bit greyscale")

@@ -528,6 +528,24 @@ def test_images_that_claim_more_than_200_megapixels_are_not_decoded(tmp_path, si
         assert "200 megapixels" in reason(tmp_path / "x")
 
 
+def test_a_small_file_that_claims_196_megapixels_is_not_decoded(tmp_path):
+    """Decoders make up what is not there: seconds of work and gigabytes for a few bytes."""
+    whole = io.BytesIO()
+    Image.new("L", (8, 8)).save(whole, format="JPEG", progressive=True)
+    jpeg = bytearray(whole.getvalue())
+    at = jpeg.index(b"\xff\xc2") + 5
+    jpeg[at : at + 4] = struct.pack(">HH", 14_000, 14_000)
+    (tmp_path / "x").write_bytes(jpeg)
+    assert f"14000 x 14000 pixels in a file of {len(jpeg)} bytes" in reason(tmp_path / "x")
+    path = write_dicom(tmp_path / "x.dcm", np.zeros((90, 80), np.uint16), uid.JPEG2000Lossless)
+    ds = pydicom.dcmread(path)
+    ds.Rows = ds.Columns = 14_000
+    for padding, text in ((0, "pixels in a file of"), (400_000, "more than 100 megapixels")):
+        ds.add_new("EncapsulatedDocument", "OB", bytes(padding))
+        ds.save_as(path)
+        assert text in reason(path)
+
+
 def test_a_codestream_larger_than_rows_and_columns_is_not_decoded(tmp_path):
     for syntax in (uid.JPEG2000Lossless, uid.JPEGLSLossless):
         path = write_dicom(tmp_path / "x.dcm", np.zeros((90, 80), np.uint16), syntax)
