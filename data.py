@@ -10,6 +10,7 @@ import fcntl
 import functools
 import hashlib
 import hmac
+import io
 import itertools
 import json
 import math
@@ -153,14 +154,21 @@ def read_table(path: Path, columns: tuple[str, ...]) -> dict[str, np.ndarray]:
 
 
 def csv_rows(
-    path: Path, columns: tuple[str, ...], optional: tuple[str, ...] = (), delimiter: str = ","
+    path: Path,
+    columns: tuple[str, ...],
+    optional: tuple[str, ...] = (),
+    delimiter: str = ",",
+    text: str | None = None,
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Line number and named columns of each row; an absent optional column is "" throughout.
+
+    `text` is what the file holds, where its own format is not CSV.
 
     Raises ValueError: no such file, no CSV in UTF-8, a column missing or twice, a row too short.
     """
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        opened = open(path, encoding="utf-8-sig", newline="") if text is None else io.StringIO(text)
+        with opened as file:
             reader = csv.reader(file, delimiter=delimiter)
             header = [name.strip() for name in next(reader, [])]
             for name in (*columns, *optional):
