@@ -10,6 +10,7 @@ import fcntl
 import functools
 import hashlib
 import hmac
+import io
 import itertools
 import json
 import math
@@ -53,15 +54,16 @@ MANIFEST_WORDS = {
     "split": ("", *SPLITS),
 }
 SPLIT_SHARES = {"train": 60, "val": 20, "test": 20}  # %, P2
-MANIFEST_COLUMNS = (
-    *("image_path", "patient_id", "laterality", "view", "finding", "pathology"),
-    *("row0", "col0", "row1", "col1"),
-)
-MANIFEST_OPTIONAL = ("mask_path", "spacing_row_mm", "spacing_col_mm", "split")
+BOX = ("row0", "col0", "row1", "col1")
+BBOX = tuple(f"bbox_{name}" for name in BOX)
+SPACING = ("spacing_row_mm", "spacing_col_mm")
+MANIFEST_COLUMNS = ("image_path", "patient_id", "laterality", "view", "finding", "pathology", *BOX)
+MANIFEST_OPTIONAL = ("mask_path", *SPACING, "split")
 INDEX_COLUMNS = (
-    *("patch", "image_uid", "patient_id", "row0", "col0", "row1", "col1", "scale", "flip"),
-    *("rotation", "seed", "tissue", "bbox_row0", "bbox_col0", "bbox_row1", "bbox_col1"),
+    *("patch", "image_uid", "patient_id", *BOX),
+    *("scale", "flip", "rotation", "seed", "tissue", *BBOX),
 )
+SYNTHETIC_COLUMNS = ("sample", "source_patch", "image_uid", "patient_id", "seed", "area", *BBOX)
 TRIES = 50  # scales and lesion pixels tried in an image before another is drawn, Q21
 DRAWS = 16  # corners drawn at once among those that can be valid; nine in ten are
 MASK_CELLS = 200  # cells along the longer side of a breast mask: about 1 mm
@@ -153,14 +155,21 @@ def read_table(path: Path, columns: tuple[str, ...]) -> dict[str, np.ndarray]:
 
 
 def csv_rows(
-    path: Path, columns: tuple[str, ...], optional: tuple[str, ...] = (), delimiter: str = ","
+    path: Path,
+    columns: tuple[str, ...],
+    optional: tuple[str, ...] = (),
+    delimiter: str = ",",
+    text: str | None = None,
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Line number and named columns of each row; an absent optional column is "" throughout.
+
+    `text` is what the file holds, where its own format is not CSV.
 
     Raises ValueError: no such file, no CSV in UTF-8, a column missing or twice, a row too short.
     """
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        opened = open(path, encoding="utf-8-sig", newline="") if text is None else io.StringIO(text)
+        with opened as file:
             reader = csv.reader(file, delimiter=delimiter)
             header = [name.strip() for name in next(reader, [])]
             for name in (*columns, *optional):
@@ -324,7 +333,7 @@ def _finding(row: dict[str, str], folder: Path) -> Finding:
             raise ValueError(f"{name} is {row[name][:40]!r}; expected {'/'.join(allowed)}")
     bbox, spacing = (
         numbers(row, names) if any(row[name] for name in names) else None
-        for names in (("row0", "col0", "row1", "col1"), ("spacing_row_mm", "spacing_col_mm"))
+        for names in (BOX, SPACING)
     )
     if bbox and not (0 <= bbox[0] < bbox[2] and 0 <= bbox[1] < bbox[3]):
         raise ValueError(f"box {bbox} is empty or negative; expected row0 < row1, col0 < col1")
@@ -1123,7 +1132,7 @@ def contact_sheet(images: list[_Image], config: PrepareConfig, out: Path, number
     images = [images[i] for i in np.unique(np.linspace(0, len(images) - 1, number).astype(int))]
     windows = defaultdict(list)
     for key in read_json(out / "config.json")["counts"]:
-        table = read_table(out / "patches" / f"{key}.csv", INDEX_COLUMNS[1:2] + INDEX_COLUMNS[3:7])
+        table = read_table(out / "patches" / f"{key}.csv", ("image_uid", *BOX))
         for uid, *window in zip(*table.values(), strict=True):
             windows[uid].append((colours[key.split("/")[1]], 0.7, map(float, window)))
     shape = -(-len(images) // 4), min(4, len(images))
@@ -1207,11 +1216,6 @@ def split_of(data: Path) -> dict[str, str]:
 
 
 # --- Synthetic sets: reading (postprocess.py writes them) ---
-
-SYNTHETIC_COLUMNS = (
-    *("sample", "source_patch", "image_uid", "patient_id", "seed", "area"),
-    *("bbox_row0", "bbox_col0", "bbox_row1", "bbox_col1"),
-)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,9 @@ and no path in them may leave the data set's folder.
 """
 
 import ast
+import csv
 import functools
+import io
 import math
 import os
 import plistlib
@@ -71,8 +73,25 @@ def _table(
     path: Path, columns: tuple[str, ...], delimiter: str = ","
 ) -> Iterator[tuple[str, dict[str, str]]]:
     """Place and named columns of each row; blanks and newlines around values taken off."""
-    for line, row in csv_rows(path, columns, delimiter=delimiter):
+    text = _spreadsheet(path, delimiter) if path.suffix.lower() == ".xls" else None
+    for line, row in csv_rows(path, columns, delimiter=delimiter, text=text):
         yield f"{path} line {line}", {name: row[name].strip() for name in columns}
+
+
+def _spreadsheet(path: Path, delimiter: str) -> str:
+    """The first sheet of an Excel 97 file as CSV; whole numbers without their ".0"."""
+    import xlrd  # for this one file of INbreast
+
+    text = io.StringIO()
+    try:
+        sheet = xlrd.open_workbook(path, logfile=io.StringIO()).sheet_by_index(0)
+        for row in map(sheet.row_values, range(sheet.nrows)):
+            row = [int(v) if isinstance(v, float) and v.is_integer() else v for v in row]
+            csv.writer(text, delimiter=delimiter).writerow(row)
+    except Exception as error:  # damaged files make xlrd raise almost anything
+        name = type(error).__name__
+        raise ValueError(f"{path}: not readable as an Excel 97 spreadsheet ({name})") from None
+    return text.getvalue()
 
 
 def _known(table: dict[str, str], value: str, where: str) -> str:
@@ -484,18 +503,15 @@ def read_inbreast(root: Path, traps: Traps) -> list[Finding]:
     Access: "INbreast" of the Breast Research Group at INESC Porto, on request.
     Licence: the agreement signed with it; research only.
 
-    `INbreast.csv` (fields separated by ";"), `AllDICOMs/<file>_<patient hash>_MG_<side>_<view>_
-    ANON.dcm`, `AllXML/<file>.xml` with OsiriX regions. BI-RADS is given per image, and all its
-    regions take it.
+    `INbreast.csv` (fields separated by ";") or else `INbreast.xls`, `AllXML/<file>.xml` with OsiriX
+    regions, `AllDICOMs/<file>_<patient hash>_MG_<side>_<view>_ANON.dcm`. BI-RADS is given per
+    image, and all its regions take it.
     """
     files = _files(root)
     names = {path.name.lower(): path for path in files}
-    if "inbreast.xls" in names and "inbreast.csv" not in names:
-        raise ValueError(
-            f"{names['inbreast.xls']}: is a spreadsheet; open it in a spreadsheet program and save "
-            "it beside itself as INbreast.csv, fields separated by ';'"
-        )
-    table = _named(files, root, "INbreast.csv")
+    table = names.get("inbreast.csv") or names.get("inbreast.xls")
+    if table is None:
+        raise ValueError(f"{root}: found neither INbreast.csv nor INbreast.xls; put one there")
     images = {p.name.split("_")[0]: p for p in files if p.suffix.lower() == ".dcm"}
     contours = {p.stem: p for p in files if p.suffix == ".xml" and p.parent.name == "AllXML"}
     findings = []

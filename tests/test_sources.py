@@ -3,6 +3,7 @@
 import csv
 import json
 import plistlib
+import struct
 from collections import defaultdict
 from pathlib import Path
 
@@ -750,9 +751,38 @@ def test_inbreast_contour_outside_its_image_is_clipped(tmp_path):
     assert finding.bbox == (2, 0, 9, 40) and count(notes, "clipped") == 1
 
 
-def test_inbreast_spreadsheet_alone_says_what_to_do(tmp_path):
-    (tmp_path / "INbreast.xls").write_bytes(b"\xd0\xcf\x11\xe0")
-    with pytest.raises(ValueError, match=r"INbreast\.xls: is a spreadsheet; .* INbreast\.csv"):
+def spreadsheet(rows: list[list[str | int]]) -> bytes:
+    """An Excel file of the oldest kind (BIFF2): labels and numbers between BOF and EOF."""
+
+    def record(kind: int, body: bytes) -> bytes:
+        return struct.pack("<HH", kind, len(body)) + body
+
+    cells = b""
+    for r, row in enumerate(rows):
+        for c, value in enumerate(row):
+            at = struct.pack("<HH3x", r, c)
+            if isinstance(value, int):
+                cells += record(3, at + struct.pack("<d", value))
+            else:
+                cells += record(4, at + bytes([len(value)]) + value.encode())
+    return record(9, struct.pack("<HH", 2, 16)) + cells + record(10, b"")
+
+
+def test_inbreast_spreadsheet_is_read_in_place_of_the_csv(tmp_path):
+    rows = [inbreast_image(tmp_path, name, [("Mass", SQUARE)]) for name in ("20586908", "22")]
+    cells = [[int(v) if k == "File Name" else v for k, v in row.items()] for row in rows]
+    (tmp_path / "INbreast.xls").write_bytes(spreadsheet([list(rows[0]), *cells, [""] * 8]))
+    findings, notes = read("inbreast", tmp_path, True)
+    assert (findings, notes) == inbreast(tmp_path, *rows)  # which also writes the CSV, read first
+    assert [f.pathology for f in findings] == ["malignant"] * 2
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xd0\xcf\x11\xe0", b"Laterality;View\n", spreadsheet([[]])]
+)
+def test_inbreast_damaged_spreadsheet_is_one_clear_error(tmp_path, content):
+    (tmp_path / "INbreast.xls").write_bytes(content)
+    with pytest.raises(ValueError, match=r"INbreast\.xls: (not readable|column 'Laterality')"):
         READERS["inbreast"](tmp_path, False)
 
 
