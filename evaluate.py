@@ -329,9 +329,11 @@ def kid(x, y, patients_x, patients_y) -> tuple[float, float, float]:
 
     The unbiased estimate of the squared discrepancy under (x.y/F + 1)^3 (Binkowski 2018), here
     over pairs of patches of *different* patients, so that likeness within a patient does not count
-    as distance. Interval: jackknife over patients.
+    as distance; features brought to length sqrt(F), else a few outliers decide the cubes.
+    Interval: jackknife over patients.
     """
     f = np.concatenate([x, y]).astype(np.float64)
+    f *= math.sqrt(f.shape[1]) / np.linalg.norm(f, axis=1, keepdims=True)
     ids, at = np.unique(np.concatenate([patients_x, patients_y]), return_inverse=True)
     member = np.zeros((2, len(ids), len(f)))
     member[np.r_[np.zeros(len(x), int), np.ones(len(y), int)], at, np.arange(len(f))] = 1
@@ -571,13 +573,11 @@ def control_of(
         pixels[name], patients[name] = values[at], who[at]
     deep = {name: features(values) for name, values in pixels.items()}
     scaler = StandardScaler().fit(deep["val"])
-    # Directions only: the few patches with features ten times as long would decide the distance.
-    unit = {k: v / np.sqrt(np.square(v).mean(axis=1, keepdims=True)) for k, v in deep.items()}
+    deep = {name: scaler.transform(values) for name, values in deep.items()}
     for prefix, side in (("", "synthetic"), ("floor_", "train")):
-        who = patients["val"], patients[side]
-        pair = (scaler.transform(deep[name]) for name in ("val", side))
-        found |= {f"{prefix}linear": detectability(*pair, *who, linear_detector)}
-        found |= {f"{prefix}kid": [1000 * v for v in kid(unit["val"], unit[side], *who)]}
+        pair = deep["val"], deep[side], patients["val"], patients[side]
+        found |= {f"{prefix}linear": detectability(*pair, linear_detector)}
+        found |= {f"{prefix}kid": [1000 * v for v in kid(*pair)]}
     pair = (side[name] for side in (pixels, patients) for name in ("train", "synthetic"))
     found["network"] = detectability(*pair, network_detector(device, seed), folds=3)
     if syn.task not in LESIONS:
@@ -788,7 +788,8 @@ def evaluate(
             found, closest = control_of(syn, splits, features, device, seed)
             controls.append(found)
             nearest += [(syn.path.name, closest, ("synthetic", "nearest"))] if closest else []
-            for name in ("figure1", "gan"):  # of synthesize: one row of Figure 1, and the training
+            new = syn.generator not in [s.generator for s in sets[:k]]
+            for name in ("figure1", "gan")[: 1 + new]:  # of synthesize: a row of Figure 1, training
                 if (syn.path / f"{name}.png").exists():
                     with data.replace_file(out / f"{name}-{k}.png") as file:
                         file.write((syn.path / f"{name}.png").read_bytes())
@@ -846,12 +847,12 @@ CAPTIONS = {
     "difference": "Difference in AUC to the baseline, 95% interval over patients and seeds. Ticks: "
     "single seeds.",
     "roc": "ROC curves, mean over seeds, with pointwise 95% bands over patients.",
-    "figure1": "Figure 1. Pairs: real patch (left), synthetic one (right); a row for each set.",
+    "figure1": "Figure 1. Pairs: real patch (left), synthetic one (right). From the top: {}.",
     "nearest": "The three synthetic patches of each set closest to a training patch of the class "
     "in the baseline's features, and that patch.",
     "gan": "How the GANs were trained. Healthy: D gets neither all nor nothing right, the norm of "
     "its gradient is near one, lesions neither vanish nor fill the patch and differ with the "
-    "input and the noise (spread).",
+    "input and the noise (spread). From the top: {}.",
     "figure4": "Figure 4. t-SNE of the baseline's pooled features. Real patches are the stored "
     "validation patches; synthetic ones come from training patients.",
     "figure5": "Figure 5. The rescued patches among the points of Figure 4.",
@@ -886,10 +887,10 @@ patch of one image; a model that recognises images has 0.5 there. Normal patches
 one fold; 0.5 is chance, 1 always. By features: logistic regression on the baseline's features,
 against validation patches; the floor is the same for real training patches: what differs between
 the splits and what the baseline remembers. By pixels: a small network, against training patches;
-its floor is 0.5. KID: kernel inception distance on the same features (of one length), unbiased,
-without pairs of one patient, interval by jackknife over patients. Nearer: the share of synthetic
-patches nearer to a training patch than the nearest 1% of real validation patches; copies would look
-alike and make it far more than 1%.</p>{nearest}{gan}
+its floor is 0.5. KID: kernel inception distance on the same features (standardised, of equal
+length), unbiased, without pairs of one patient, interval by jackknife over patients. Nearer: the
+share of synthetic patches nearer to a training patch than the nearest 1% of real validation
+patches; copies would look alike and make it far more than 1%.</p>{nearest}{gan}
 <h2>Feature space</h2>{figure4}<p>{rescued}</p>{figure5}{figure6}
 <h2>What was run</h2><p><code>{command}</code></p>{held}{runs}
 <h2>How to read this</h2><ul>
@@ -994,7 +995,8 @@ def _controls(controls: list[dict]) -> str:
     lines |= {name: [in_words(c.get(key), ".2f") for c in controls] for name, key in forms.items()}
     nearest = [c.get("nearest") for c in controls]
     lines["Nearer to training"] = [f"{n['closer']:.1%}" if n else "-" for n in nearest]
-    lines["Remarks"] = [" ".join(c["warnings"]) or "-" for c in controls]
+    if any(c["warnings"] for c in controls):
+        lines["Remarks"] = [" ".join(c["warnings"]) or "-" for c in controls]
     head = "|".join(["Set", *(c["set"].replace("|", "/") for c in controls)])
     return _table(head, [[name, *cells] for name, cells in lines.items()] if controls else [])
 
@@ -1025,17 +1027,20 @@ def report(metrics: dict, out: Path) -> str:
     main, controls, config = metrics["conditions"][MAIN], metrics["controls"], metrics["data"]
     rows, slots = main["rows"], {}
     for name, caption in CAPTIONS.items():
-        html = ""
-        numbered = (out / f"{name}-{k}.png" for k in range(len(controls)))
-        for path in filter(Path.exists, [out / f"{name}.png", *numbered]):
-            uri = base64.b64encode(path.read_bytes()).decode()
-            html += f'<img src="data:image/png;base64,{uri}" alt="{path.stem}, described below">'
-        slots[name] = html and f"<figure>{html}<figcaption>{caption}</figcaption></figure>"
+        html, shown = "", []
+        pictures = {f"{name}-{k}.png": f"{c['set']} ({c['task']})" for k, c in enumerate(controls)}
+        for file, title in ({f"{name}.png": ""} | pictures).items():
+            if (out / file).exists():
+                uri = base64.b64encode((out / file).read_bytes()).decode()
+                html += f'<img src="data:image/png;base64,{uri}" alt="{file}, described below">'
+                shown.append(escape(title))
+        text = caption.format(", ".join(shown))
+        slots[name] = html and f"<figure>{html}<figcaption>{text}</figcaption></figure>"
     short, conditions = "", ""
     for row in rows:
         text = f"{row['regime']}: AUC {in_words((row['auc'], row['low'], row['high']))}"
         if row["delta"] is not None:
-            text += f", {difference_in_words(row)}: {verdict(row, rows)}"
+            text += f", difference {difference_in_words(row)}: {verdict(row, rows)}"
         short += f"<li>{escape(text)}</li>"
     better = [r["regime"] for r in rows if verdict(r, rows).startswith("found: higher")]
     answer = f"Here synthetic lesions helped: {', '.join(better)}."

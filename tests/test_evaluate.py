@@ -601,7 +601,8 @@ def test_same_command_same_bytes(evaluated):
     names = sorted(p.name for p in out.iterdir())
     assert {"table1.csv", "metrics.json", "report.html", "roc.png", "difference.png"} < set(names)
     assert {f"figure{k}.png" for k in (4, 5, 6)} | {"nearest.png"} < set(names)
-    assert {f"{name}-{k}.png" for name in ("figure1", "gan") for k in range(4)} < set(names)
+    assert {"gan-0.png", *(f"figure1-{k}.png" for k in range(4))} < set(names)
+    assert "gan-1.png" not in names  # all four sets say that one generator made them
     for name in names:
         assert (out / name).read_bytes() == (out.parent / "again" / name).read_bytes(), name
 
@@ -615,7 +616,7 @@ def test_report_is_one_file_without_script(evaluated):
     assert not page.open
     assert "script" not in page.tags and not page.handlers
     sources = [value for tag, name, value in page.attributes if name in ("src", "href")]
-    assert len(sources) == 14 and all(s.startswith("data:image/png;base64,") for s in sources)
+    assert len(sources) == 11 and all(s.startswith("data:image/png;base64,") for s in sources)
     assert "Research only, not for clinical use" in html
     assert "GAN, mass" in html and "g_lr 0.00012" in html  # what the sets were made with
     for said in ("0.846", "1e-4", "p &lt; 1e-8 for 50%", "no time &lt;left&gt; &amp; no money"):
@@ -754,6 +755,7 @@ def test_baseline_alone_and_one_lesion_type(tmp_path):
 def test_kid_is_the_textbook_estimate_when_every_patch_has_its_own_patient():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(20, 5)), rng.normal(0.3, 1, size=(15, 5))
+    x, y = (a * np.sqrt(5 / (a * a).sum(axis=1, keepdims=True)) for a in (x, y))
     k = lambda a, b: (a @ b.T / 5 + 1) ** 3  # noqa: E731
     within = [(k(a, a).sum() - np.trace(k(a, a))) / (len(a) * (len(a) - 1)) for a in (x, y)]
     expected = sum(within) - 2 * k(x, y).mean()
