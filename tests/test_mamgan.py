@@ -160,7 +160,8 @@ def test_file_names_with_spaces_quotes_newlines_and_leading_dashes_work(tmp_path
 
 
 def test_table_is_printed_with_intervals_and_reasons(tmp_path, capsys):
-    base = {"regime": "Baseline", "auc": 0.8, "low": 0.7, "high": 0.9, "delta": None}
+    base = {"regime": "Baseline", "auc": 0.8, "low": 0.7, "high": 0.9}
+    base |= dict.fromkeys(("delta", "delta_low", "delta_high", "p_delong", "p_clustered"))
     more = {"regime": "50% w/ decay", "auc": 0.82, "low": 0.72, "high": 0.92, "delta": 0.02}
     more |= {"delta_low": -0.01, "delta_high": 0.05, "p_delong": 0.03, "p_clustered": 0.2}
     none = {"regime": "Blob control", "auc": None, "reason": "synthetic-mass-blob is empty"}
