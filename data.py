@@ -1012,7 +1012,8 @@ class _Run:
                     failed = visit.pop("failed")
                     lines.write(json.dumps(visit) + "\n")
                     lines.flush()
-                    self.learn(visit, rows := visit.pop("rows"))
+                    rows = visit.pop("rows")
+                    self.learn(visit, rows)
                     for key, patch, attempt in failed:
                         self.send(key, patch, attempt + 1)
                     advance(len(rows))
