@@ -333,7 +333,7 @@ def kid(x, y, patients_x, patients_y) -> tuple[float, float, float]:
     Interval: jackknife over patients.
     """
     f = np.concatenate([x, y]).astype(np.float64)
-    f *= math.sqrt(f.shape[1]) / np.linalg.norm(f, axis=1, keepdims=True)
+    f *= math.sqrt(f.shape[1]) / np.linalg.norm(f, axis=1, keepdims=True).clip(1e-12)
     ids, at = np.unique(np.concatenate([patients_x, patients_y]), return_inverse=True)
     member = np.zeros((2, len(ids), len(f)))
     member[np.r_[np.zeros(len(x), int), np.ones(len(y), int)], at, np.arange(len(f))] = 1
