@@ -333,7 +333,7 @@ def kid(x, y, patients_x, patients_y) -> tuple[float, float, float]:
     Interval: jackknife over patients.
     """
     f = np.concatenate([x, y]).astype(np.float64)
-    f *= math.sqrt(f.shape[1]) / np.linalg.norm(f, axis=1, keepdims=True)
+    f *= math.sqrt(f.shape[1]) / np.linalg.norm(f, axis=1, keepdims=True).clip(1e-12)
     ids, at = np.unique(np.concatenate([patients_x, patients_y]), return_inverse=True)
     member = np.zeros((2, len(ids), len(f)))
     member[np.r_[np.zeros(len(x), int), np.ones(len(y), int)], at, np.arange(len(f))] = 1
@@ -559,7 +559,7 @@ def control_of(
     kind, facts = REAL_OF[syn.task], data.read_json(syn.path / "config.json")
     found = {"set": syn.path.name, "task": f"{syn.task} {syn.control}".strip()}
     found |= {"samples": len(syn.combined), "requested": syn.requested, "gan": facts.get("gan", {})}
-    found |= {"fingerprint": syn.fingerprint, "generator": syn.generator}
+    found |= {"fingerprint": syn.fingerprint, "generator": syn.generator, "config": facts["config"]}
     found |= {key: facts[key] for key in ("acceptance", "area_median", "strength", "warnings")}
     found["patients"] = len(set(syn.index["patient_id"]))
     sides = {s: (splits[s].values.get(kind, ()), splits[s].patients(kind)) for s in data.SPLITS[:2]}
@@ -796,8 +796,8 @@ def evaluate(
             advance(1, f"{syn.path.name}: controls")
         if nearest:
             _save(patch_figure(nearest), out / "nearest.png")
-        metrics = {"conditions": tables, "controls": controls, "holm": holm, "seed": seed}
-        metrics |= {"skipped": claimed["skipped"], "data": {"name": patch_set.name, **config}}
+        metrics = claimed | {"conditions": tables, "controls": controls}
+        metrics["data"] = {"name": patch_set.name, **config}
         metrics["lesion_or_image"] = {n: lesion_or_image(test, s) for n, s in scores.items()}
         metrics["feature_space"] = figures_4_to_6(regimes, splits, sets, scores, device, seed, out)
         metrics["data"]["patients"] = {
@@ -1006,14 +1006,16 @@ def _runs(metrics: dict) -> str:
 
     def options(config: dict) -> str:
         hidden = ("data", "name", "fingerprint", "counts", "held", "patients", "key", "synthetic")
+        hidden += ("generator", "task", "seed", "source")
         return ", ".join(f"{key} {value}" for key, value in config.items() if key not in hidden)
 
     config = metrics["data"]
     rows = [["Patch set", config["name"], config["seed"], config["fingerprint"][:12], config]]
-    for c in {c["generator"]: c for c in metrics["controls"]}.values():
-        rows.append([f"GAN, {c['task']}", "-", c["gan"].get("seed"), c["generator"][:12], c["gan"]])
+    for hash_, gan in {c["generator"]: c["gan"] for c in metrics["controls"]}.items():
+        rows.append([f"GAN, {gan.get('task', '-')}", "-", gan.get("seed", "-"), hash_[:12], gan])
     for c in metrics["controls"]:
-        rows.append([f"Set, {c['task']}", c["set"], "-", c["fingerprint"][:12], {}])
+        made = c["config"]
+        rows.append([f"Set, {c['task']}", c["set"], made["seed"], c["fingerprint"][:12], made])
     for r in metrics["runs"]:
         seeds, hashes = ", ".join(map(str, r["seeds"])), ", ".join(h[:12] for h in r["weights"])
         used = [s["fingerprint"][:12] for s in r["config"]["synthetic"]]
