@@ -476,7 +476,8 @@ def open_regime(folder: Path, fingerprint: str) -> Regime:
             raise ValueError(f"{run}: differs from {runs[0]} in more than the seed; train it again")
     synthetic = configs[0]["synthetic"]
     proportion = float(configs[0]["proportion"]) if synthetic else 0.0
-    name = f"{100 * proportion:g}% w/ decay" if synthetic else BASELINE
+    decay = "w/ decay" if configs[0]["decay"] < 1 else "w/o decay"
+    name = f"{100 * proportion:g}% {decay}" if synthetic else BASELINE
     name = BLOB if any(s["control"] == "blob" for s in synthetic) else name
     hashes = [weights_hash(load_classifier(run, torch.device("cpu"))[0]) for run in runs]
     return Regime(name, proportion, folder, runs, seeds, hashes, configs[0])

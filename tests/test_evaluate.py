@@ -711,6 +711,17 @@ def test_runs_that_do_not_fit_are_refused(evaluated, tmp_path, change, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_C5_a_constant_share_is_not_called_decaying(evaluated, tmp_path):
+    world, _, _ = evaluated
+    run = shutil.copytree(world["augmented"][0], tmp_path / "run")
+    for path in run.rglob("config.json"):
+        facts = json.loads(path.read_text())
+        facts["config"]["decay"] = 1.0
+        path.write_text(json.dumps(facts))
+    fingerprint = data.patch_config(world["patch_set"])["fingerprint"]
+    assert evaluate.open_regime(run, fingerprint).name == "50% w/o decay"
+
+
 def test_a_run_that_diverged_is_named(evaluated, tmp_path):
     world, _, _ = evaluated
     run = shutil.copytree(world["baseline"], tmp_path / "run")
