@@ -1,6 +1,7 @@
 """§3 Results: the statistics against hand-worked numbers, definitions, R, and simulation."""
 
 import functools
+import json
 import math
 import shutil
 import sys
@@ -498,7 +499,7 @@ def write_run(folder: Path, patches: Path, proportion: float, sets=(), seed: int
         torch.nn.functional.cross_entropy(logits, y).backward()
         optimizer.step()
     model.fc.bias.data += torch.tensor([0.0, float(len(sets))])  # so that some patches rise
-    config = {"width": 16, "blocks": [1, 1, 1, 1], "preset": "tiny", "proportion": proportion}
+    config = {"width": 16, "blocks": [1, 1, 1, 1], "decay": 0.9, "proportion": proportion}
     config |= {"seed": seed, "data": data.fingerprint(patches)}
     config["synthetic"] = [
         {"fingerprint": s.fingerprint, "task": s.task, "control": s.control}
