@@ -714,7 +714,7 @@ def test_runs_that_do_not_fit_are_refused(evaluated, tmp_path, change, message):
 
 def test_C5_a_constant_share_is_not_called_decaying(evaluated, tmp_path):
     world, _, _ = evaluated
-    run = shutil.copytree(world["augmented"][0], tmp_path / "run")
+    run = shutil.copytree(world["augmented"][2], tmp_path / "run")
     for path in run.rglob("config.json"):
         facts = json.loads(path.read_text())
         facts["config"]["decay"] = 1.0
