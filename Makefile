@@ -3,7 +3,7 @@ V = .venv/bin
 DEVICE ?= auto
 PRESET ?= tiny
 
-.PHONY: demo test lint cbis clean
+.PHONY: demo test torture lint cbis clean
 
 # One stamp file: the environment is made once and again when a requirement changes.
 .venv/stamp: requirements.txt requirements-dev.txt
@@ -17,6 +17,10 @@ demo: .venv/stamp
 
 test: .venv/stamp
 	$(V)/python -m pytest
+
+# Hours: every command killed, starved and fed bad files (the tests hold a short version).
+torture: .venv/stamp
+	OMP_NUM_THREADS=1 $(V)/python -W ignore -m tests.torture
 
 # Table 1 on your own masses: make cbis MANIFEST=... [PRESET=tiny|cbis] [DEVICE=cpu|cuda]
 C = runs/cbis-$(PRESET)

@@ -1,6 +1,6 @@
 """Nothing lost, nothing leaked, nothing crashes: every command killed, starved, fed bad files.
 
-    python tests/torture.py [--kills 50] [--mutations 2000] [--seed 0] [--first N] [--only PART]...
+    python -m tests.torture [--kills 50] [--mutations 2000] [--seed 0] [--first N] [--only PART]...
 
 Each command runs as users type it, in a forked child (torch is imported once), on small phantoms
 whose headers are full of planted identifiers and whose names are as odd as names can be. Prints a
@@ -11,7 +11,6 @@ import contextlib
 import csv
 import functools
 import io
-import itertools
 import json
 import mmap
 import os
@@ -38,15 +37,12 @@ from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 import click
 import matplotlib.backends.backend_agg  # noqa: F401  imported once here, not in every child
 import numpy as np
 import pydicom
 import torch
-import torch._dynamo  # noqa: F401  the same: the optimisers ask for it
+import torch._dynamo  # the same: the optimisers ask for it
 from PIL import Image
 from pydicom import Dataset, uid
 from pydicom.datadict import DicomDictionary
@@ -130,12 +126,16 @@ def guard_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (size + (4 << 30),) * 2)
 
 
+PEAK = {"seconds": 0.0, "MiB": 0}  # of all ends judged in this part
+
+
 def fault(ended: Ended, names: object = "") -> str:
     """What is wrong with an end; "" for success and for one clear message that names a file.
 
     names: the message has to hold it, for example a folder
     """
     message = ended.text[ended.text.find("Error: ") :]
+    PEAK["seconds"], PEAK["MiB"] = max(PEAK["seconds"], ended.work), max(PEAK["MiB"], ended.mib)
     if ended.code < 0:
         return f"killed by signal {-ended.code} after {ended.seconds:.1f} s"
     if ended.work > SECONDS:
@@ -279,17 +279,24 @@ class World:
         classifier = ["train-cls", "--data", at("patches"), *CLASSIFIER.split(), "--run", out]
         made = ["synthesize", "--gan", at("bump"), *SET.split(), "--out", out]
         source = self.manifest.parent
+        patches = ["prepare", self.manifest, "--preset", "tiny", "--workers", 2, *COUNTS, "--qc", 2]
+        report = ["evaluate", "--data", at("patches"), "--baseline", at("cls"), "--device", "cpu"]
         return {
-            "patches": ["prepare", self.manifest, "--preset", "tiny", "--workers", 2, *COUNTS]
-            + ["--qc", 2, "--out", out],
-            "gan": ["train-gan", "--task", "mass", "--data", at("patches"), *GAN.split()]
-            + ["--run", out],
+            "patches": [*patches, "--out", out],
+            "gan": [
+                "train-gan",
+                "--task=mass",
+                "--data",
+                at("patches"),
+                *GAN.split(),
+                "--run",
+                out,
+            ],
             "set": [*made, "--data", at("patches")],
             "images": [*made, *(f"--image={source / f'{o}L{PLACE}.dcm'}" for o in ODD[:8])],
             "cls": classifier,
             "cls50": [*classifier, "--synthetic", at("set")],
-            "report": ["evaluate", "--data", at("patches"), "--baseline", at("cls"), "--out", out]
-            + ["--augmented", at("cls50"), "--synthetic", at("set"), "--device", "cpu"],
+            "report": [*report, "--augmented", at("cls50"), "--synthetic", at("set"), "--out", out],
         }[name]
 
     def make(self) -> "World":
@@ -308,7 +315,6 @@ class World:
             self.seconds[name], self.said = ended.seconds, self.said + ended.text
             self.operations[name] = struct.unpack("q", counter)[0]
         return self
-
 
     @functools.cache  # noqa: B019
     def unfinished(self, name: str) -> Path:
@@ -440,6 +446,18 @@ def starved(world: World, scratch: Path, commands: tuple[str, ...]) -> Findings:
             wrong = fault(ended) or ("" if "File too large" in ended.text else "another message")
             result.check(wrong, f"{name} with files of {size} bytes at most", ended)
         result.check(difference(out, reference), f"{name} differs after limits")
+        out = scratch / f"two-{name}"
+        child = start(world.line(name, out))
+        while not (out / "config.json").exists():
+            time.sleep(0.002)
+        os.kill(child[0], signal.SIGSTOP)
+        second = call(world.line(name, out))
+        os.kill(child[0], signal.SIGCONT)
+        result.counts["second processes refused"] += 1
+        refused = second.code == 1 and "another process is writing there" in second.text
+        result.check(not refused, f"a second {name} in the same folder is not refused", second)
+        ended = end(*child)
+        result.check(fault(ended) or difference(out, reference), f"the first {name}", ended)
         with disk(scratch / f"disk-{name}") as remount:
             if not remount:
                 result.counts["no mount: full disk and read-only folder skipped"] += 1
@@ -457,23 +475,13 @@ def starved(world: World, scratch: Path, commands: tuple[str, ...]) -> Findings:
                 remount("ro")
                 ended = call(world.line(name, out))
                 result.counts["folders read-only"] += 1
-                wrong = fault(ended, out) or ("" if "Read-only" in ended.text else "not refused")
+                told = "Read-only" in ended.text or "GB are free" in ended.text
+                wrong = fault(ended, out) or ("" if told and ended.code else "not refused")
                 result.check(wrong, f"{name} in a folder that is read-only", ended)
                 remount("rw")
             result.check(difference(out, reference), f"{name} differs after a full disk")
-        out = scratch / f"two-{name}"
-        child = start(world.line(name, out))
-        while not (out / "config.json").exists():
-            time.sleep(0.002)
-        os.kill(child[0], signal.SIGSTOP)
-        second = call(world.line(name, out))
-        os.kill(child[0], signal.SIGCONT)
-        result.counts["second processes refused"] += 1
-        refused = second.code == 1 and "another process is writing there" in second.text
-        result.check(not refused, f"a second {name} in the same folder is not refused", second)
-        ended = end(*child)
-        result.check(fault(ended) or difference(out, reference), f"the first {name}", ended)
     return result
+
 
 # --- Privacy, leaks between splits, the same bytes twice ---
 
@@ -514,7 +522,9 @@ def private(world: World, scratch: Path) -> Findings:
     held = world.manifest.with_name(f"-xL{PLACE}.dcm").read_bytes()
     for word in SECRETS:  # each of them is really there to be found
         result.check(held.count(word.encode()) < 9, f"{word} is not planted")
-    result.counts["attributes planted in a file"] = len(list(pydicom.dcmread(io.BytesIO(held)).iterall()))
+    result.counts["attributes planted in a file"] = len(
+        list(pydicom.dcmread(io.BytesIO(held)).iterall())
+    )
     folders = [world.at(name) for name in ("patches", "gan", "set", "images", "cls50", "report")]
     out = scratch / "pseudonyms"
     ended = call(
@@ -543,9 +553,11 @@ def rewrite(path: Path, change: Callable[[dict], dict]) -> None:
 
 
 def parted(world: World, scratch: Path) -> Findings:
-    """No patient and no image in two splits; forged synthetic sets are refused; copies are found."""
+    """No patient and no image in two splits; forged sets are refused; copies are found."""
     result, patches, seen = Findings(), world.at("patches"), {}
-    for split, index in ((s, p) for s in data.SPLITS for p in (patches / "patches" / s).glob("*.csv")):
+    for split, index in (
+        (s, p) for s in data.SPLITS for p in (patches / "patches" / s).glob("*.csv")
+    ):
         for row in table(index):
             for key in (row["patient_id"], row["image_uid"]):
                 other = seen.setdefault(key, split)
@@ -554,34 +566,55 @@ def parted(world: World, scratch: Path) -> Findings:
     foreign = table(patches / "patches/test/normal.csv")[0]
     for column in ("patient_id", "image_uid"):
         forged = shutil.copytree(world.at("set"), scratch / f"forged {column}")
-        rewrite(forged / "index.csv", lambda row, c=column: row | ({c: foreign[c]} if row["sample"] == "3" else {}))
+        rewrite(
+            forged / "index.csv",
+            lambda row, c=column: row | ({c: foreign[c]} if row["sample"] == "3" else {}),
+        )
         for name in ("cls50", "report"):
-            line = [forged if part == world.at("set") else part for part in world.line(name, scratch / name)]
+            line = [
+                forged if part == world.at("set") else part
+                for part in world.line(name, scratch / name)
+            ]
             ended = call(line)
             refused = ended.code == 1 and "not in train" in ended.text
             result.counts["forged sets refused"] += refused
-            result.check(not refused, f"{name} takes a set with a {column} of a test patient", ended)
+            result.check(
+                not refused, f"{name} takes a set with a {column} of a test patient", ended
+            )
     folder = shutil.copytree(world.manifest.parent, scratch / "copies")
     copy = pydicom.dcmread(folder / f"-xL{PLACE}.dcm")
     copy.compress(uid.RLELossless, generate_instance_uid=False)
     copy.save_as(folder / "copy.dcm")  # the same pixels, other bytes
     first = table(folder / "manifest.csv")
-    again = next(r for r in first if r["image_path"] == f"-xL{PLACE}.dcm") | {"image_path": "copy.dcm"}
+    again = next(r for r in first if r["image_path"] == f"-xL{PLACE}.dcm") | {
+        "image_path": "copy.dcm"
+    }
     for patient, expected in ((again["patient_id"], 0), ("another", 1)):
         rows = [*first, again | {"patient_id": patient}]
         data.write_table(folder / "manifest.csv", tuple(again), (row.values() for row in rows))
-        line = ["prepare", folder / "manifest.csv", *world.line("patches", scratch / patient[:3])[2:]]
+        line = [
+            "prepare",
+            folder / "manifest.csv",
+            *world.line("patches", scratch / patient[:3])[2:],
+        ]
         ended = call(line)
         found = ended.code == expected and "the same image" in ended.text
         result.counts["copies found"] += found
-        result.check(not found, f"a copy of an image under patient {patient[:7]} is not reported", ended)
+        result.check(
+            not found, f"a copy of an image under patient {patient[:7]} is not reported", ended
+        )
     return result
 
 
 def repeated(world: World, scratch: Path) -> Findings:
     """The same command twice gives the same bytes; prepare with one and with three workers."""
     result = Findings()
-    for name, workers in (*((name, 0) for name in COMMANDS), ("cls50", 0), ("patches", 1), ("patches", 3)):
+    for name, workers in (
+        *((name, 0) for name in COMMANDS),
+        ("cls50", 0),
+        ("patches", 1),
+        ("patches", 3),
+    ):
         out = scratch / f"again-{name}-{workers}"
         line = world.line(name, out)
         ended = call([*line, "--workers", workers] if workers else line)
@@ -616,7 +649,9 @@ class Page(HTMLParser):
         source = values.get("src") or values.get("href") or "data:image/png;base64,"
         if tag in ("script", "iframe", "object", "embed", "form", "base", "link", "svg"):
             self.active.append(tag)
-        if not source.startswith("data:image/png;base64,") or any(k.startswith("on") for k in values):
+        if not source.startswith("data:image/png;base64,") or any(
+            k.startswith("on") for k in values
+        ):
             self.active.append(f"{tag} {attrs}")
 
 
@@ -629,31 +664,67 @@ def hostile(world: World, scratch: Path) -> Findings:
     np.save(npy, arrays)
     np.savez(npz, samples=arrays, counts=arrays)
     saved = io.BytesIO()
-    torch.save({"format": models.CHECKPOINT_FORMAT, "chosen": attack, "best": attack, "step": attack}, saved)
+    torch.save(
+        {"format": models.CHECKPOINT_FORMAT, "chosen": attack, "best": attack, "step": attack},
+        saved,
+    )
     old = io.BytesIO()
     torch.save({"format": attack}, old, _use_new_zipfile_serialization=False)
     plain = pickle.dumps(attack)
-    copies = {name: shutil.copytree(world.at(name), scratch / f"hostile {name}") for name in ("patches", "bump", "set", "cls", "gan")}
+    copies = {
+        name: shutil.copytree(world.at(name), scratch / f"hostile {name}")
+        for name in ("patches", "bump", "set", "cls", "gan")
+    }
     unfinished = scratch / "unfinished"
     call(world.line("set", unfinished), before=partial(die_at, 9, unfinished))
     (unfinished / "parts").mkdir(exist_ok=True)
     swap = lambda name, line: [copies[name] if part == world.at(name) else part for part in line]  # noqa: E731
     out = scratch / "r"
     checkpoints = ("checkpoint.pt", "checkpoint-previous.pt")
-    cases = [(copies["patches"] / f"patches/train/{c}.npy", npy.getvalue(), swap("patches", world.line(n, out))) for c, n in (("normal", "cls"), ("malignant_mass", "cls"), ("benign_mass", "gan"), ("normal", "set"))]
-    cases += [(copies["set"] / f"{c}.npy", npy.getvalue(), swap("set", world.line("cls50", out))) for c in ("input", "combined", "mask")]
+    cases = [
+        (
+            copies["patches"] / f"patches/train/{c}.npy",
+            npy.getvalue(),
+            swap("patches", world.line(n, out)),
+        )
+        for c, n in (
+            ("normal", "cls"),
+            ("malignant_mass", "cls"),
+            ("benign_mass", "gan"),
+            ("normal", "set"),
+        )
+    ]
+    cases += [
+        (copies["set"] / f"{c}.npy", npy.getvalue(), swap("set", world.line("cls50", out)))
+        for c in ("input", "combined", "mask")
+    ]
     cases += [(unfinished / "parts/00000000.npz", npz.getvalue(), world.line("set", unfinished))]
     for content in (saved.getvalue(), old.getvalue(), plain, npz.getvalue()):
         cases += [(copies["bump"] / checkpoints[0], content, swap("bump", world.line("set", out)))]
-        cases += [(copies["cls"] / c, content, world.line("cls", copies["cls"])) for c in checkpoints]
-        cases += [(copies["gan"] / c, content, world.line("gan", copies["gan"])) for c in checkpoints]
-        cases += [(scratch / "weights.pt", content, [*world.line("cls", out), "--weights", scratch / "weights.pt"])]
+        cases += [
+            (copies["cls"] / c, content, world.line("cls", copies["cls"])) for c in checkpoints
+        ]
+        cases += [
+            (copies["gan"] / c, content, world.line("gan", copies["gan"])) for c in checkpoints
+        ]
+        cases += [
+            (
+                scratch / "weights.pt",
+                content,
+                [*world.line("cls", out), "--weights", scratch / "weights.pt"],
+            )
+        ]
     for file, content, line in cases:
         kept = file.read_bytes() if file.exists() else None
         file.write_bytes(content)
         ended = call(line)
         result.counts["pickles refused"] += ended.code == 1
-        wrong = "code was run" if mark.exists() else fault(ended, file.name) or (not ended.code and file.name != checkpoints[1] and "taken")
+        wrong = (
+            "code was run"
+            if mark.exists()
+            else fault(ended, file.name)
+            or (not ended.code and file.name != checkpoints[1] and "taken")
+        )
         result.check(wrong, f"{' '.join(map(str, line[:2]))} with a pickle as {file}", ended)
         file.unlink(missing_ok=True)
         if kept is not None:
@@ -665,30 +736,59 @@ def hostile(world: World, scratch: Path) -> Findings:
     odd = os.fsdecode(b"\xff\xfe odd.dcm")
     for path in (box / "image.dcm", box / "in" / "...dcm", box / "in" / odd):
         shutil.copy(world.manifest.with_name(f"-xL{PLACE}.dcm"), path)
-    rows = [(f"../../in/deep/../../{name}", f"../../{EVIL}", "L", "CC", "", "normal", *[""] * 4, split) for name, split in (("image.dcm", ""),)]
+    rows = [
+        (f"../../in/deep/../../{name}", f"../../{EVIL}", "L", "CC", "", "normal", *[""] * 4, split)
+        for name, split in (("image.dcm", ""),)
+    ]
     data.write_table(box / "in/deep/m.csv", (*data.MANIFEST_COLUMNS, "split"), rows)
     before = {p: p.stat().st_mtime_ns for p in box.rglob("*")}
     out = box / "out"
     bump = ["synthesize", "--gan", world.at("bump"), "--device", "cpu", "--out", out / "images"]
     for line in (
-        ["prepare", box / "in/deep/m.csv", "--preset", "tiny", "--count=train/normal=4", "--out", out / "p"],
-        [*bump, "--image", box / "in/deep/m.csv", "--image", box / "in/...dcm", "--image", box / "in" / odd],
+        [
+            "prepare",
+            box / "in/deep/m.csv",
+            "--preset",
+            "tiny",
+            "--count=train/normal=4",
+            "--out",
+            out / "p",
+        ],
+        [
+            *bump,
+            "--image",
+            box / "in/deep/m.csv",
+            "--image",
+            box / "in/...dcm",
+            "--image",
+            box / "in" / odd,
+        ],
     ):
         ended = call(line)
         result.counts["escapes tried"] += 1
         after = {p: p.stat().st_mtime_ns for p in box.rglob("*") if out not in (p, *p.parents)}
-        changed = [str(p) for p in before.keys() | after.keys() if p != box and before.get(p) != after.get(p)]
+        changed = [
+            str(p)
+            for p in before.keys() | after.keys()
+            if p != box and before.get(p) != after.get(p)
+        ]
         result.check(ended.code or changed, f"{line[0]} with paths that lead out", ended)
     images = json.loads((world.at("images") / "annotations.json").read_bytes())["images"]
     result.counts["odd names written"] = len(images)
     for image in images:
-        result.check(not (world.at("images") / image["file_name"]).is_file(), f"{image['file_name']!r} is absent")
+        result.check(
+            not (world.at("images") / image["file_name"]).is_file(),
+            f"{image['file_name']!r} is absent",
+        )
     # HTML in every field of a run
     run = shutil.copytree(world.at("cls50"), scratch / f"run{EVIL}")
     config = data.read_json(run / "config.json")
     config["config"] |= {"weights": EVIL, EVIL: EVIL}
     data.write_json(run / "config.json", config)
-    line = [run if part == world.at("cls50") else part for part in world.line("report", scratch / "report")]
+    line = [
+        run if part == world.at("cls50") else part
+        for part in world.line("report", scratch / "report")
+    ]
     ended = call(line)
     result.check(fault(ended) or ended.code, "evaluate with HTML in a run", ended)
     for report in (scratch / "report/report.html", world.at("report") / "report.html"):
@@ -703,12 +803,13 @@ def pinned(world: World, scratch: Path) -> Findings:
     """Every requirement has one exact version and its purpose on its line."""
     result = Findings()
     for name in ("requirements.txt", "requirements-dev.txt"):
-        for line in (ROOT / name).read_text().splitlines():
+        for line in Path(name).read_text().splitlines():
             if line and not line.startswith(("#", "-r ")):
                 result.counts["requirements pinned"] += 1
-                exact = re.fullmatch(r"[a-z0-9-]+==[0-9][0-9.]*\s+# \S.{3,}", line)
+                exact = re.fullmatch(r"[a-z0-9-]+==[0-9][0-9.]*\s+# \S.+", line)
                 result.check(not exact and "no version or no purpose", f"{name}: {line}")
     return result
+
 
 # --- Bad files ---
 
@@ -716,13 +817,17 @@ def pinned(world: World, scratch: Path) -> Findings:
 def scrambled(raw: bytes, rng: random.Random) -> bytes:
     """Cut, with bytes flipped, doubled, zeroed, taken out, or with a forged number."""
     raw, kind = bytearray(raw), rng.randrange(7)
-    at = rng.randrange(len(raw) + 1) if rng.random() < 0.5 else rng.randrange(min(len(raw), 900) + 1)
+    at = (
+        rng.randrange(len(raw) + 1) if rng.random() < 0.5 else rng.randrange(min(len(raw), 900) + 1)
+    )
     size = rng.randrange(1, 1 << rng.randrange(1, 12))
     if kind == 0:
         del raw[at:]
     elif kind == 1:
         for _ in range(rng.randrange(1, 12)):
-            raw[rng.randrange(min(len(raw), 900) if rng.random() < 0.7 else len(raw))] = rng.randrange(256)
+            raw[rng.randrange(min(len(raw), 900) if rng.random() < 0.7 else len(raw))] = (
+                rng.randrange(256)
+            )
     elif kind == 2:
         raw[at:at] = raw[at : at + size]
     elif kind == 3:
@@ -732,15 +837,34 @@ def scrambled(raw: bytes, rng: random.Random) -> bytes:
     elif kind == 5:
         number = rng.choice((0, 1, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFE, 0xFFFFFFFF))
         form = rng.choice(("<I", ">I", "<H", ">H"))
-        raw[at : at + struct.calcsize(form)] = struct.pack(form, number & (2 ** (8 * struct.calcsize(form)) - 1))
+        raw[at : at + struct.calcsize(form)] = struct.pack(
+            form, number & (2 ** (8 * struct.calcsize(form)) - 1)
+        )
     else:
         numbers = list(re.finditer(rb"\d+", raw[:20_000])) or [re.match(b"", raw)]
         where = rng.choice(numbers)
-        raw[where.start() : where.end()] = rng.choice((b"-1", b"0", b"9" * 30, b"1e999", b"nan", b"1_0", b"\xff"))
+        raw[where.start() : where.end()] = rng.choice(
+            (b"-1", b"0", b"9" * 30, b"1e999", b"nan", b"1_0", b"\xff")
+        )
     return bytes(raw)
 
 
-VALUES_OF_JSON = (None, True, -1, 0, 10**30, 1e300, "", "x" * 1000, EVIL, [], {}, [[]], {"": 0}, "\udcff")
+VALUES_OF_JSON = (
+    None,
+    True,
+    -1,
+    0,
+    10**30,
+    1e300,
+    "",
+    "x" * 1000,
+    EVIL,
+    [],
+    {},
+    [[]],
+    {"": 0},
+    "\udcff",
+)
 
 
 def changed(value: object, rng: random.Random) -> object:
@@ -760,7 +884,9 @@ def changed(value: object, rng: random.Random) -> object:
 def breast(seed: int, wide: bool) -> np.ndarray:
     """A small image of a breast, 8 or 12 bits."""
     shade = phantom.render(0, seed, "L", "CC")[0][::2, ::2]
-    return np.rint(np.clip(shade, 0, 1) * (4095 if wide else 255)).astype(np.uint16 if wide else np.uint8)
+    return np.rint(np.clip(shade, 0, 1) * (4095 if wide else 255)).astype(
+        np.uint16 if wide else np.uint8
+    )
 
 
 def small_dicom(syntax: str, wide: bool = True) -> bytes:
@@ -768,7 +894,10 @@ def small_dicom(syntax: str, wide: bool = True) -> bytes:
     ds.update(few())
     pixels = breast(0, wide)
     ds.BitsAllocated, ds.BitsStored, ds.HighBit = (16, 12, 11) if wide else (8, 8, 7)
-    ds.PhotometricInterpretation, ds.file_meta.TransferSyntaxUID = "MONOCHROME2", uid.ExplicitVRLittleEndian
+    ds.PhotometricInterpretation, ds.file_meta.TransferSyntaxUID = (
+        "MONOCHROME2",
+        uid.ExplicitVRLittleEndian,
+    )
     ds["PixelData"].value, ds["PixelData"].VR = pixels.tobytes(), "OW" if wide else "OB"
     ds.Rows, ds.Columns = pixels.shape
     if syntax == uid.JPEGBaseline8Bit:
@@ -786,23 +915,36 @@ def small_dicom(syntax: str, wide: bool = True) -> bytes:
         ds.file_meta.TransferSyntaxUID = syntax
     file = io.BytesIO()
     little, implicit = uid.UID(syntax).is_little_endian, uid.UID(syntax).is_implicit_VR
-    ds.save_as(file, enforce_file_format=True, little_endian=little, implicit_vr=implicit) if not uid.UID(syntax).is_compressed else ds.save_as(file, enforce_file_format=True)
+    ds.save_as(
+        file, enforce_file_format=True, little_endian=little, implicit_vr=implicit
+    ) if not uid.UID(syntax).is_compressed else ds.save_as(file, enforce_file_format=True)
     return file.getvalue()
 
 
 @functools.cache
 def dicom_bases() -> list[bytes]:
     """Every syntax, plain and with a VOI LUT, and pydicom's own files passed off as mammograms."""
-    syntaxes = (uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian, uid.JPEG2000Lossless, uid.JPEG2000)
+    syntaxes = (
+        uid.ExplicitVRLittleEndian,
+        uid.ImplicitVRLittleEndian,
+        uid.JPEG2000Lossless,
+        uid.JPEG2000,
+    )
     syntaxes += (uid.JPEGLSLossless, uid.JPEGLSNearLossless, uid.RLELossless)
-    bases = [small_dicom(s, wide) for s in syntaxes for wide in (True, False)] + [small_dicom(uid.JPEGBaseline8Bit, False)]
+    bases = [small_dicom(s, wide) for s in syntaxes for wide in (True, False)] + [
+        small_dicom(uid.JPEGBaseline8Bit, False)
+    ]
     for path in sorted(Path(pydicom.data.__file__).parent.rglob("*")):
         raw = path.read_bytes() if path.is_file() and path.stat().st_size < 300_000 else b""
         if raw[128:132] == b"DICM":
             bases.append(raw)
             with contextlib.suppress(Exception):  # what cannot be written again stays as it is
                 ds, file = pydicom.dcmread(io.BytesIO(raw)), io.BytesIO()
-                ds.Modality, ds.PhotometricInterpretation, ds.BodyPartExamined = "MG", "MONOCHROME2", "BREAST"
+                ds.Modality, ds.PhotometricInterpretation, ds.BodyPartExamined = (
+                    "MG",
+                    "MONOCHROME2",
+                    "BREAST",
+                )
                 ds.save_as(file)
                 bases[-1] = file.getvalue()
     return bases
@@ -815,20 +957,37 @@ def bad_dicom(rng: random.Random) -> bytes:
     for _ in range(rng.randrange(1, 3)):
         kind, forged = rng.randrange(7), bytearray(raw)
         if kind == 0:  # a length: of an element with explicit VR, or of an item
-            places = list(re.finditer(rb"(?s)..[\0-\x7f]\0(?:[A-Z]{2}|\0\xe0)", raw[132:])) or [re.match(b"", raw)]
+            places = list(re.finditer(rb"(?s)..[\0-\x7f]\0(?:[A-Z]{2}|\0\xe0)", raw[132:])) or [
+                re.match(b"", raw)
+            ]
             at = 132 + rng.choice(places).end()
             form = rng.choice(("<H", "<I", "<HI"))
             number = rng.choice((0, 1, 7, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, len(raw)))
-            forged[at : at + 4] = struct.pack("<I", number) if form != "<H" else struct.pack("<H", number & 0xFFFF) + forged[at + 2 : at + 4]
+            forged[at : at + 4] = (
+                struct.pack("<I", number)
+                if form != "<H"
+                else struct.pack("<H", number & 0xFFFF) + forged[at + 2 : at + 4]
+            )
             raw = bytes(forged)
         elif kind == 1:  # rows, columns, bits, samples, frames
-            tags = [b"\x28\0" + bytes([n]) + b"\0" for n in (0x10, 0x11, 2)] + [b"\x28\0" + n + b"\1" for n in (b"\0", b"\1", b"\2", b"\3")]
+            tags = [b"\x28\0" + bytes([n]) + b"\0" for n in (0x10, 0x11, 2)] + [
+                b"\x28\0" + n + b"\1" for n in (b"\0", b"\1", b"\2", b"\3")
+            ]
             at = raw.find(rng.choice(tags)) + 8
             if at > 8:
-                forged[at : at + 2] = struct.pack("<H", rng.choice((0, 1, 2, 8, 12, 15, 16, 17, 32, 40, 3000, 14_000, 65_535)))
+                forged[at : at + 2] = struct.pack(
+                    "<H", rng.choice((0, 1, 2, 8, 12, 15, 16, 17, 32, 40, 3000, 14_000, 65_535))
+                )
             raw = bytes(forged)
         elif kind == 2:  # another transfer syntax than the data have
-            known = [*mammogram.DECODERS, *mammogram.NATIVE, uid.DeflatedExplicitVRLittleEndian, "1.2.3", "", "x" * 64]
+            known = [
+                *mammogram.DECODERS,
+                *mammogram.NATIVE,
+                uid.DeflatedExplicitVRLittleEndian,
+                "1.2.3",
+                "",
+                "x" * 64,
+            ]
             for syntax in sorted(map(str, known), key=len, reverse=True):
                 if syntax and syntax.encode() in raw[:600]:
                     new = str(rng.choice(known)).encode()[: len(syntax)].ljust(len(syntax), b"\0")
@@ -842,11 +1001,16 @@ def bad_dicom(rng: random.Random) -> bytes:
         elif kind == 4:  # an attribute of another type, or with an odd value
             with contextlib.suppress(Exception), pydicom.config.disable_value_validation():
                 ds, file = pydicom.dcmread(io.BytesIO(raw), force=True), io.BytesIO()
-                value = rng.choice((b"", b"\xff" * 9, b"1\\2\\3", b"nan", b"1e999", b"-0", WORD.encode() * 900))
+                value = rng.choice(
+                    (b"", b"\xff" * 9, b"1\\2\\3", b"nan", b"1e999", b"-0", WORD.encode() * 900)
+                )
                 ds.add_new(rng.choice(mammogram.KEYWORDS), rng.choice(("UN", "OB")), value)
                 ds.save_as(file)
                 vr = rng.choice((b"LO", b"DS", b"IS", b"UI", b"CS", b"US", b"FD", b"SQ", b"UN"))
-                old, new = b"UN\0\0" + struct.pack("<I", len(value)), vr + struct.pack("<HI", len(value), 0)
+                old, new = (
+                    b"UN\0\0" + struct.pack("<I", len(value)),
+                    vr + struct.pack("<HI", len(value), 0),
+                )
                 raw = file.getvalue().replace(old, new, 1)
         else:
             raw = scrambled(raw, rng)
@@ -856,7 +1020,16 @@ def bad_dicom(rng: random.Random) -> bytes:
 @functools.cache
 def raster_bases() -> list[bytes]:
     bases = []
-    for form, options in (("PNG", {}), ("PPM", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"}), ("TIFF", {"compression": "tiff_adobe_deflate"}), ("TIFF", {"compression": "jpeg"}), ("JPEG", {}), ("JPEG", {"progressive": True})):
+    for form, options in (
+        ("PNG", {}),
+        ("PPM", {}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+        ("TIFF", {"compression": "tiff_adobe_deflate"}),
+        ("TIFF", {"compression": "jpeg"}),
+        ("JPEG", {}),
+        ("JPEG", {"progressive": True}),
+    ):
         for wide in (False, True):
             file = io.BytesIO()
             with contextlib.suppress(OSError):
@@ -881,7 +1054,11 @@ def bad_raster(rng: random.Random) -> bytes:
             order = "<" if raw[:2] == b"II" else ">"
             for tag, size in ((256, columns), (257, rows)):
                 at = raw.find(struct.pack(f"{order}H", tag) + struct.pack(f"{order}H", 4))
-                raw = raw if at < 0 else raw[: at + 8] + struct.pack(f"{order}I", size) + raw[at + 12 :]
+                raw = (
+                    raw
+                    if at < 0
+                    else raw[: at + 8] + struct.pack(f"{order}I", size) + raw[at + 12 :]
+                )
     return scrambled(raw, rng) if rng.random() < 0.7 else raw
 
 
@@ -892,7 +1069,16 @@ def image_commands(world: World, folder: Path, files: list[Path], rng: random.Ra
     """`prepare` on the files and a sound one; now and then `synthesize --image`."""
     if rng.random() < 0.15:
         images = [f"--image={file}" for file in files]
-        return ["synthesize", "--gan", world.at("bump"), "--device", "cpu", *images, "--out", folder / "out"]
+        return [
+            "synthesize",
+            "--gan",
+            world.at("bump"),
+            "--device",
+            "cpu",
+            *images,
+            "--out",
+            folder / "out",
+        ]
     sound = folder / "sound.png"
     Image.fromarray(breast(2, False)).save(sound)
     boxed, rows = rng.random() < 0.2, []
@@ -933,7 +1119,11 @@ def images(make: Callable, world: World, scratch: Path, names: list[str], outcom
     wrong = fault(ended, folder) or image_outcomes(files, folder, ended, outcomes)
     if wrong and len(names) == 1:
         print(f"{names[0]} {line[0]}: {ended.text.strip()[-1500:]}")
-        shutil.copytree(folder, Path(tempfile.gettempdir()) / "torture-found" / names[0].replace(" ", "-"), dirs_exist_ok=True)
+        shutil.copytree(
+            folder,
+            Path(tempfile.gettempdir()) / "torture-found" / names[0].replace(" ", "-"),
+            dirs_exist_ok=True,
+        )
     shutil.rmtree(folder)
     return wrong
 
@@ -963,7 +1153,18 @@ def spoil(folder: Path, rng: random.Random, suffixes: tuple[str, ...]) -> None:
         file.write_bytes(bad_table(file.read_bytes(), rng))
     elif file.suffix == ".npy" and kind < 5:
         array = np.load(file)
-        np.save(file, rng.choice((array[:-1], array.astype(np.float64), array[..., :-1], array[0], array.astype("S2"))))
+        np.save(
+            file,
+            rng.choice(
+                (
+                    array[:-1],
+                    array.astype(np.float64),
+                    array[..., :-1],
+                    array[0],
+                    array.astype("S2"),
+                )
+            ),
+        )
     elif file.suffix == ".pt" and kind < 7:
         torch.save(other_state(torch.load(file, weights_only=True), rng), file)
     else:
@@ -981,7 +1182,9 @@ def other_state(value: object, rng: random.Random) -> object:
             copy[at] = other_state(copy[at], rng)
         return copy
     if isinstance(value, torch.Tensor) and rng.random() < 0.5:
-        return rng.choice((value.double(), value[..., :0], value.flatten(), value * float("nan"), value.bool()))
+        return rng.choice(
+            (value.double(), value[..., :0], value.flatten(), value * float("nan"), value.bool())
+        )
     return rng.choice((*VALUES_OF_JSON[:-1], torch.zeros(3), torch.tensor(1)))
 
 
@@ -990,7 +1193,27 @@ def bad_table(raw: bytes, rng: random.Random) -> bytes:
     rows = list(csv.reader(io.StringIO(raw.decode())))
     kind, at = rng.randrange(14), rng.randrange(len(rows))
     column = rng.randrange(len(rows[0]))
-    odd = ("", "nan", "inf", "-1", "1e308", "9" * 400, "=1+1", EVIL, "x" * 200_000, "../../..", "/dev/zero", "a\0b", "\x1b[2J", "é", "0x10", "L", "train", "normal", ".")
+    odd = (
+        "",
+        "nan",
+        "inf",
+        "-1",
+        "1e308",
+        "9" * 400,
+        "=1+1",
+        EVIL,
+        "x" * 200_000,
+        "../../..",
+        "/dev/zero",
+        "a\0b",
+        "\x1b[2J",
+        "é",
+        "0x10",
+        "L",
+        "train",
+        "normal",
+        ".",
+    )
     if kind == 0:
         rows = [row[:column] + row[column + 1 :] for row in rows]
     elif kind == 1:
@@ -998,7 +1221,12 @@ def bad_table(raw: bytes, rng: random.Random) -> bytes:
     elif kind == 2:
         rows = [[*row, *map(str, range(rng.choice((3000, 9000))))] for row in rows[:5]]
     elif kind == 3:
-        rows = [[rows[0][column][::-1] if i == column else c for i, c in enumerate(row)] if row is rows[0] else row for row in rows]
+        rows = [
+            [rows[0][column][::-1] if i == column else c for i, c in enumerate(row)]
+            if row is rows[0]
+            else row
+            for row in rows
+        ]
     elif kind == 4:
         rows[at] = rows[at][:column]
     elif kind == 5:
@@ -1008,7 +1236,9 @@ def bad_table(raw: bytes, rng: random.Random) -> bytes:
     text = io.StringIO()
     csv.writer(text, lineterminator=rng.choice(("\n", "\r\n", "\n\n"))).writerows(rows)
     if kind == 11:
-        return text.getvalue().encode(rng.choice(("utf-16", "utf-16-le", "utf-32", "cp037", "utf-7")))
+        return text.getvalue().encode(
+            rng.choice(("utf-16", "utf-16-le", "utf-32", "cp037", "utf-7"))
+        )
     if kind == 12:
         return text.getvalue().replace(",", rng.choice((";", "\t", '"', "\0"))).encode()
     return scrambled(text.getvalue().encode(), rng) if kind == 13 else text.getvalue().encode()
@@ -1026,9 +1256,26 @@ def bad_manifest(world: World, folder: Path, rng: random.Random) -> list:
         with contextlib.suppress(UnicodeDecodeError, csv.Error, IndexError, ValueError):
             path.write_bytes(bad_table(path.read_bytes(), rng))
     if rng.random() < 0.1:
-        return ["synthesize", "--gan", world.at("bump"), "--device", "cpu", "--image", path, "--out", folder / "out"]
+        return [
+            "synthesize",
+            "--gan",
+            world.at("bump"),
+            "--device",
+            "cpu",
+            "--image",
+            path,
+            "--out",
+            folder / "out",
+        ]
     counts = ["--count=train/normal=2", "--count=train/malignant_mass=2"]
     return ["prepare", path, "--preset", "tiny", "--workers", 1, *counts, "--out", folder / "out"]
+
+
+SHORT = {  # enough to read what was damaged
+    "gan": ["--iters-base", 1, "--iters-fade", 0, "--iters-final", 1],
+    "cls": ["--samples", 8],
+    "cls50": ["--samples", 8],
+}
 
 
 def swapped(line: list, old: Path, new: Path) -> list:
@@ -1036,16 +1283,23 @@ def swapped(line: list, old: Path, new: Path) -> list:
 
 
 def bad_patches(world: World, folder: Path, rng: random.Random) -> list:
-    copy = shutil.copytree(world.at("patches"), folder / "copy", ignore=shutil.ignore_patterns("*.png"))
+    copy = shutil.copytree(
+        world.at("patches"), folder / "copy", ignore=shutil.ignore_patterns("*.png")
+    )
     spoil(copy, rng, (".json", ".csv", ".npy"))
     name = rng.choices(("set", "cls", "cls50", "gan", "report"), (60, 20, 5, 12, 3))[0]
-    return swapped(world.line(name, folder / "out"), world.at("patches"), copy)
+    line = world.line(name, folder / "out") + SHORT.get(name, [])
+    return swapped(line, world.at("patches"), copy)
 
 
 def bad_run(world: World, folder: Path, rng: random.Random) -> list:
     """A generator, a classifier, or an unfinished folder that is gone on with."""
-    name = rng.choices(("bump", "gan", "cls", "set", "patches", "report"), (35, 15, 15, 15, 15, 5))[0]
-    origin = {"bump": world.at("bump"), "report": world.at("cls")}.get(name) or world.unfinished(name)
+    name = rng.choices(("bump", "gan", "cls", "set", "patches", "report"), (35, 15, 15, 15, 15, 5))[
+        0
+    ]
+    origin = {"bump": world.at("bump"), "report": world.at("cls")}.get(name) or world.unfinished(
+        name
+    )
     copy = shutil.copytree(origin, folder / "copy")
     spoil(copy, rng, (".json", ".jsonl", ".pt", ".npz", ".npy"))
     if name in ("bump", "report"):
@@ -1057,13 +1311,13 @@ def bad_set(world: World, folder: Path, rng: random.Random) -> list:
     copy = shutil.copytree(world.at("set"), folder / "copy", ignore=shutil.ignore_patterns("*.png"))
     spoil(copy, rng, (".json", ".csv", ".npy"))
     name = rng.choices(("cls50", "report"), (95, 5))[0]
-    return swapped(world.line(name, folder / "out"), world.at("set"), copy)
+    line = world.line(name, folder / "out") + SHORT.get(name, [])
+    return swapped(line, world.at("set"), copy)
 
 
 def mutate(kind: str, world: World, numbers: range, seed: int, scratch: Path) -> Findings:
     """So many damaged inputs, each from (seed, kind, number): success, a row, or one message."""
     result, outcomes = Findings(), Counter()
-    slowest, most = 0.0, 0
     if kind in BAD_IMAGES:
         make = partial(images, BAD_IMAGES[kind], world, scratch)
         names = [f"{seed} {kind} {number}" for number in numbers]
@@ -1081,7 +1335,6 @@ def mutate(kind: str, world: World, numbers: range, seed: int, scratch: Path) ->
             name = f"{seed} {kind} {number}"
             line = BAD_FOLDERS[kind](world, folder, random.Random(name))
             ended = call(line, CLOCK_SECONDS, guard_memory)
-            slowest, most = max(slowest, ended.seconds), max(most, ended.mib)
             outcomes["one message" if ended.code else "used"] += 1
             result.check(fault(ended, world.root), f"{name} {line[0]}", ended)
             shutil.rmtree(folder)
@@ -1152,7 +1405,17 @@ def bombs(world: World, scratch: Path) -> Findings:
 # --- All of it ---
 
 MUTATED = (*BAD_IMAGES, *BAD_FOLDERS)
-PARTS = ("private", "parted", "repeated", "hostile", "pinned", "starved", "killed", "stopped", "bombs")
+PARTS = (
+    "private",
+    "parted",
+    "repeated",
+    "hostile",
+    "pinned",
+    "starved",
+    "killed",
+    "stopped",
+    "bombs",
+)
 
 
 def run_part(name: str, world: World, scratch: Path, options: dict) -> Findings:
@@ -1165,7 +1428,7 @@ def run_part(name: str, world: World, scratch: Path, options: dict) -> Findings:
     if name == "stopped":
         return stopped(world, options["stops"], rng, scratch)
     if name == "starved":
-        return starved(world, scratch, COMMANDS if options["full"] else ("gan",))
+        return starved(world, scratch, options["starve"])
     return globals()[name](world, scratch)
 
 
@@ -1174,26 +1437,28 @@ def run_part(name: str, world: World, scratch: Path, options: dict) -> Findings:
 @click.option("--stops", default=10, show_default=True, help="SIGINT and SIGTERM, of each command.")
 @click.option("--mutations", default=2000, show_default=True, help="Of each kind of input.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--first", default=0, help="Number of the first mutation: go on, or try one again.")
-@click.option("--full/--short", default=True, help="Short: only train-gan starves.")
+@click.option(
+    "--first", default=0, help="Number of the first mutation: to go on, to try one again."
+)
+@click.option("--starve", multiple=True, type=click.Choice(COMMANDS), default=COMMANDS)
 @click.option("--only", multiple=True, type=click.Choice([*PARTS, *MUTATED]))
 def main(only: tuple[str, ...], **options: object) -> None:
-    total, found = Counter(), []
+    total, found = Counter(killed=0, resumed=0, mutated=0, leaked=0), 0
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
-        began = time.monotonic()
         world = World(Path(folder)).make()
-        print(world.seconds, world.operations)
-        print(f"a chain of {len(world.seconds)} commands made in {time.monotonic() - began:.0f} s", flush=True)
         for name in only or (*PARTS, *MUTATED):
             scratch, began = world.root / "scratch", time.monotonic()
             scratch.mkdir()
+            PEAK.update(seconds=0.0, MiB=0)
             result = run_part(name, world, scratch, options)
             shutil.rmtree(scratch)
-            total += result.counts
-            found += result.found
-            said = ", ".join(f"{what} {n}" for what, n in result.counts.items())
-            print(f"{name}: {said}; findings {len(result.found)}; {time.monotonic() - began:.0f} s", flush=True)
-    print(f"seed {options['seed']}: killed {total['killed']}, resumed {total['resumed']}, mutated {total['mutated']}, leaked: {total['leaked']}, findings: {len(found)}")
+            total, found = total + result.counts, found + len(result.found)
+            said = [f"{what} {n}" for what, n in result.counts.items()]
+            said += [f"at most {PEAK['seconds']:.1f} s and {PEAK['MiB']} MiB a command"]
+            said += [f"findings {len(result.found)}", f"{time.monotonic() - began:.0f} s"]
+            print(f"{name}: {', '.join(said)}", flush=True)
+    counts = (f"{what}: {total[what]}" for what in ("killed", "resumed", "mutated", "leaked"))
+    print(f"seed {options['seed']}; {', '.join(counts)}; findings: {found}")
     sys.exit(bool(found))
 
 

@@ -1,0 +1,83 @@
+"""Nothing lost, nothing leaked, nothing crashes: the short version of `make torture`."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.timeout(900)  # a minute on two idle cores
+ROOT = Path(__file__).resolve().parent.parent
+# Two processes for two cores. What other tests show already stays out: kills and repetitions of
+# each command, and what takes minutes.
+LINES = (
+    "--only private --only parted --only hostile --only pinned --only dicom --only raster "
+    "--mutations 100",
+    "--only killed --kills 2 --only starved --starve gan --only manifest --only patches --only run "
+    "--only set --mutations 8",
+)
+
+
+@pytest.fixture(scope="module")
+def said() -> dict[str, str]:
+    """Part of the harness: its line, with findings before it."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.torture"]
+    processes = [
+        subprocess.Popen(
+            [*command, *line.split()], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for line in LINES
+    ]
+    try:
+        printed = "".join(process.communicate()[0] for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+    found = dict(re.findall(r"^(\w+): (.*)", printed, re.M))
+    found["findings"] = "\n".join(re.findall(r"^FOUND .*(?:\n    .*)*", printed, re.M))
+    return found
+
+
+def number(line: str, what: str) -> int:
+    return int(re.search(rf"{what} (\d+)", line)[1])
+
+
+def test_nothing_is_found(said):
+    assert not said["findings"]
+    assert len(said) == 13 and all("findings 0" in line for line in [*said.values()][:-1])
+
+
+def test_killed_commands_go_on_to_the_same_bytes(said):
+    assert number(said["killed"], "killed") == 12 and number(said["killed"], "resumed") >= 6
+
+
+def test_a_full_disk_or_a_second_process_is_one_message(said):
+    assert number(said["starved"], "files limited") >= 3
+    assert number(said["starved"], "second processes refused") == 1
+
+
+@pytest.mark.parametrize("kind", ["dicom", "raster", "manifest", "patches", "run", "set"])
+def test_bad_files_end_in_success_a_row_or_one_message(said, kind):
+    assert number(said[kind], "mutated") == (100 if kind in ("dicom", "raster") else 8)
+
+
+def test_no_file_holds_a_planted_identifier(said):
+    assert number(said["private"], "files searched") > 80
+    assert number(said["private"], "attributes planted in a file") > 5000
+
+
+def test_leak_forged_sets_are_refused_and_copies_found(said):
+    assert number(said["parted"], "forged sets refused") == 4
+    assert number(said["parted"], "copies found") == 2 and number(said["parted"], "leaked") == 0
+
+
+def test_nothing_that_is_loaded_runs_and_no_path_leads_out(said):
+    assert number(said["hostile"], "pickles refused") >= 20
+    assert number(said["hostile"], "odd names written") == 8
+
+
+def test_requirements_are_pinned_and_say_what_for(said):
+    assert number(said["pinned"], "requirements pinned") >= 15
