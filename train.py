@@ -280,8 +280,8 @@ class GanConfig:
     g_updates_mass: int = 2  # generator updates per D update for masses (T2); otherwise 1
     gp_noise: str = "uniform"  # delta ~ U(0, 1) (L4), or "std": times half the patch's std (Q15)
     g_average: float = 0.0  # decay of the average of G's weights that is used; 0 = none, Q11
-    g_accepted: float = 0.0  # use the last G of which so many validation lesions pass S3 to S5,
-    # or else the one of which most do; 0 = the last
+    g_accepted: float = 0.0  # of the second half of the last stage use the last G of which so many
+    # validation lesions pass S3 to S5, or else the one of which most do; 0 = the last
     bfloat16: bool = True  # on a GPU: autocast; the CPU always computes in float32
     channels_last: bool = True  # layout of images and weights; another order of the same sums
     log_every: int = 100  # steps between rows of log.jsonl
@@ -579,11 +579,12 @@ def train_gan(config: GanConfig, data: Path, run: Path, device: torch.device) ->
                 row |= dict(zip(RECORDED, torch.stack(recorded).mean(0).tolist(), strict=True))
                 attention = (G.encoder_attention, G.decoder_attention, D.attention)
                 row |= {"gamma": [a.gamma.item() for a in attention]} | figures
-                grown, accepted = size == config.patch_size and alpha == 1, figures["acceptance"]
-                row["chosen"] = not grown or accepted >= min(best, config.g_accepted)
+                # Candidates: the second half of the last stage. Coarse changes pass S5 before it.
+                late = done > end - config.iters_final / 2
+                row["chosen"] = not late or figures["acceptance"] >= min(best, config.g_accepted)
                 if row["chosen"]:
                     chosen.load_state_dict(average.state_dict())
-                    best = max(best, accepted) if grown else 0.0
+                    best = max(best, figures["acceptance"]) if late else 0.0
                 row |= {"warnings": watch.warnings(row), "seconds": round(time.time() - since, 3)}
                 log(row)
                 since = time.time()

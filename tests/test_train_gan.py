@@ -212,15 +212,16 @@ def test_Q11_without_an_average_the_generator_itself_is_used(patches, tmp_path):
 @pytest.mark.parametrize(
     ("accepted", "last_chosen"),
     [
-        ([0.1, 0.2, 0.05, 0.1], 6),  # none reaches 0.3: the one of which most pass
-        ([0.9, 0.2, 0.4, 0.1], 8),  # the last that reaches 0.3
-        ([0.0, 0.0, 0.0, 0.0], 10),
+        ([0.1, 0.2, 0.05, 0.1], 14),  # none reaches 0.3: the one of which most pass
+        ([0.9, 0.2, 0.4, 0.1], 16),  # the last that reaches 0.3
+        ([0.0, 0.0, 0.0, 0.0], 18),
     ],
 )
 def test_the_generator_is_chosen_by_how_many_validation_lesions_pass(
     patches, tmp_path, monkeypatch, accepted, last_chosen
 ):
-    look, script, seen = train.Watch.look, iter([0.99, *accepted]), {}
+    early = [0.99] * 5  # at half size and in the first half of the last stage: no candidates
+    look, script, seen = train.Watch.look, iter([*early, *accepted]), {}
 
     def scripted(watch, G, size, alpha):
         figures, made = look(watch, G, size, alpha)
@@ -229,7 +230,7 @@ def test_the_generator_is_chosen_by_how_many_validation_lesions_pass(
         return figures, made
 
     monkeypatch.setattr(train.Watch, "look", scripted)
-    config = dataclasses.replace(TINY, iters_base=2, iters_fade=0, iters_final=8, log_every=2)
+    config = dataclasses.replace(TINY, iters_base=2, iters_fade=0, iters_final=16, log_every=2)
     config = dataclasses.replace(config, save_every=100, g_accepted=0.3)
     train_gan(config, patches, tmp_path / "run", CPU)
     rows = log_of(tmp_path / "run")
