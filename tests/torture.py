@@ -260,6 +260,7 @@ GAN += "--d-base 2 --d-center 8 --log-every 2 --save-every 3 --preset tiny --dev
 CLASSIFIER = "--preset tiny --samples 64 --batch-size 8 --width 4 --evaluate-every 16 --device cpu"
 SET = "-n 12 --device cpu --seed 0"
 COMMANDS = ("patches", "gan", "set", "images", "cls", "report")  # what is killed and starved
+RESUMED = ("gan", "cls", "set")
 
 
 class World:
@@ -547,74 +548,60 @@ def table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def rewrite(path: Path, change: Callable[[dict], dict]) -> None:
-    rows = [change(row) for row in table(path)]
+def rewrite(path: Path, rows: list[dict[str, str]]) -> None:
     data.write_table(path, tuple(rows[0]), (row.values() for row in rows))
+
+
+def swapped(line: list, old: Path, new: Path) -> list:
+    """A line with a damaged or forged folder in place of the sound one."""
+    return [new if part == old else part for part in line]
 
 
 def parted(world: World, scratch: Path) -> Findings:
     """No patient and no image in two splits; forged sets are refused; copies are found."""
     result, patches, seen = Findings(), world.at("patches"), {}
-    for split, index in (
-        (s, p) for s in data.SPLITS for p in (patches / "patches" / s).glob("*.csv")
-    ):
-        for row in table(index):
-            for key in (row["patient_id"], row["image_uid"]):
-                other = seen.setdefault(key, split)
-                result.counts["leaked"] += other != split
-                result.check(other != split and f"in {other} and {split}", f"{index.name} {key}")
+    for index in sorted((patches / "patches").glob("*/*.csv")):
+        split = index.parent.name
+        for key in (row[c] for row in table(index) for c in ("patient_id", "image_uid")):
+            other = seen.setdefault(key, split)
+            result.counts["leaked"] += other != split
+            result.check(other != split and f"in {other} and {split}", f"{index.name} {key}")
     foreign = table(patches / "patches/test/normal.csv")[0]
     for column in ("patient_id", "image_uid"):
         forged = shutil.copytree(world.at("set"), scratch / f"forged {column}")
-        rewrite(
-            forged / "index.csv",
-            lambda row, c=column: row | ({c: foreign[c]} if row["sample"] == "3" else {}),
-        )
+        rows = table(forged / "index.csv")
+        rows[3][column] = foreign[column]
+        rewrite(forged / "index.csv", rows)
         for name in ("cls50", "report"):
-            line = [
-                forged if part == world.at("set") else part
-                for part in world.line(name, scratch / name)
-            ]
+            line = swapped(world.line(name, scratch / name), world.at("set"), forged)
             ended = call(line)
             refused = ended.code == 1 and "not in train" in ended.text
             result.counts["forged sets refused"] += refused
-            result.check(
-                not refused, f"{name} takes a set with a {column} of a test patient", ended
-            )
+            result.check(not refused, f"{name} takes a {column} of a test patient", ended)
     folder = shutil.copytree(world.manifest.parent, scratch / "copies")
-    copy = pydicom.dcmread(folder / f"-xL{PLACE}.dcm")
+    original = f"-xL{PLACE}.dcm"
+    copy = pydicom.dcmread(folder / original)
     copy.compress(uid.RLELossless, generate_instance_uid=False)
     copy.save_as(folder / "copy.dcm")  # the same pixels, other bytes
-    first = table(folder / "manifest.csv")
-    again = next(r for r in first if r["image_path"] == f"-xL{PLACE}.dcm") | {
-        "image_path": "copy.dcm"
-    }
-    for patient, expected in ((again["patient_id"], 0), ("another", 1)):
-        rows = [*first, again | {"patient_id": patient}]
-        data.write_table(folder / "manifest.csv", tuple(again), (row.values() for row in rows))
-        line = [
-            "prepare",
-            folder / "manifest.csv",
-            *world.line("patches", scratch / patient[:3])[2:],
-        ]
+    rows = table(folder / "manifest.csv")
+    again = next(row for row in rows if row["image_path"] == original) | {"image_path": "copy.dcm"}
+    for out, patient, expected in (("one", again["patient_id"], 0), ("two", "another", 1)):
+        rewrite(folder / "manifest.csv", [*rows, again | {"patient_id": patient}])
+        line = swapped(
+            world.line("patches", scratch / out), world.manifest, folder / "manifest.csv"
+        )
         ended = call(line)
         found = ended.code == expected and "the same image" in ended.text
         result.counts["copies found"] += found
-        result.check(
-            not found, f"a copy of an image under patient {patient[:7]} is not reported", ended
-        )
+        result.check(not found, f"a copy of an image of {out} patients is not reported", ended)
     return result
 
 
 def repeated(world: World, scratch: Path) -> Findings:
     """The same command twice gives the same bytes; prepare with one and with three workers."""
     result = Findings()
-    for name, workers in (
-        *((name, 0) for name in COMMANDS),
-        ("cls50", 0),
-        ("patches", 1),
-        ("patches", 3),
-    ):
+    once = [(name, 0) for name in (*COMMANDS, "cls50")]
+    for name, workers in (*once, ("patches", 1), ("patches", 3)):
         out = scratch / f"again-{name}-{workers}"
         line = world.line(name, out)
         ended = call([*line, "--workers", workers] if workers else line)
@@ -655,147 +642,104 @@ class Page(HTMLParser):
             self.active.append(f"{tag} {attrs}")
 
 
-def hostile(world: World, scratch: Path) -> Findings:
-    """Pickles do not run, paths do not lead out, names work, HTML is text."""
-    result, mark = Findings(), scratch / "mark"
-    attack = Attack(mark)
-    arrays = np.array([attack], dtype=object)
-    npy, npz = io.BytesIO(), io.BytesIO()
-    np.save(npy, arrays)
-    np.savez(npz, samples=arrays, counts=arrays)
-    saved = io.BytesIO()
-    torch.save(
-        {"format": models.CHECKPOINT_FORMAT, "chosen": attack, "best": attack, "step": attack},
-        saved,
-    )
-    old = io.BytesIO()
-    torch.save({"format": attack}, old, _use_new_zipfile_serialization=False)
-    plain = pickle.dumps(attack)
-    copies = {
-        name: shutil.copytree(world.at(name), scratch / f"hostile {name}")
-        for name in ("patches", "bump", "set", "cls", "gan")
-    }
-    unfinished = scratch / "unfinished"
-    call(world.line("set", unfinished), before=partial(die_at, 9, unfinished))
-    (unfinished / "parts").mkdir(exist_ok=True)
-    swap = lambda name, line: [copies[name] if part == world.at(name) else part for part in line]  # noqa: E731
-    out = scratch / "r"
-    checkpoints = ("checkpoint.pt", "checkpoint-previous.pt")
-    cases = [
-        (
-            copies["patches"] / f"patches/train/{c}.npy",
-            npy.getvalue(),
-            swap("patches", world.line(n, out)),
-        )
-        for c, n in (
-            ("normal", "cls"),
-            ("malignant_mass", "cls"),
-            ("benign_mass", "gan"),
-            ("normal", "set"),
-        )
-    ]
-    cases += [
-        (copies["set"] / f"{c}.npy", npy.getvalue(), swap("set", world.line("cls50", out)))
-        for c in ("input", "combined", "mask")
-    ]
-    cases += [(unfinished / "parts/00000000.npz", npz.getvalue(), world.line("set", unfinished))]
-    for content in (saved.getvalue(), old.getvalue(), plain, npz.getvalue()):
-        cases += [(copies["bump"] / checkpoints[0], content, swap("bump", world.line("set", out)))]
-        cases += [
-            (copies["cls"] / c, content, world.line("cls", copies["cls"])) for c in checkpoints
-        ]
-        cases += [
-            (copies["gan"] / c, content, world.line("gan", copies["gan"])) for c in checkpoints
-        ]
-        cases += [
-            (
-                scratch / "weights.pt",
-                content,
-                [*world.line("cls", out), "--weights", scratch / "weights.pt"],
-            )
-        ]
+def pickled(world: World, scratch: Path, result: Findings) -> None:
+    """Pickles in place of arrays and of checkpoints, of either format of torch: nothing runs."""
+    mark, out = scratch / "mark", scratch / "out"
+    attack, files = Attack(mark), [io.BytesIO() for _ in range(4)]
+    array = np.array([attack], dtype=object)
+    states = {"format": models.CHECKPOINT_FORMAT, "chosen": attack, "best": attack, "step": attack}
+    np.save(files[0], array)
+    np.savez(files[1], samples=array, counts=array)
+    torch.save(states, files[2])
+    torch.save({"format": attack}, files[3], _use_new_zipfile_serialization=False)
+    npy, npz, *saved = [file.getvalue() for file in files]
+
+    def copy(name: str, origin: Path) -> Path:
+        return shutil.copytree(origin, scratch / f"copy of {name}")
+
+    patches, bump, made = (copy(name, world.at(name)) for name in ("patches", "bump", "set"))
+    unfinished = {name: copy(f"an unfinished {name}", world.unfinished(name)) for name in RESUMED}
+    (unfinished["set"] / "parts").mkdir(exist_ok=True)
+    cases = [(unfinished["set"] / "parts/00000000.npz", npz, world.line("set", unfinished["set"]))]
+    for name, kind in (("cls", "normal"), ("gan", "benign_mass"), ("set", "normal")):
+        line = swapped(world.line(name, out), world.at("patches"), patches)
+        cases.append((patches / f"patches/train/{kind}.npy", npy, line))
+    for name in ("input", "combined", "mask"):
+        line = swapped(world.line("cls50", out), world.at("set"), made)
+        cases.append((made / f"{name}.npy", npy, line))
+    for content in (*saved, npz, pickle.dumps(attack)):
+        line = swapped(world.line("set", out), world.at("bump"), bump)
+        cases.append((bump / "checkpoint.pt", content, line))
+        for name in ("cls", "gan"):
+            folder = unfinished[name]
+            cases.append((folder / "checkpoint.pt", content, world.line(name, folder)))
+        weights = scratch / "weights.pt"
+        cases.append((weights, content, [*world.line("cls", out), "--weights", weights]))
     for file, content, line in cases:
         kept = file.read_bytes() if file.exists() else None
         file.write_bytes(content)
         ended = call(line)
         result.counts["pickles refused"] += ended.code == 1
-        wrong = (
-            "code was run"
-            if mark.exists()
-            else fault(ended, file.name)
-            or (not ended.code and file.name != checkpoints[1] and "taken")
-        )
-        result.check(wrong, f"{' '.join(map(str, line[:2]))} with a pickle as {file}", ended)
-        file.unlink(missing_ok=True)
+        wrong = mark.exists() and "code was run"
+        wrong = wrong or fault(ended, file.name) or (not ended.code and "taken")
+        result.check(wrong, f"{line[0]} with a pickle as {file}", ended)
+        file.unlink()
         if kept is not None:
             file.write_bytes(kept)
         shutil.rmtree(out, ignore_errors=True)
-    # Paths that lead out, names that are no UTF-8
-    box = scratch / "box"
-    (box / "in" / "deep").mkdir(parents=True)
-    odd = os.fsdecode(b"\xff\xfe odd.dcm")
-    for path in (box / "image.dcm", box / "in" / "...dcm", box / "in" / odd):
+
+
+def escaping(world: World, scratch: Path, result: Findings) -> None:
+    """Paths that lead out of the folder and names that are no text: nothing else is touched."""
+    inner, out = scratch / "a/b", scratch / "out"
+    inner.mkdir(parents=True)
+    odd = [inner / "...dcm", inner / os.fsdecode(b"\xff\xfe odd.dcm")]
+    for path in (scratch / "image.dcm", *odd):
         shutil.copy(world.manifest.with_name(f"-xL{PLACE}.dcm"), path)
-    rows = [
-        (f"../../in/deep/../../{name}", f"../../{EVIL}", "L", "CC", "", "normal", *[""] * 4, split)
-        for name, split in (("image.dcm", ""),)
-    ]
-    data.write_table(box / "in/deep/m.csv", (*data.MANIFEST_COLUMNS, "split"), rows)
-    before = {p: p.stat().st_mtime_ns for p in box.rglob("*")}
-    out = box / "out"
-    bump = ["synthesize", "--gan", world.at("bump"), "--device", "cpu", "--out", out / "images"]
-    for line in (
-        [
-            "prepare",
-            box / "in/deep/m.csv",
-            "--preset",
-            "tiny",
-            "--count=train/normal=4",
-            "--out",
-            out / "p",
-        ],
-        [
-            *bump,
-            "--image",
-            box / "in/deep/m.csv",
-            "--image",
-            box / "in/...dcm",
-            "--image",
-            box / "in" / odd,
-        ],
-    ):
+    row = (f"../../{inner.name}/../image.dcm", f"../../{EVIL}", "L", "CC", "", "normal", *[""] * 4)
+    (scratch / inner.name).mkdir()
+    data.write_table(inner / "m.csv", data.MANIFEST_COLUMNS, [row])
+
+    def state() -> dict[Path, int]:
+        found = (path for path in scratch.rglob("*") if out not in (path, *path.parents))
+        return {path: path.stat().st_mtime_ns for path in found}
+
+    before = state()
+    few = ["--preset", "tiny", "--count=train/normal=4", "--out", out / "patches"]
+    images = [f"--image={path}" for path in (inner / "m.csv", *odd)]
+    made = ["--gan", world.at("bump"), "--device", "cpu", "--out", out / "images"]
+    for line in (["prepare", inner / "m.csv", *few], ["synthesize", *images, *made]):
         ended = call(line)
         result.counts["escapes tried"] += 1
-        after = {p: p.stat().st_mtime_ns for p in box.rglob("*") if out not in (p, *p.parents)}
-        changed = [
-            str(p)
-            for p in before.keys() | after.keys()
-            if p != box and before.get(p) != after.get(p)
-        ]
-        result.check(ended.code or changed, f"{line[0]} with paths that lead out", ended)
-    images = json.loads((world.at("images") / "annotations.json").read_bytes())["images"]
-    result.counts["odd names written"] = len(images)
-    for image in images:
-        result.check(
-            not (world.at("images") / image["file_name"]).is_file(),
-            f"{image['file_name']!r} is absent",
-        )
-    # HTML in every field of a run
-    run = shutil.copytree(world.at("cls50"), scratch / f"run{EVIL}")
-    config = data.read_json(run / "config.json")
-    config["config"] |= {"weights": EVIL, EVIL: EVIL}
-    data.write_json(run / "config.json", config)
-    line = [
-        run if part == world.at("cls50") else part
-        for part in world.line("report", scratch / "report")
-    ]
-    ended = call(line)
-    result.check(fault(ended) or ended.code, "evaluate with HTML in a run", ended)
-    for report in (scratch / "report/report.html", world.at("report") / "report.html"):
-        page, text = Page(), report.read_text()
+        wrong = ended.code or (state() != before and "files outside have changed")
+        result.check(wrong, f"{line[0]} with paths that lead out", ended)
+    folder = world.at("images")
+    for image in json.loads((folder / "annotations.json").read_bytes())["images"]:
+        result.counts["odd names written"] += 1
+        result.check(not (folder / image["file_name"]).is_file(), f"{image['file_name']!r}: absent")
+
+
+def marked_up(world: World, scratch: Path, result: Findings) -> None:
+    """HTML in the names of all folders and in the fields of a run is text in the report."""
+    run, report = scratch / f"run{EVIL}", scratch / "report"
+    shutil.copytree(world.at("cls50"), run)
+    facts = data.read_json(run / "config.json")
+    facts["config"] |= {"weights": EVIL, EVIL: EVIL}
+    data.write_json(run / "config.json", facts)
+    ended = call(swapped(world.line("report", report), world.at("cls50"), run))
+    if result.check(fault(ended) or ended.code, "evaluate with HTML in a run", ended):
+        page, text = Page(), (report / "report.html").read_text()
         page.feed(text)
         result.counts["HTML escaped"] += text.count("&lt;img src=x onerror")
-        result.check(page.active or "&lt;img src=x onerror" not in text, f"{report} {page.active}")
+        result.check(page.active, "report.html is active")
+
+
+def hostile(world: World, scratch: Path) -> Findings:
+    """Nothing that is loaded runs, nothing leads out, every name works, HTML is text."""
+    result = Findings()
+    for part in (pickled, escaping, marked_up):
+        (scratch / part.__name__).mkdir()
+        part(world, scratch / part.__name__, result)
     return result
 
 
@@ -1276,10 +1220,6 @@ SHORT = {  # enough to read what was damaged
     "cls": ["--samples", 8],
     "cls50": ["--samples", 8],
 }
-
-
-def swapped(line: list, old: Path, new: Path) -> list:
-    return [new if part == old else part for part in line]
 
 
 def bad_patches(world: World, folder: Path, rng: random.Random) -> list:
