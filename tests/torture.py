@@ -758,57 +758,38 @@ def pinned(world: World, scratch: Path) -> Findings:
 # --- Bad files ---
 
 
+def forged(raw: bytes, at: int, form: str, number: int) -> bytes:
+    """With a number, cut to its bytes, at a place."""
+    size = struct.calcsize(form)
+    return raw[:at] + struct.pack(form, number & (256**size - 1)) + raw[at + size :]
+
+
 def scrambled(raw: bytes, rng: random.Random) -> bytes:
     """Cut, with bytes flipped, doubled, zeroed, taken out, or with a forged number."""
-    raw, kind = bytearray(raw), rng.randrange(7)
-    at = (
-        rng.randrange(len(raw) + 1) if rng.random() < 0.5 else rng.randrange(min(len(raw), 900) + 1)
-    )
+    kind, head = rng.randrange(7), min(len(raw), 900)
+    at = rng.randrange(len(raw) + 1) if rng.random() < 0.5 else rng.randrange(head + 1)
     size = rng.randrange(1, 1 << rng.randrange(1, 12))
-    if kind == 0:
-        del raw[at:]
-    elif kind == 1:
+    before, taken, after = raw[:at], raw[at : at + size], raw[at + size :]
+    if kind == 1:
+        flipped = bytearray(raw)
         for _ in range(rng.randrange(1, 12)):
-            raw[rng.randrange(min(len(raw), 900) if rng.random() < 0.7 else len(raw))] = (
-                rng.randrange(256)
-            )
-    elif kind == 2:
-        raw[at:at] = raw[at : at + size]
-    elif kind == 3:
-        raw[at : at + size] = bytes(len(raw[at : at + size]))
-    elif kind == 4:
-        del raw[at : at + size]
-    elif kind == 5:
+            value = rng.randrange(256)
+            flipped[rng.randrange(head if rng.random() < 0.7 else len(raw))] = value
+        return bytes(flipped)
+    if kind == 5:
         number = rng.choice((0, 1, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFE, 0xFFFFFFFF))
-        form = rng.choice(("<I", ">I", "<H", ">H"))
-        raw[at : at + struct.calcsize(form)] = struct.pack(
-            form, number & (2 ** (8 * struct.calcsize(form)) - 1)
-        )
-    else:
-        numbers = list(re.finditer(rb"\d+", raw[:20_000])) or [re.match(b"", raw)]
-        where = rng.choice(numbers)
-        raw[where.start() : where.end()] = rng.choice(
-            (b"-1", b"0", b"9" * 30, b"1e999", b"nan", b"1_0", b"\xff")
-        )
-    return bytes(raw)
+        return forged(raw, at, rng.choice(("<I", ">I", "<H", ">H")), number)
+    if kind == 6:
+        numbers = [match.span() for match in re.finditer(rb"\d+", raw[:20_000])] or [(0, 0)]
+        first, last = rng.choice(numbers)
+        odd = rng.choice((b"-1", b"0", b"9" * 30, b"1e999", b"nan", b"1_0", b"\xff"))
+        return raw[:first] + odd + raw[last:]
+    middle = {0: b"", 2: taken + taken, 3: bytes(len(taken)), 4: b""}[kind]
+    return before + middle + (after if kind else b"")
 
 
-VALUES_OF_JSON = (
-    None,
-    True,
-    -1,
-    0,
-    10**30,
-    1e300,
-    "",
-    "x" * 1000,
-    EVIL,
-    [],
-    {},
-    [[]],
-    {"": 0},
-    "\udcff",
-)
+VALUES_OF_JSON = [None, True, -1, 0, 10**30, 1e300, "", "x" * 1000, EVIL]
+VALUES_OF_JSON += [[], {}, [[]], {"": 0}, "\udcff"]
 
 
 def changed(value: object, rng: random.Random) -> object:
@@ -838,10 +819,8 @@ def small_dicom(syntax: str, wide: bool = True) -> bytes:
     ds.update(few())
     pixels = breast(0, wide)
     ds.BitsAllocated, ds.BitsStored, ds.HighBit = (16, 12, 11) if wide else (8, 8, 7)
-    ds.PhotometricInterpretation, ds.file_meta.TransferSyntaxUID = (
-        "MONOCHROME2",
-        uid.ExplicitVRLittleEndian,
-    )
+    ds.PhotometricInterpretation = "MONOCHROME2"
+    ds.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
     ds["PixelData"].value, ds["PixelData"].VR = pixels.tobytes(), "OW" if wide else "OB"
     ds.Rows, ds.Columns = pixels.shape
     if syntax == uid.JPEGBaseline8Bit:
@@ -858,37 +837,25 @@ def small_dicom(syntax: str, wide: bool = True) -> bytes:
     else:
         ds.file_meta.TransferSyntaxUID = syntax
     file = io.BytesIO()
-    little, implicit = uid.UID(syntax).is_little_endian, uid.UID(syntax).is_implicit_VR
-    ds.save_as(
-        file, enforce_file_format=True, little_endian=little, implicit_vr=implicit
-    ) if not uid.UID(syntax).is_compressed else ds.save_as(file, enforce_file_format=True)
+    ds.save_as(file, enforce_file_format=True, implicit_vr=uid.UID(syntax).is_implicit_VR)
     return file.getvalue()
 
 
 @functools.cache
 def dicom_bases() -> list[bytes]:
     """Every syntax, plain and with a VOI LUT, and pydicom's own files passed off as mammograms."""
-    syntaxes = (
-        uid.ExplicitVRLittleEndian,
-        uid.ImplicitVRLittleEndian,
-        uid.JPEG2000Lossless,
-        uid.JPEG2000,
-    )
-    syntaxes += (uid.JPEGLSLossless, uid.JPEGLSNearLossless, uid.RLELossless)
-    bases = [small_dicom(s, wide) for s in syntaxes for wide in (True, False)] + [
-        small_dicom(uid.JPEGBaseline8Bit, False)
-    ]
+    syntaxes = [uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian, uid.JPEG2000Lossless]
+    syntaxes += [uid.JPEG2000, uid.JPEGLSLossless, uid.JPEGLSNearLossless, uid.RLELossless]
+    bases = [small_dicom(syntax, wide) for syntax in syntaxes for wide in (True, False)]
+    bases.append(small_dicom(uid.JPEGBaseline8Bit, False))
     for path in sorted(Path(pydicom.data.__file__).parent.rglob("*")):
         raw = path.read_bytes() if path.is_file() and path.stat().st_size < 300_000 else b""
         if raw[128:132] == b"DICM":
             bases.append(raw)
             with contextlib.suppress(Exception):  # what cannot be written again stays as it is
                 ds, file = pydicom.dcmread(io.BytesIO(raw)), io.BytesIO()
-                ds.Modality, ds.PhotometricInterpretation, ds.BodyPartExamined = (
-                    "MG",
-                    "MONOCHROME2",
-                    "BREAST",
-                )
+                ds.Modality, ds.BodyPartExamined = "MG", "BREAST"
+                ds.PhotometricInterpretation = "MONOCHROME2"
                 ds.save_as(file)
                 bases[-1] = file.getvalue()
     return bases
@@ -899,39 +866,22 @@ def bad_dicom(rng: random.Random) -> bytes:
     own = dicom_bases()[:15]
     raw = rng.choice(own if rng.random() < 0.6 else dicom_bases()[15:])
     for _ in range(rng.randrange(1, 3)):
-        kind, forged = rng.randrange(7), bytearray(raw)
+        kind = rng.randrange(7)
         if kind == 0:  # a length: of an element with explicit VR, or of an item
-            places = list(re.finditer(rb"(?s)..[\0-\x7f]\0(?:[A-Z]{2}|\0\xe0)", raw[132:])) or [
-                re.match(b"", raw)
-            ]
-            at = 132 + rng.choice(places).end()
-            form = rng.choice(("<H", "<I", "<HI"))
+            element = rb"(?s)..[\0-\x7f]\0(?:[A-Z]{2}|\0\xe0)"
+            places = [match.end() for match in re.finditer(element, raw[132:])] or [0]
+            at, form = 132 + rng.choice(places), rng.choice(("<H", "<I", "<I"))
             number = rng.choice((0, 1, 7, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, len(raw)))
-            forged[at : at + 4] = (
-                struct.pack("<I", number)
-                if form != "<H"
-                else struct.pack("<H", number & 0xFFFF) + forged[at + 2 : at + 4]
-            )
-            raw = bytes(forged)
-        elif kind == 1:  # rows, columns, bits, samples, frames
-            tags = [b"\x28\0" + bytes([n]) + b"\0" for n in (0x10, 0x11, 2)] + [
-                b"\x28\0" + n + b"\1" for n in (b"\0", b"\1", b"\2", b"\3")
-            ]
-            at = raw.find(rng.choice(tags)) + 8
+            raw = forged(raw, at, form, number)
+        elif kind == 1:  # rows, columns, samples, bits
+            numbers = b"\x10\0", b"\x11\0", b"\2\0", b"\0\1", b"\1\1", b"\2\1", b"\3\1"
+            at = raw.find(b"\x28\0" + rng.choice(numbers)) + 8
             if at > 8:
-                forged[at : at + 2] = struct.pack(
-                    "<H", rng.choice((0, 1, 2, 8, 12, 15, 16, 17, 32, 40, 3000, 14_000, 65_535))
-                )
-            raw = bytes(forged)
+                sizes = (0, 1, 2, 8, 12, 15, 16, 17, 32, 40, 3000, 14_000, 65_535)
+                raw = forged(raw, at, "<H", rng.choice(sizes))
         elif kind == 2:  # another transfer syntax than the data have
-            known = [
-                *mammogram.DECODERS,
-                *mammogram.NATIVE,
-                uid.DeflatedExplicitVRLittleEndian,
-                "1.2.3",
-                "",
-                "x" * 64,
-            ]
+            known = [*mammogram.DECODERS, *mammogram.NATIVE]
+            known += [uid.DeflatedExplicitVRLittleEndian, "1.2.3", "", "x" * 64]
             for syntax in sorted(map(str, known), key=len, reverse=True):
                 if syntax and syntax.encode() in raw[:600]:
                     new = str(rng.choice(known)).encode()[: len(syntax)].ljust(len(syntax), b"\0")
@@ -945,16 +895,13 @@ def bad_dicom(rng: random.Random) -> bytes:
         elif kind == 4:  # an attribute of another type, or with an odd value
             with contextlib.suppress(Exception), pydicom.config.disable_value_validation():
                 ds, file = pydicom.dcmread(io.BytesIO(raw), force=True), io.BytesIO()
-                value = rng.choice(
-                    (b"", b"\xff" * 9, b"1\\2\\3", b"nan", b"1e999", b"-0", WORD.encode() * 900)
-                )
+                values = b"", b"\xff" * 9, b"1\\2\\3", b"nan", b"1e999", b"-0", WORD.encode() * 900
+                value = rng.choice(values)
                 ds.add_new(rng.choice(mammogram.KEYWORDS), rng.choice(("UN", "OB")), value)
                 ds.save_as(file)
                 vr = rng.choice((b"LO", b"DS", b"IS", b"UI", b"CS", b"US", b"FD", b"SQ", b"UN"))
-                old, new = (
-                    b"UN\0\0" + struct.pack("<I", len(value)),
-                    vr + struct.pack("<HI", len(value), 0),
-                )
+                old = b"UN\0\0" + struct.pack("<I", len(value))
+                new = vr + struct.pack("<HI", len(value), 0)
                 raw = file.getvalue().replace(old, new, 1)
         else:
             raw = scrambled(raw, rng)
@@ -963,17 +910,9 @@ def bad_dicom(rng: random.Random) -> bytes:
 
 @functools.cache
 def raster_bases() -> list[bytes]:
-    bases = []
-    for form, options in (
-        ("PNG", {}),
-        ("PPM", {}),
-        ("TIFF", {}),
-        ("TIFF", {"compression": "tiff_lzw"}),
-        ("TIFF", {"compression": "tiff_adobe_deflate"}),
-        ("TIFF", {"compression": "jpeg"}),
-        ("JPEG", {}),
-        ("JPEG", {"progressive": True}),
-    ):
+    bases, plain = [], [(form, {}) for form in ("PNG", "PPM", "TIFF")]
+    packed = [("TIFF", {"compression": c}) for c in ("tiff_lzw", "tiff_adobe_deflate", "jpeg")]
+    for form, options in (*plain, *packed, ("JPEG", {}), ("JPEG", {"progressive": True})):
         for wide in (False, True):
             file = io.BytesIO()
             with contextlib.suppress(OSError):
