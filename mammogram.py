@@ -217,6 +217,8 @@ def _read_header(path: Path, file) -> Dataset:
         )
         for element in ds.iterall():  # pydicom decodes an element when it is asked for
             element.value  # noqa: B018
+            if element.keyword.endswith("Sequence") and element.VR != "SQ":
+                raise NotUsable(f"{element.keyword} is not a sequence")
     return ds
 
 

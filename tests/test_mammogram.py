@@ -576,6 +576,15 @@ def test_a_reason_never_quotes_what_a_damaged_element_swallowed(tmp_path):
         assert "DOE" not in said and said.isprintable()
 
 
+def test_a_sequence_of_another_type_is_left_out(tmp_path):
+    path = write_dicom(
+        tmp_path / "x.dcm", np.zeros((4, 4), np.uint16), ViewCodeSequence=[Dataset()]
+    )
+    data = path.read_bytes().replace(b"\x54\0\x20\2SQ\0\0\x08\0\0\0", b"\x54\0\x20\2FD\x08\0")
+    path.write_bytes(data)
+    assert reason(path) == "ViewCodeSequence is not a sequence"
+
+
 def test_every_file_of_pydicoms_own_test_data_is_read_or_left_out():
     """On the disk only: nothing is downloaded."""
     root = Path(pydicom.data.__file__).parent

@@ -260,6 +260,7 @@ GAN += "--d-base 2 --d-center 8 --log-every 2 --save-every 3 --preset tiny --dev
 CLASSIFIER = "--preset tiny --samples 64 --batch-size 8 --width 4 --evaluate-every 16 --device cpu"
 SET = "-n 12 --device cpu --seed 0"
 COMMANDS = ("patches", "gan", "set", "images", "cls", "report")  # what is killed and starved
+RESUMED = ("gan", "cls", "set")
 
 
 class World:
@@ -547,74 +548,60 @@ def table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def rewrite(path: Path, change: Callable[[dict], dict]) -> None:
-    rows = [change(row) for row in table(path)]
+def rewrite(path: Path, rows: list[dict[str, str]]) -> None:
     data.write_table(path, tuple(rows[0]), (row.values() for row in rows))
+
+
+def swapped(line: list, old: Path, new: Path) -> list:
+    """A line with a damaged or forged folder in place of the sound one."""
+    return [new if part == old else part for part in line]
 
 
 def parted(world: World, scratch: Path) -> Findings:
     """No patient and no image in two splits; forged sets are refused; copies are found."""
     result, patches, seen = Findings(), world.at("patches"), {}
-    for split, index in (
-        (s, p) for s in data.SPLITS for p in (patches / "patches" / s).glob("*.csv")
-    ):
-        for row in table(index):
-            for key in (row["patient_id"], row["image_uid"]):
-                other = seen.setdefault(key, split)
-                result.counts["leaked"] += other != split
-                result.check(other != split and f"in {other} and {split}", f"{index.name} {key}")
+    for index in sorted((patches / "patches").glob("*/*.csv")):
+        split = index.parent.name
+        for key in (row[c] for row in table(index) for c in ("patient_id", "image_uid")):
+            other = seen.setdefault(key, split)
+            result.counts["leaked"] += other != split
+            result.check(other != split and f"in {other} and {split}", f"{index.name} {key}")
     foreign = table(patches / "patches/test/normal.csv")[0]
     for column in ("patient_id", "image_uid"):
         forged = shutil.copytree(world.at("set"), scratch / f"forged {column}")
-        rewrite(
-            forged / "index.csv",
-            lambda row, c=column: row | ({c: foreign[c]} if row["sample"] == "3" else {}),
-        )
+        rows = table(forged / "index.csv")
+        rows[3][column] = foreign[column]
+        rewrite(forged / "index.csv", rows)
         for name in ("cls50", "report"):
-            line = [
-                forged if part == world.at("set") else part
-                for part in world.line(name, scratch / name)
-            ]
+            line = swapped(world.line(name, scratch / name), world.at("set"), forged)
             ended = call(line)
             refused = ended.code == 1 and "not in train" in ended.text
             result.counts["forged sets refused"] += refused
-            result.check(
-                not refused, f"{name} takes a set with a {column} of a test patient", ended
-            )
+            result.check(not refused, f"{name} takes a {column} of a test patient", ended)
     folder = shutil.copytree(world.manifest.parent, scratch / "copies")
-    copy = pydicom.dcmread(folder / f"-xL{PLACE}.dcm")
+    original = f"-xL{PLACE}.dcm"
+    copy = pydicom.dcmread(folder / original)
     copy.compress(uid.RLELossless, generate_instance_uid=False)
     copy.save_as(folder / "copy.dcm")  # the same pixels, other bytes
-    first = table(folder / "manifest.csv")
-    again = next(r for r in first if r["image_path"] == f"-xL{PLACE}.dcm") | {
-        "image_path": "copy.dcm"
-    }
-    for patient, expected in ((again["patient_id"], 0), ("another", 1)):
-        rows = [*first, again | {"patient_id": patient}]
-        data.write_table(folder / "manifest.csv", tuple(again), (row.values() for row in rows))
-        line = [
-            "prepare",
-            folder / "manifest.csv",
-            *world.line("patches", scratch / patient[:3])[2:],
-        ]
+    rows = table(folder / "manifest.csv")
+    again = next(row for row in rows if row["image_path"] == original) | {"image_path": "copy.dcm"}
+    for out, patient, expected in (("one", again["patient_id"], 0), ("two", "another", 1)):
+        rewrite(folder / "manifest.csv", [*rows, again | {"patient_id": patient}])
+        line = swapped(
+            world.line("patches", scratch / out), world.manifest, folder / "manifest.csv"
+        )
         ended = call(line)
         found = ended.code == expected and "the same image" in ended.text
         result.counts["copies found"] += found
-        result.check(
-            not found, f"a copy of an image under patient {patient[:7]} is not reported", ended
-        )
+        result.check(not found, f"a copy of an image of {out} patients is not reported", ended)
     return result
 
 
 def repeated(world: World, scratch: Path) -> Findings:
     """The same command twice gives the same bytes; prepare with one and with three workers."""
     result = Findings()
-    for name, workers in (
-        *((name, 0) for name in COMMANDS),
-        ("cls50", 0),
-        ("patches", 1),
-        ("patches", 3),
-    ):
+    once = [(name, 0) for name in (*COMMANDS, "cls50")]
+    for name, workers in (*once, ("patches", 1), ("patches", 3)):
         out = scratch / f"again-{name}-{workers}"
         line = world.line(name, out)
         ended = call([*line, "--workers", workers] if workers else line)
@@ -655,147 +642,104 @@ class Page(HTMLParser):
             self.active.append(f"{tag} {attrs}")
 
 
-def hostile(world: World, scratch: Path) -> Findings:
-    """Pickles do not run, paths do not lead out, names work, HTML is text."""
-    result, mark = Findings(), scratch / "mark"
-    attack = Attack(mark)
-    arrays = np.array([attack], dtype=object)
-    npy, npz = io.BytesIO(), io.BytesIO()
-    np.save(npy, arrays)
-    np.savez(npz, samples=arrays, counts=arrays)
-    saved = io.BytesIO()
-    torch.save(
-        {"format": models.CHECKPOINT_FORMAT, "chosen": attack, "best": attack, "step": attack},
-        saved,
-    )
-    old = io.BytesIO()
-    torch.save({"format": attack}, old, _use_new_zipfile_serialization=False)
-    plain = pickle.dumps(attack)
-    copies = {
-        name: shutil.copytree(world.at(name), scratch / f"hostile {name}")
-        for name in ("patches", "bump", "set", "cls", "gan")
-    }
-    unfinished = scratch / "unfinished"
-    call(world.line("set", unfinished), before=partial(die_at, 9, unfinished))
-    (unfinished / "parts").mkdir(exist_ok=True)
-    swap = lambda name, line: [copies[name] if part == world.at(name) else part for part in line]  # noqa: E731
-    out = scratch / "r"
-    checkpoints = ("checkpoint.pt", "checkpoint-previous.pt")
-    cases = [
-        (
-            copies["patches"] / f"patches/train/{c}.npy",
-            npy.getvalue(),
-            swap("patches", world.line(n, out)),
-        )
-        for c, n in (
-            ("normal", "cls"),
-            ("malignant_mass", "cls"),
-            ("benign_mass", "gan"),
-            ("normal", "set"),
-        )
-    ]
-    cases += [
-        (copies["set"] / f"{c}.npy", npy.getvalue(), swap("set", world.line("cls50", out)))
-        for c in ("input", "combined", "mask")
-    ]
-    cases += [(unfinished / "parts/00000000.npz", npz.getvalue(), world.line("set", unfinished))]
-    for content in (saved.getvalue(), old.getvalue(), plain, npz.getvalue()):
-        cases += [(copies["bump"] / checkpoints[0], content, swap("bump", world.line("set", out)))]
-        cases += [
-            (copies["cls"] / c, content, world.line("cls", copies["cls"])) for c in checkpoints
-        ]
-        cases += [
-            (copies["gan"] / c, content, world.line("gan", copies["gan"])) for c in checkpoints
-        ]
-        cases += [
-            (
-                scratch / "weights.pt",
-                content,
-                [*world.line("cls", out), "--weights", scratch / "weights.pt"],
-            )
-        ]
+def pickled(world: World, scratch: Path, result: Findings) -> None:
+    """Pickles in place of arrays and of checkpoints, of either format of torch: nothing runs."""
+    mark, out = scratch / "mark", scratch / "out"
+    attack, files = Attack(mark), [io.BytesIO() for _ in range(4)]
+    array = np.array([attack], dtype=object)
+    states = {"format": models.CHECKPOINT_FORMAT, "chosen": attack, "best": attack, "step": attack}
+    np.save(files[0], array)
+    np.savez(files[1], samples=array, counts=array)
+    torch.save(states, files[2])
+    torch.save({"format": attack}, files[3], _use_new_zipfile_serialization=False)
+    npy, npz, *saved = [file.getvalue() for file in files]
+
+    def copy(name: str, origin: Path) -> Path:
+        return shutil.copytree(origin, scratch / f"copy of {name}")
+
+    patches, bump, made = (copy(name, world.at(name)) for name in ("patches", "bump", "set"))
+    unfinished = {name: copy(f"an unfinished {name}", world.unfinished(name)) for name in RESUMED}
+    (unfinished["set"] / "parts").mkdir(exist_ok=True)
+    cases = [(unfinished["set"] / "parts/00000000.npz", npz, world.line("set", unfinished["set"]))]
+    for name, kind in (("cls", "normal"), ("gan", "benign_mass"), ("set", "normal")):
+        line = swapped(world.line(name, out), world.at("patches"), patches)
+        cases.append((patches / f"patches/train/{kind}.npy", npy, line))
+    for name in ("input", "combined", "mask"):
+        line = swapped(world.line("cls50", out), world.at("set"), made)
+        cases.append((made / f"{name}.npy", npy, line))
+    for content in (*saved, npz, pickle.dumps(attack)):
+        line = swapped(world.line("set", out), world.at("bump"), bump)
+        cases.append((bump / "checkpoint.pt", content, line))
+        for name in ("cls", "gan"):
+            folder = unfinished[name]
+            cases.append((folder / "checkpoint.pt", content, world.line(name, folder)))
+        weights = scratch / "weights.pt"
+        cases.append((weights, content, [*world.line("cls", out), "--weights", weights]))
     for file, content, line in cases:
         kept = file.read_bytes() if file.exists() else None
         file.write_bytes(content)
         ended = call(line)
         result.counts["pickles refused"] += ended.code == 1
-        wrong = (
-            "code was run"
-            if mark.exists()
-            else fault(ended, file.name)
-            or (not ended.code and file.name != checkpoints[1] and "taken")
-        )
-        result.check(wrong, f"{' '.join(map(str, line[:2]))} with a pickle as {file}", ended)
-        file.unlink(missing_ok=True)
+        wrong = mark.exists() and "code was run"
+        wrong = wrong or fault(ended, file.name) or (not ended.code and "taken")
+        result.check(wrong, f"{line[0]} with a pickle as {file}", ended)
+        file.unlink()
         if kept is not None:
             file.write_bytes(kept)
         shutil.rmtree(out, ignore_errors=True)
-    # Paths that lead out, names that are no UTF-8
-    box = scratch / "box"
-    (box / "in" / "deep").mkdir(parents=True)
-    odd = os.fsdecode(b"\xff\xfe odd.dcm")
-    for path in (box / "image.dcm", box / "in" / "...dcm", box / "in" / odd):
+
+
+def escaping(world: World, scratch: Path, result: Findings) -> None:
+    """Paths that lead out of the folder and names that are no text: nothing else is touched."""
+    inner, out = scratch / "a/b", scratch / "out"
+    inner.mkdir(parents=True)
+    odd = [inner / "...dcm", inner / os.fsdecode(b"\xff\xfe odd.dcm")]
+    for path in (scratch / "image.dcm", *odd):
         shutil.copy(world.manifest.with_name(f"-xL{PLACE}.dcm"), path)
-    rows = [
-        (f"../../in/deep/../../{name}", f"../../{EVIL}", "L", "CC", "", "normal", *[""] * 4, split)
-        for name, split in (("image.dcm", ""),)
-    ]
-    data.write_table(box / "in/deep/m.csv", (*data.MANIFEST_COLUMNS, "split"), rows)
-    before = {p: p.stat().st_mtime_ns for p in box.rglob("*")}
-    out = box / "out"
-    bump = ["synthesize", "--gan", world.at("bump"), "--device", "cpu", "--out", out / "images"]
-    for line in (
-        [
-            "prepare",
-            box / "in/deep/m.csv",
-            "--preset",
-            "tiny",
-            "--count=train/normal=4",
-            "--out",
-            out / "p",
-        ],
-        [
-            *bump,
-            "--image",
-            box / "in/deep/m.csv",
-            "--image",
-            box / "in/...dcm",
-            "--image",
-            box / "in" / odd,
-        ],
-    ):
+    row = (f"../../{inner.name}/../image.dcm", f"../../{EVIL}", "L", "CC", "", "normal", *[""] * 4)
+    (scratch / inner.name).mkdir()
+    data.write_table(inner / "m.csv", data.MANIFEST_COLUMNS, [row])
+
+    def state() -> dict[Path, int]:
+        found = (path for path in scratch.rglob("*") if out not in (path, *path.parents))
+        return {path: path.stat().st_mtime_ns for path in found}
+
+    before = state()
+    few = ["--preset", "tiny", "--count=train/normal=4", "--out", out / "patches"]
+    images = [f"--image={path}" for path in (inner / "m.csv", *odd)]
+    made = ["--gan", world.at("bump"), "--device", "cpu", "--out", out / "images"]
+    for line in (["prepare", inner / "m.csv", *few], ["synthesize", *images, *made]):
         ended = call(line)
         result.counts["escapes tried"] += 1
-        after = {p: p.stat().st_mtime_ns for p in box.rglob("*") if out not in (p, *p.parents)}
-        changed = [
-            str(p)
-            for p in before.keys() | after.keys()
-            if p != box and before.get(p) != after.get(p)
-        ]
-        result.check(ended.code or changed, f"{line[0]} with paths that lead out", ended)
-    images = json.loads((world.at("images") / "annotations.json").read_bytes())["images"]
-    result.counts["odd names written"] = len(images)
-    for image in images:
-        result.check(
-            not (world.at("images") / image["file_name"]).is_file(),
-            f"{image['file_name']!r} is absent",
-        )
-    # HTML in every field of a run
-    run = shutil.copytree(world.at("cls50"), scratch / f"run{EVIL}")
-    config = data.read_json(run / "config.json")
-    config["config"] |= {"weights": EVIL, EVIL: EVIL}
-    data.write_json(run / "config.json", config)
-    line = [
-        run if part == world.at("cls50") else part
-        for part in world.line("report", scratch / "report")
-    ]
-    ended = call(line)
-    result.check(fault(ended) or ended.code, "evaluate with HTML in a run", ended)
-    for report in (scratch / "report/report.html", world.at("report") / "report.html"):
-        page, text = Page(), report.read_text()
+        wrong = ended.code or (state() != before and "files outside have changed")
+        result.check(wrong, f"{line[0]} with paths that lead out", ended)
+    folder = world.at("images")
+    for image in json.loads((folder / "annotations.json").read_bytes())["images"]:
+        result.counts["odd names written"] += 1
+        result.check(not (folder / image["file_name"]).is_file(), f"{image['file_name']!r}: absent")
+
+
+def marked_up(world: World, scratch: Path, result: Findings) -> None:
+    """HTML in the names of all folders and in the fields of a run is text in the report."""
+    run, report = scratch / f"run{EVIL}", scratch / "report"
+    shutil.copytree(world.at("cls50"), run)
+    facts = data.read_json(run / "config.json")
+    facts["config"] |= {"weights": EVIL, EVIL: EVIL}
+    data.write_json(run / "config.json", facts)
+    ended = call(swapped(world.line("report", report), world.at("cls50"), run))
+    if result.check(fault(ended) or ended.code, "evaluate with HTML in a run", ended):
+        page, text = Page(), (report / "report.html").read_text()
         page.feed(text)
         result.counts["HTML escaped"] += text.count("&lt;img src=x onerror")
-        result.check(page.active or "&lt;img src=x onerror" not in text, f"{report} {page.active}")
+        result.check(page.active, "report.html is active")
+
+
+def hostile(world: World, scratch: Path) -> Findings:
+    """Nothing that is loaded runs, nothing leads out, every name works, HTML is text."""
+    result = Findings()
+    for part in (pickled, escaping, marked_up):
+        (scratch / part.__name__).mkdir()
+        part(world, scratch / part.__name__, result)
     return result
 
 
@@ -814,57 +758,38 @@ def pinned(world: World, scratch: Path) -> Findings:
 # --- Bad files ---
 
 
+def forged(raw: bytes, at: int, form: str, number: int) -> bytes:
+    """With a number, cut to its bytes, at a place."""
+    size = struct.calcsize(form)
+    return raw[:at] + struct.pack(form, number & (256**size - 1)) + raw[at + size :]
+
+
 def scrambled(raw: bytes, rng: random.Random) -> bytes:
     """Cut, with bytes flipped, doubled, zeroed, taken out, or with a forged number."""
-    raw, kind = bytearray(raw), rng.randrange(7)
-    at = (
-        rng.randrange(len(raw) + 1) if rng.random() < 0.5 else rng.randrange(min(len(raw), 900) + 1)
-    )
+    kind, head = rng.randrange(7), min(len(raw), 900)
+    at = rng.randrange(len(raw) + 1) if rng.random() < 0.5 else rng.randrange(head + 1)
     size = rng.randrange(1, 1 << rng.randrange(1, 12))
-    if kind == 0:
-        del raw[at:]
-    elif kind == 1:
+    before, taken, after = raw[:at], raw[at : at + size], raw[at + size :]
+    if kind == 1:
+        flipped = bytearray(raw)
         for _ in range(rng.randrange(1, 12)):
-            raw[rng.randrange(min(len(raw), 900) if rng.random() < 0.7 else len(raw))] = (
-                rng.randrange(256)
-            )
-    elif kind == 2:
-        raw[at:at] = raw[at : at + size]
-    elif kind == 3:
-        raw[at : at + size] = bytes(len(raw[at : at + size]))
-    elif kind == 4:
-        del raw[at : at + size]
-    elif kind == 5:
+            value = rng.randrange(256)
+            flipped[rng.randrange(head if rng.random() < 0.7 else len(raw))] = value
+        return bytes(flipped)
+    if kind == 5:
         number = rng.choice((0, 1, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFE, 0xFFFFFFFF))
-        form = rng.choice(("<I", ">I", "<H", ">H"))
-        raw[at : at + struct.calcsize(form)] = struct.pack(
-            form, number & (2 ** (8 * struct.calcsize(form)) - 1)
-        )
-    else:
-        numbers = list(re.finditer(rb"\d+", raw[:20_000])) or [re.match(b"", raw)]
-        where = rng.choice(numbers)
-        raw[where.start() : where.end()] = rng.choice(
-            (b"-1", b"0", b"9" * 30, b"1e999", b"nan", b"1_0", b"\xff")
-        )
-    return bytes(raw)
+        return forged(raw, at, rng.choice(("<I", ">I", "<H", ">H")), number)
+    if kind == 6:
+        numbers = [match.span() for match in re.finditer(rb"\d+", raw[:20_000])] or [(0, 0)]
+        first, last = rng.choice(numbers)
+        odd = rng.choice((b"-1", b"0", b"9" * 30, b"1e999", b"nan", b"1_0", b"\xff"))
+        return raw[:first] + odd + raw[last:]
+    middle = {0: b"", 2: taken + taken, 3: bytes(len(taken)), 4: b""}[kind]
+    return before + middle + (after if kind else b"")
 
 
-VALUES_OF_JSON = (
-    None,
-    True,
-    -1,
-    0,
-    10**30,
-    1e300,
-    "",
-    "x" * 1000,
-    EVIL,
-    [],
-    {},
-    [[]],
-    {"": 0},
-    "\udcff",
-)
+VALUES_OF_JSON = [None, True, -1, 0, 10**30, 1e300, "", "x" * 1000, EVIL]
+VALUES_OF_JSON += [[], {}, [[]], {"": 0}, "\udcff"]
 
 
 def changed(value: object, rng: random.Random) -> object:
@@ -894,10 +819,8 @@ def small_dicom(syntax: str, wide: bool = True) -> bytes:
     ds.update(few())
     pixels = breast(0, wide)
     ds.BitsAllocated, ds.BitsStored, ds.HighBit = (16, 12, 11) if wide else (8, 8, 7)
-    ds.PhotometricInterpretation, ds.file_meta.TransferSyntaxUID = (
-        "MONOCHROME2",
-        uid.ExplicitVRLittleEndian,
-    )
+    ds.PhotometricInterpretation = "MONOCHROME2"
+    ds.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
     ds["PixelData"].value, ds["PixelData"].VR = pixels.tobytes(), "OW" if wide else "OB"
     ds.Rows, ds.Columns = pixels.shape
     if syntax == uid.JPEGBaseline8Bit:
@@ -914,37 +837,25 @@ def small_dicom(syntax: str, wide: bool = True) -> bytes:
     else:
         ds.file_meta.TransferSyntaxUID = syntax
     file = io.BytesIO()
-    little, implicit = uid.UID(syntax).is_little_endian, uid.UID(syntax).is_implicit_VR
-    ds.save_as(
-        file, enforce_file_format=True, little_endian=little, implicit_vr=implicit
-    ) if not uid.UID(syntax).is_compressed else ds.save_as(file, enforce_file_format=True)
+    ds.save_as(file, enforce_file_format=True, implicit_vr=uid.UID(syntax).is_implicit_VR)
     return file.getvalue()
 
 
 @functools.cache
 def dicom_bases() -> list[bytes]:
     """Every syntax, plain and with a VOI LUT, and pydicom's own files passed off as mammograms."""
-    syntaxes = (
-        uid.ExplicitVRLittleEndian,
-        uid.ImplicitVRLittleEndian,
-        uid.JPEG2000Lossless,
-        uid.JPEG2000,
-    )
-    syntaxes += (uid.JPEGLSLossless, uid.JPEGLSNearLossless, uid.RLELossless)
-    bases = [small_dicom(s, wide) for s in syntaxes for wide in (True, False)] + [
-        small_dicom(uid.JPEGBaseline8Bit, False)
-    ]
+    syntaxes = [uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian, uid.JPEG2000Lossless]
+    syntaxes += [uid.JPEG2000, uid.JPEGLSLossless, uid.JPEGLSNearLossless, uid.RLELossless]
+    bases = [small_dicom(syntax, wide) for syntax in syntaxes for wide in (True, False)]
+    bases.append(small_dicom(uid.JPEGBaseline8Bit, False))
     for path in sorted(Path(pydicom.data.__file__).parent.rglob("*")):
         raw = path.read_bytes() if path.is_file() and path.stat().st_size < 300_000 else b""
         if raw[128:132] == b"DICM":
             bases.append(raw)
             with contextlib.suppress(Exception):  # what cannot be written again stays as it is
                 ds, file = pydicom.dcmread(io.BytesIO(raw)), io.BytesIO()
-                ds.Modality, ds.PhotometricInterpretation, ds.BodyPartExamined = (
-                    "MG",
-                    "MONOCHROME2",
-                    "BREAST",
-                )
+                ds.Modality, ds.BodyPartExamined = "MG", "BREAST"
+                ds.PhotometricInterpretation = "MONOCHROME2"
                 ds.save_as(file)
                 bases[-1] = file.getvalue()
     return bases
@@ -955,39 +866,22 @@ def bad_dicom(rng: random.Random) -> bytes:
     own = dicom_bases()[:15]
     raw = rng.choice(own if rng.random() < 0.6 else dicom_bases()[15:])
     for _ in range(rng.randrange(1, 3)):
-        kind, forged = rng.randrange(7), bytearray(raw)
+        kind = rng.randrange(7)
         if kind == 0:  # a length: of an element with explicit VR, or of an item
-            places = list(re.finditer(rb"(?s)..[\0-\x7f]\0(?:[A-Z]{2}|\0\xe0)", raw[132:])) or [
-                re.match(b"", raw)
-            ]
-            at = 132 + rng.choice(places).end()
-            form = rng.choice(("<H", "<I", "<HI"))
+            element = rb"(?s)..[\0-\x7f]\0(?:[A-Z]{2}|\0\xe0)"
+            places = [match.end() for match in re.finditer(element, raw[132:])] or [0]
+            at, form = 132 + rng.choice(places), rng.choice(("<H", "<I", "<I"))
             number = rng.choice((0, 1, 7, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, len(raw)))
-            forged[at : at + 4] = (
-                struct.pack("<I", number)
-                if form != "<H"
-                else struct.pack("<H", number & 0xFFFF) + forged[at + 2 : at + 4]
-            )
-            raw = bytes(forged)
-        elif kind == 1:  # rows, columns, bits, samples, frames
-            tags = [b"\x28\0" + bytes([n]) + b"\0" for n in (0x10, 0x11, 2)] + [
-                b"\x28\0" + n + b"\1" for n in (b"\0", b"\1", b"\2", b"\3")
-            ]
-            at = raw.find(rng.choice(tags)) + 8
+            raw = forged(raw, at, form, number)
+        elif kind == 1:  # rows, columns, samples, bits
+            numbers = b"\x10\0", b"\x11\0", b"\2\0", b"\0\1", b"\1\1", b"\2\1", b"\3\1"
+            at = raw.find(b"\x28\0" + rng.choice(numbers)) + 8
             if at > 8:
-                forged[at : at + 2] = struct.pack(
-                    "<H", rng.choice((0, 1, 2, 8, 12, 15, 16, 17, 32, 40, 3000, 14_000, 65_535))
-                )
-            raw = bytes(forged)
+                sizes = (0, 1, 2, 8, 12, 15, 16, 17, 32, 40, 3000, 14_000, 65_535)
+                raw = forged(raw, at, "<H", rng.choice(sizes))
         elif kind == 2:  # another transfer syntax than the data have
-            known = [
-                *mammogram.DECODERS,
-                *mammogram.NATIVE,
-                uid.DeflatedExplicitVRLittleEndian,
-                "1.2.3",
-                "",
-                "x" * 64,
-            ]
+            known = [*mammogram.DECODERS, *mammogram.NATIVE]
+            known += [uid.DeflatedExplicitVRLittleEndian, "1.2.3", "", "x" * 64]
             for syntax in sorted(map(str, known), key=len, reverse=True):
                 if syntax and syntax.encode() in raw[:600]:
                     new = str(rng.choice(known)).encode()[: len(syntax)].ljust(len(syntax), b"\0")
@@ -1001,16 +895,13 @@ def bad_dicom(rng: random.Random) -> bytes:
         elif kind == 4:  # an attribute of another type, or with an odd value
             with contextlib.suppress(Exception), pydicom.config.disable_value_validation():
                 ds, file = pydicom.dcmread(io.BytesIO(raw), force=True), io.BytesIO()
-                value = rng.choice(
-                    (b"", b"\xff" * 9, b"1\\2\\3", b"nan", b"1e999", b"-0", WORD.encode() * 900)
-                )
+                values = b"", b"\xff" * 9, b"1\\2\\3", b"nan", b"1e999", b"-0", WORD.encode() * 900
+                value = rng.choice(values)
                 ds.add_new(rng.choice(mammogram.KEYWORDS), rng.choice(("UN", "OB")), value)
                 ds.save_as(file)
                 vr = rng.choice((b"LO", b"DS", b"IS", b"UI", b"CS", b"US", b"FD", b"SQ", b"UN"))
-                old, new = (
-                    b"UN\0\0" + struct.pack("<I", len(value)),
-                    vr + struct.pack("<HI", len(value), 0),
-                )
+                old = b"UN\0\0" + struct.pack("<I", len(value))
+                new = vr + struct.pack("<HI", len(value), 0)
                 raw = file.getvalue().replace(old, new, 1)
         else:
             raw = scrambled(raw, rng)
@@ -1019,17 +910,9 @@ def bad_dicom(rng: random.Random) -> bytes:
 
 @functools.cache
 def raster_bases() -> list[bytes]:
-    bases = []
-    for form, options in (
-        ("PNG", {}),
-        ("PPM", {}),
-        ("TIFF", {}),
-        ("TIFF", {"compression": "tiff_lzw"}),
-        ("TIFF", {"compression": "tiff_adobe_deflate"}),
-        ("TIFF", {"compression": "jpeg"}),
-        ("JPEG", {}),
-        ("JPEG", {"progressive": True}),
-    ):
+    bases, plain = [], [(form, {}) for form in ("PNG", "PPM", "TIFF")]
+    packed = [("TIFF", {"compression": c}) for c in ("tiff_lzw", "tiff_adobe_deflate", "jpeg")]
+    for form, options in (*plain, *packed, ("JPEG", {}), ("JPEG", {"progressive": True})):
         for wide in (False, True):
             file = io.BytesIO()
             with contextlib.suppress(OSError):
@@ -1276,10 +1159,6 @@ SHORT = {  # enough to read what was damaged
     "cls": ["--samples", 8],
     "cls50": ["--samples", 8],
 }
-
-
-def swapped(line: list, old: Path, new: Path) -> list:
-    return [new if part == old else part for part in line]
 
 
 def bad_patches(world: World, folder: Path, rng: random.Random) -> list:
