@@ -432,21 +432,21 @@ def synthesize_images(
     if strip > 1:  # Figure 3 shows a lesion on every patch, so smaller ones are taken too
         synth.options["min_area_frac"] = options.get("min_area_frac") or STRIP_MIN_AREA_FRAC
     images, failed = _named(files), []
-    config = {"images": list(images), "at": [list(map(int, place)) for place in at]}
-    config |= {"lesions": lesions, "strip": strip, "seed": seed, **synth.config}
     marked = synth.task == "removal" and not at and strip == lesions == 1
+    shown = {name: [mm, boxes if marked else []] for name, (_, mm, boxes) in images.items()}
+    config = {"images": shown, "at": at, "lesions": lesions, "strip": strip}
+    config |= {"seed": seed, **synth.config}
     category = CATEGORY.get(synth.task, "removed lesion")
     made = f"{category} by contextual GAN {synth.hash[:16]}; research only", f"{seed} {synth.hash}"
     with data.claim_folder(out, "synthesize", config), data.progress(len(images), "images") as tick:
         parts = out / "parts"  # a record per finished image: a killed run goes on with the others
         parts.mkdir(exist_ok=True)
-        for number, (name, (file, spacing_mm, boxes)) in enumerate(images.items(), start=1):
+        for number, (name, (file, *_)) in enumerate(images.items(), start=1):
             part = parts / f"{number:08d}.json"
             if not part.exists():
                 try:
-                    m = mammogram.read_mammogram(file)
+                    m, (spacing_mm, boxes) = mammogram.read_mammogram(file), shown[name]
                     m.spacing_mm = spacing_mm or m.spacing_mm
-                    boxes = boxes if marked else []
                     display, placed = insert_lesions(synth, m, at, lesions, strip, seed, boxes)
                 except (ValueError, OSError) as error:
                     reason = getattr(error, "strerror", None) or str(error)

@@ -904,6 +904,11 @@ def test_removal_takes_out_the_lesion_that_the_manifest_marks(made, phantoms, tm
         ((_, mask, annotation),) = found[source.stem]  # two rows of one box: once
         assert annotation["window"][0] == (wanted[0] + wanted[2]) // 2 - 32
         assert mask[wanted[0] : wanted[2], wanted[1] : wanted[3]].any()
+    # another box decides other bytes
+    images[phantoms[0]] = [box_of((row, col), 15)]
+    changed = marked(tmp_path / "changed.csv", images)
+    with pytest.raises(ValueError, match=r"made with other options .images"):
+        synthesize_images(made / "unbump", [changed], tmp_path / "out", device="cpu")
     # a place that is given, or a number of them, comes before the boxes
     at = [(row - 10, col)]
     assert synthesize_images(made / "unbump", [manifest], tmp_path / "at", at=at) == []
