@@ -1202,7 +1202,9 @@ def _open_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except (ValueError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a damaged header makes numpy raise almost anything
         raise ValueError(f"{path}: damaged ({error}); make it again") from None
     found = f"{getattr(array, 'shape', None)} {getattr(array, 'dtype', None)}"
     if found != (expected := f"{shape} {np.dtype(dtype)}"):

@@ -9,11 +9,11 @@ import io
 import itertools
 import math
 import shutil
-import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import click
 import numpy as np
@@ -353,7 +353,7 @@ def _chunk(part: Path, name: str) -> np.ndarray:
     try:
         with np.load(part) as arrays:
             return arrays[name]
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except (ValueError, OSError, EOFError, LookupError, TypeError, BadZipFile, zlib.error) as error:
         raise ValueError(f"{part}: damaged ({error}); delete {part.parent}, run it again") from None
 
 

@@ -891,6 +891,7 @@ def test_fingerprint_names_content_not_place(patches, source, tmp_path):
         (lambda p: edit(p, counts={"train/normal": 61}), r"expected \(61, 32, 32\)"),
         (lambda p: os.truncate(p / "patches/train/normal.npy", 9000), "damaged"),
         (lambda p: (p / "patches/train/normal.npy").write_bytes(b""), "damaged"),
+        (lambda p: open_bracket(p / "patches/train/normal.npy"), "damaged"),
         (lambda p: (p / "patches/train/normal.npy").unlink(), "no such file"),
         (lambda p: np.save(p / "patches/train/normal.npy", np.zeros(3)), "expected"),
         (lambda p: np.save(p / "patches/train/normal.npy", np.array([{}])), "damaged"),
@@ -903,6 +904,11 @@ def test_damaged_patch_set_is_one_message(patches, tmp_path, damage, text):
     damage(tmp_path / "copy")
     with pytest.raises(ValueError, match=text):
         data.open_patches(tmp_path / "copy", "train", "normal")
+
+
+def open_bracket(array: Path) -> None:
+    """A header that numpy stumbles over in its own way."""
+    array.write_bytes(array.read_bytes().replace(b"), }", b"(, }", 1))
 
 
 def edit(folder: Path, **facts: object) -> None:

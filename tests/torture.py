@@ -130,9 +130,9 @@ PEAK = {"seconds": 0.0, "MiB": 0}  # of all ends judged in this part
 
 
 def fault(ended: Ended, names: object = "") -> str:
-    """What is wrong with an end; "" for success and for one clear message that names a file.
+    """What is wrong with an end; "" for success and for one clear message that says where.
 
-    names: the message has to hold it, for example a folder
+    names: a folder that the message has to name, if it names no option and no step
     """
     message = ended.text[ended.text.find("Error: ") :]
     PEAK["seconds"], PEAK["MiB"] = max(PEAK["seconds"], ended.work), max(PEAK["MiB"], ended.mib)
@@ -148,8 +148,9 @@ def fault(ended: Ended, names: object = "") -> str:
         return f"exit status {ended.code}"
     if ended.code == 1 and len(re.findall("^Error: ", ended.text, re.M)) != 1:
         return "not one message"
-    if ended.code == 1 and (str(names) not in message or len(message) > 3000):
-        return "a message that does not say which file, or is too long"
+    named = (str(names), "Error: --", "Error: step ")  # a file, an option, a step of training
+    if ended.code == 1 and (len(message) > 3000 or not any(name in message for name in named)):
+        return "a message that does not say which file or option, or is too long"
     return "holds an identifier" if any(s in ended.text for s in SECRETS) else ""
 
 
@@ -1002,11 +1003,6 @@ def images(make: Callable, world: World, scratch: Path, names: list[str], outcom
     wrong = fault(ended, folder) or image_outcomes(files, folder, ended, outcomes)
     if wrong and len(names) == 1:
         print(f"{names[0]} {line[0]}: {ended.text.strip()[-1500:]}")
-        shutil.copytree(
-            folder,
-            Path(tempfile.gettempdir()) / "torture-found" / names[0].replace(" ", "-"),
-            dirs_exist_ok=True,
-        )
     shutil.rmtree(folder)
     return wrong
 
