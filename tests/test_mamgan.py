@@ -1,6 +1,7 @@
 """The command line: what users type, what they read when something is wrong."""
 
 import csv
+import functools
 import os
 import signal
 import subprocess
@@ -132,7 +133,8 @@ def test_no_space_left_says_what_to_do():
 def test_ctrl_c_stops_soon_says_how_to_go_on_and_the_same_command_does(manifest, tmp_path, kind):
     line = [sys.executable, ROOT / "mamgan.py", "prepare", manifest, "--out", tmp_path / "out"]
     line += ["--preset", "tiny", "--workers", "1"]
-    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # not so behind a "&"
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     while not (tmp_path / "out" / "config.json").exists():
         time.sleep(0.05)
     process.send_signal(kind)
