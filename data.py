@@ -1,6 +1,6 @@
 """§3 Dataset details: mammograms with annotations -> breast mask, splits, 256 x 256 patches.
 
-Patches are (N, S, S) uint16 on disk, 0..65535 mapping linearly to [-1, 1] (DESIGN section 4).
+Patches are (N, S, S) uint16 on disk, 0..65535 mapping linearly to [-1, 1].
 """
 
 import concurrent.futures
@@ -307,7 +307,7 @@ def progress(total: int, label: str, done: int = 0, every: float = 15.0) -> Iter
 
 
 def read_manifest(path: Path) -> list[Finding]:
-    """The rows of a manifest (DESIGN section 3). Raises ValueError that lists what is wrong."""
+    """The rows of a manifest. Raises ValueError that lists what is wrong."""
     path = Path(path)
     findings, problems = [], []
     for line, row in csv_rows(path, MANIFEST_COLUMNS, MANIFEST_OPTIONAL):
@@ -832,7 +832,7 @@ def prepare(
     qc: int = 0,
     notes: Sequence[str] = (),
 ) -> None:
-    """Findings -> patch set in `out` (DESIGN section 4); goes on where it was interrupted.
+    """Findings -> patch set in `out`; goes on where it was interrupted.
 
     Raises ValueError: contradictory findings, a class that was asked for and is not there, the same
     image with two patients, no space; OSError: files that cannot be written.
@@ -1022,6 +1022,8 @@ class _Run:
         """Why an image gave no patch."""
         dead = [key for key in sorted(self.dead) if index in self.dead[key]]
         if index not in self.visits:
+            if any(row.finding and not row.bbox for row in self.images[index].rows):
+                return "a finding without a box: nobody knows where its lesion lies"
             return f"none of its findings is a class wanted in {self.images[index].split}"
         if dead and not self.visits[index]["reason"]:
             return f"no window with enough tissue for {dead[0]}"
@@ -1058,7 +1060,10 @@ class _Run:
         write_table(out / "manifest.csv", MANIFEST_COLUMNS + MANIFEST_OPTIONAL, rows)
         click.echo(f"{len(excluded)} of {len(images)} images gave no patch: excluded.csv", err=True)
         if not self.texts:
-            raise ValueError(f"{out}: no patch could be cut; excluded.csv says why for each image")
+            raise ValueError(
+                f"{out}: no patch could be cut; excluded.csv says why for each image, the first: "
+                f"{excluded[0][1]}; give other options and a new --out"
+            )
         duplicates = sorted(sorted(same) for same in self.same.values() if len(same) > 1)
         duplicates = [[images[index].name for index in same] for same in duplicates]
         said = [f"the same image under {len(n)} names: {', '.join(n)}" for n in duplicates]

@@ -51,6 +51,17 @@ def _one_line(error: Exception) -> str:
     return str(error)
 
 
+SHARE = click.FloatRange(0, 1)
+RANGES = {  # of the options that override a preset; other whole numbers begin at 1
+    **dict.fromkeys(("iters_base", "iters_fade", "iters_final"), click.IntRange(0)),
+    **dict.fromkeys(("g_lr", "d_lr", "learning_rate"), click.FloatRange(0, min_open=True)),
+    "spacing_mm": click.FloatRange(0),
+    "g_average": SHARE,
+    "decay": SHARE,
+    "gp_noise": click.Choice(["uniform", "std"]),
+}
+
+
 def preset_options(presets: dict, texts: dict[str, str]):
     """Options that override one field of a preset each; the help states every preset's value."""
 
@@ -60,10 +71,11 @@ def preset_options(presets: dict, texts: dict[str, str]):
             known = next(v for v in values.values() if v is not None)
             shown = ", ".join(f"{preset} {value}" for preset, value in values.items())
             flag = "--" + name.replace("_", "-")
+            kind = RANGES.get(name, click.IntRange(1) if type(known) is int else type(known))
             command = click.option(
                 f"{flag}/--no-{flag[2:]}" if isinstance(known, bool) else flag,
                 default=None,
-                type=None if isinstance(known, bool) else type(known),
+                type=None if isinstance(known, bool) else kind,
                 help=f"{text}  [{shown}]",
             )(command)
         return click.option(
@@ -84,7 +96,9 @@ def configure(presets: dict, preset: str, overrides: dict, **fixed: object):
 
 
 FOLDER = click.Path(path_type=Path)
-seed_option = click.option("--seed", default=0, show_default=True, help="Of every random draw.")
+seed_option = click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of every random draw."
+)
 device_option = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
 )
@@ -224,8 +238,8 @@ def train_gan(task, patches, run, preset, seed, device, **options):
     "--component",
     type=click.Choice(["largest", "cluster"]),
     default="largest",
-    help="largest: one connected object, as the paper (S4); cluster: joins grains within 10 px, "
-    "recommended for calcifications (Q27).",
+    help="largest: one connected object, as the paper (S4); cluster: joins grains widened by "
+    "10 px, recommended for calcifications (Q27).",
 )
 @click.option(
     "--control",

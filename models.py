@@ -276,7 +276,12 @@ def gradient_penalty(
 
     delta: (N, 1, H, W) noise to use instead of a fresh draw
     """
-    return lam * (gradient_norm(D, x_real, delta) - k).square().mean()
+    return norm_penalty(gradient_norm(D, x_real, delta), lam, k)
+
+
+def norm_penalty(norm: Tensor, lam: float = LAMBDA, k: float = K) -> Tensor:
+    """The same from the norms (N,), which the training loop also logs."""
+    return lam * (norm - k).square().mean()
 
 
 def gradient_norm(
@@ -347,8 +352,8 @@ def classifier(
         if width != 64 or tuple(blocks) != (3, 4, 6, 3):
             raise ValueError(
                 f"--weights imagenet: found a ResNet of width {width} and blocks {tuple(blocks)}; "
-                "the ImageNet weights fit ResNet-50 (preset paper) only; give --weights none or a "
-                "file"
+                "the ImageNet weights fit ResNet-50 (presets paper, cbis) only; "
+                "give --weights none or a file"
             )
         try:
             source = torchvision.models.ResNet50_Weights.IMAGENET1K_V1

@@ -69,8 +69,8 @@ def isolate_lesion(
 ) -> IsolatedLesion | None:
     """The paper's steps on a lesion channel (S, S) (S2); None when the object is discarded.
 
-    component: "largest" as the paper, or "cluster": grains within `cluster_px` of each other are
-        one object. Deviation: Q27.
+    component: "largest" as the paper, or "cluster": grains, each widened by `cluster_px`, that
+        meet are one object. Deviation: Q27.
     min_area_frac: of the patch; None = 0.10, with "cluster" 0.02
     """
     side = len(lesion)

@@ -508,7 +508,8 @@ def test_P3_Q24_lesions_without_box_or_class_give_no_patch(source, tmp_path):
     }
     excluded = data.read_table(tmp_path / "set" / "excluded.csv", ("image_path", "reason"))
     reasons = dict(zip(excluded["image_path"].tolist(), excluded["reason"].tolist(), strict=True))
-    assert all("none of its findings is a class" in reasons[row.image_path] for row in rows[:3])
+    assert "a finding without a box" in reasons[rows[0].image_path]
+    assert all("none of its findings is a class" in reasons[row.image_path] for row in rows[1:3])
 
 
 def test_boxes_that_only_fit_flipped_are_reported_and_kept(tmp_path, capsys):

@@ -53,7 +53,7 @@ def test_help_of_every_command_states_defaults(command):
     result = run(command, "--help")
     assert result.exit_code == 0
     assert "--seed" in result.output
-    assert "[default: 0]" in " ".join(result.output.split())
+    assert "[default: 0; x>=0]" in " ".join(result.output.split())
 
 
 def test_help_states_the_value_of_every_preset():
@@ -173,3 +173,22 @@ def test_table_is_printed_with_intervals_and_reasons(tmp_path, capsys):
     assert "+0.020 (-0.010 to +0.050)" in text
     assert "skipped: synthetic-mass-blob is empty" in text
     assert str(tmp_path / "report.html") in text
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        ("train-gan", "--gp-noise", "foo"),
+        ("train-gan", "--g-average", "2"),
+        ("train-gan", "--save-every", "0"),
+        ("train-gan", "--iters-final", "-3"),
+        ("train-gan", "--seed", "-1"),
+        ("train-cls", "--samples", "0"),
+        ("train-cls", "--decay-every", "0"),
+        ("prepare", "--spacing-mm", "-1"),
+    ],
+)
+def test_options_out_of_range_are_named_before_anything_is_read(command, option, value):
+    result = run(command, option, value)
+    assert result.exit_code == 2
+    assert f"Invalid value for '{option}'" in result.output
