@@ -888,7 +888,7 @@ patch of one image; a model that recognises images has 0.5 there. Normal patches
 one fold; 0.5 is chance, 1 always. By features: logistic regression on the baseline's features,
 against validation patches; the floor is the same for real training patches: what differs between
 the splits and what the baseline remembers. By pixels: a small network, against training patches;
-its floor is 0.5. KID: kernel inception distance on the same features (standardised, of equal
+lesions put into other patients' tissue need not reach 0.5. KID: kernel inception distance on the same features (standardised, of equal
 length), unbiased, without pairs of one patient, interval by jackknife over patients. Nearer: the
 share of synthetic patches nearer to a training patch than the nearest 1% of real validation
 patches; copies would look alike and make it far more than 1%.</p>{nearest}{gan}
