@@ -863,7 +863,7 @@ PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>Synthetic lesions: evaluation</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head>
 <body><h1>Do synthetic lesions improve a breast cancer patch classifier?</h1>
-<p class="box"><b>Research only, not for clinical use.</b> An AUC on patches centred on annotated
+<p class="box"><b>Research only, not for clinical use.</b> An AUC on patches that hold annotated
 lesions says nothing about sensitivity on whole mammograms or in screening.</p>
 <h2>In short</h2><p><b>{answer}</b> A difference to the baseline counts as found only if its
 clustered interval excludes zero and the blob control (a smooth bump of the same size and brightness
@@ -888,10 +888,10 @@ patch of one image; a model that recognises images has 0.5 there. Normal patches
 one fold; 0.5 is chance, 1 always. By features: logistic regression on the baseline's features,
 against validation patches; the floor is the same for real training patches: what differs between
 the splits and what the baseline remembers. By pixels: a small network, against training patches;
-lesions put into other patients' tissue need not reach 0.5. KID: kernel inception distance on the same features (standardised, of equal
-length), unbiased, without pairs of one patient, interval by jackknife over patients. Nearer: the
-share of synthetic patches nearer to a training patch than the nearest 1% of real validation
-patches; copies would look alike and make it far more than 1%.</p>{nearest}{gan}
+lesions put into other patients' tissue need not reach 0.5. KID: kernel inception distance on the
+same features (standardised, of equal length), unbiased, without pairs of one patient, interval by
+jackknife over patients. Nearer: the share of synthetic patches nearer to a training patch than the
+nearest 1% of real validation patches; copies would look alike and make it far more than 1%.</p>{nearest}{gan}
 <h2>Feature space</h2>{figure4}<p>{rescued}</p>{figure5}{figure6}
 <h2>What was run</h2><p><code>{command}</code></p>{held}{runs}
 <h2>How to read this</h2><ul>
