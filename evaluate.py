@@ -891,7 +891,7 @@ the splits and what the baseline remembers. By pixels: a small network, against 
 lesions put into other patients' tissue need not reach 0.5. KID: kernel inception distance on the
 same features (standardised, of equal length), unbiased, without pairs of one patient, interval by
 jackknife over patients. Nearer: the share of synthetic patches nearer to a training patch than the
-nearest 1% of real validation patches; copies would look alike and make it far more than 1%.</p>{nearest}{gan}
+nearest 1% of real validation patches; copies would make it far more than 1%.</p>{nearest}{gan}
 <h2>Feature space</h2>{figure4}<p>{rescued}</p>{figure5}{figure6}
 <h2>What was run</h2><p><code>{command}</code></p>{held}{runs}
 <h2>How to read this</h2><ul>
