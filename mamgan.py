@@ -406,7 +406,7 @@ def evaluate(patches, baseline, augmented, synthetic, out, holm, seed, device):
 
 # --- The whole chain on phantoms ---
 
-# Shorter than the preset: three GANs and four classifiers in a quarter of an hour.
+# Shorter than the preset: three GANs and four classifiers in about ten minutes.
 DEMO_GAN = {"iters-base": 200, "iters-fade": 50, "iters-final": 450}
 DEMO_CLASSIFIER = {"samples": 10_000, "decay-every": 100, "evaluate-every": 1_000}
 DEMO_SAMPLES = 300  # synthetic patches a set
@@ -417,7 +417,7 @@ DEMO_PATIENTS = 72
 @click.option("--out", type=FOLDER, required=True, help="Folder for everything.")
 @seed_option
 def demo(out, seed):
-    """All of it on synthetic phantoms: a quarter of an hour on two CPU cores.
+    """All of it on synthetic phantoms: about ten minutes on two CPU cores.
 
     Runs the other commands one after the other and prints each; given again, it goes on.
     """
