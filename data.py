@@ -590,8 +590,7 @@ class PrepareConfig:
     required: tuple[str, ...] = ()  # counts the user asked for: an error when there is no source
     seed: int = 0
     min_tissue: float = 0.9  # of the window before resizing, P6, Q21
-    scale: tuple[float, float] = (0.8, 1.2)  # uniform, P7, Q22
-    augment_eval: bool = False  # flip, rotate and resize validation and test patches too, Q22
+    scale: tuple[float, float] = (0.8, 1.2)  # uniform, training patches only, P7, Q22
     normals_from_annotated: bool = False  # normal patches away from boxes, too; the paper: none
     normal_margin: float = 0.125  # of the window side, between a normal patch and any box; ours
     pseudonymise: bool = False  # keyed hashes in place of patient ids and paths
@@ -679,7 +678,7 @@ class _Field:
             if spacing is None:
                 raise NotUsable("no pixel spacing in manifest or header; --spacing-mm needs it")
             self.side = [config.patch_size * config.spacing_mm / mm for mm in spacing]
-        self.augment = config.augment_eval or image.split == "train"
+        self.augment = image.split == "train"
         self.masks = {
             row: self.mask_pixels(row) for row in image.rows if row.mask_path and row.bbox
         }
