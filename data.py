@@ -210,6 +210,7 @@ def claim_folder(out: Path, command: str, config: dict) -> Iterator[bool]:
     command and config goes on there. `config` holds JSON values and whatever decides the bytes
     written, and nothing else (no workers, no device).
 
+    A block that fails before it wrote anything leaves the folder as it found it.
     Raises ValueError: another process works there, another command or other options made it, or
     it holds files that are not ours.
     """
@@ -241,7 +242,12 @@ def claim_folder(out: Path, command: str, config: dict) -> Iterator[bool]:
         else:
             write_json(path, {"command": command, "config": config, "complete": False})
         _LOCKS.add(lock)
-        yield resumed
+        try:
+            yield resumed
+        except Exception:  # nothing was written yet: other options may try in the same folder
+            if [p.name for p in out.iterdir()] == [path.name]:
+                path.unlink()
+            raise
     finally:
         _LOCKS.discard(lock)
         os.close(lock)
@@ -383,7 +389,8 @@ def _raise_all(what: str, problems: list[str], advice: str) -> None:
     if problems:
         more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
         listed = "; ".join(problems[:10]) + more
-        raise ValueError(f"{what} {len(problems)} problems: {listed}; {advice}")
+        found = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ValueError(f"{what} {found}: {listed}; {advice}")
 
 
 @functools.cache

@@ -233,7 +233,7 @@ def train_gan(task, patches, run, preset, seed, device, **options):
 @click.option("--gan", type=FOLDER, required=True, help="Run of train-gan.")
 @click.option("--data", "patches", type=FOLDER, help="Patch set that the GAN was trained on.")
 @click.option("--out", type=FOLDER, required=True, help="Synthetic set, or folder of full images.")
-@click.option("-n", "number", type=click.IntRange(1), default=5000, help="Samples to write (S10).")
+@click.option("-n", "number", type=click.IntRange(1), help="Samples to write (S10).  [5000]")
 @click.option(
     "--component",
     type=click.Choice(["largest", "cluster"]),
@@ -297,14 +297,14 @@ def synthesize(gan, patches, out, number, control, images, at, lesions, strip, d
     several = bool(at) + (lesions > 1) + (strip > 1)
     if patches and several:
         raise click.UsageError("--at, --lesions and --strip belong to --image")
-    if images and control:
-        raise click.UsageError("--control belongs to --data")
+    if images and (control or number):
+        raise click.UsageError("--control and -n belong to --data")
     if several > 1:
         raise click.UsageError("--at, --lesions, --strip: give one of them")
     device = models.choose_device(device)
     if patches:
         postprocess.synthesize_set(
-            gan, patches, out, n=number, control=control or "", device=device, **options
+            gan, patches, out, n=number or 5000, control=control or "", device=device, **options
         )
         return
     failed = postprocess.synthesize_images(
@@ -351,6 +351,13 @@ def train_cls(patches, run, synthetic, proportion, preset, seeds, seed, device, 
     """Train the cancer / no-cancer classifier of one regime of Table 1 (C1 to C7)."""
     if proportion is None:
         proportion = 0.5 if synthetic else 0.0
+    if (run / "config.json").exists() if seeds > 1 else any(run.glob("seed-*")):
+        held = "one run" if seeds > 1 else "runs of several --seeds"
+        raise click.UsageError(f"--run {run}: holds {held}, not to be mixed; give another folder")
+    side, usual = data.patch_config(patches)["patch_size"], data.PREPARE_PRESETS[preset].patch_size
+    if side != usual:
+        note = f"note: {side} px patches with the preset {preset}, which is for {usual} px"
+        click.secho(note, fg="red", err=True)
     for k in range(seeds):
         config = configure(
             train.CLASSIFIER_PRESETS, preset, options, proportion=proportion, seed=seed + k

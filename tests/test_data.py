@@ -147,6 +147,17 @@ def test_a_folder_belongs_to_one_command_its_options_and_one_process(tmp_path):
     for command, config, text in (("y", {"n": 1}, "made by 'x'"), ("x", {"n": 2}, "n: 1 there, 2")):
         with pytest.raises(ValueError, match=text):
             data.claim_folder(tmp_path / "a", command, config).__enter__()
+    for written, options in ((False, {"n": 1}), (True, {"n": 2})):  # the first wrote nothing
+        with (
+            pytest.raises(ValueError, match="bad input"),
+            data.claim_folder(tmp_path / "c", "x", options) as resumed,
+        ):
+            assert not resumed
+            if written:
+                (tmp_path / "c" / "part").touch()
+            raise ValueError("bad input")
+    with pytest.raises(ValueError, match="n: 2 there, 3"):
+        data.claim_folder(tmp_path / "c", "x", {"n": 3}).__enter__()
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "photo.jpg").touch()
     with pytest.raises(ValueError, match=r"holds 'photo.jpg'"):

@@ -680,15 +680,19 @@ def test_E4_holm_corrects_the_rows(evaluated, tmp_path):
     clusters, y = patients(rng)
     kind = np.where(y, "malignant_mass", "normal")
     test = evaluate.Patches({}, kind, clusters.astype(str), clusters.astype(str))
-    names = ("Baseline", "10% w/ decay", "25% w/ decay")
-    scores = dict(zip(names, correlated_scores(rng, y, clusters, 0.3, 3)[:, None], strict=True))
+    names = ("Baseline", "10% w/ decay", "25% w/ decay", "Blob control")
+    values = correlated_scores(rng, y, clusters, 0.3, 4)[:, None]
+    scores = dict(zip(names, values, strict=True))
     plain, holm = (
         evaluate.condition_table(test, scores, evaluate.MAIN, corrected, 0)["rows"]
         for corrected in (False, True)
     )
     raw = [row["p_clustered"] for row in plain[1:]]
-    assert [row["p_clustered"] for row in holm[1:]] == evaluate.holm(raw)
-    assert [row["p_clustered_raw"] for row in holm[1:]] == raw
+    # the blob control is no hypothesis: it neither counts nor is corrected
+    assert [row["p_clustered"] for row in holm[1:]] == [*evaluate.holm(raw[:2]), raw[2]]
+    for rows in (plain, holm):
+        assert [row["p_clustered_raw"] for row in rows[1:]] == raw
+        assert [row["p_clustered_holm"] for row in rows[1:3]] == evaluate.holm(raw[:2])
 
 
 @pytest.mark.parametrize(
@@ -873,21 +877,28 @@ def test_roc_band_is_the_curve_whose_area_is_the_auc():
 
 
 @pytest.mark.parametrize(
-    ("delta", "p", "blob", "expected"),
+    ("delta", "p", "p_holm", "against", "expected"),
     [
-        (0.02, 0.2, None, "not found (one of 0.030 would be, with 80% power)"),
-        (0.02, 0.01, None, "higher, but not found: no blob control was run"),
-        (0.02, 0.01, (0.01, 0.3), "found: higher; against the blob control +0.010 (-0.010 to"),
-        (-0.02, 0.01, (0.03, 0.01), "found: lower; against the blob control"),
-        (0.02, 0.01, (0.03, 0.01), "higher, but not found: so is the blob control; against"),
+        (0.02, 0.2, 0.6, None, "not found (one of 0.030 would be, with 80% power)"),
+        (0.02, 0.01, 0.06, (0.02, 0.01), "higher, but not found: p is 0.060 for the number of"),
+        (0.02, 0.01, 0.03, None, "higher, but not found: no blob control was run"),
+        (0.02, 0.01, 0.03, (0.03, 0.01), "found: higher; against the blob control +0.030 (+0.0"),
+        (-0.02, 0.01, 0.03, (-0.03, 0.01), "found: lower; against the blob control -0.030"),
+        (0.02, 0.01, 0.03, (0.03, 0.3), "higher, but not found: a featureless bump may do the"),
+        (0.02, 0.01, 0.03, (-0.03, 0.01), "higher, but not found: a featureless bump may do the"),
     ],
 )
-def test_E3_a_difference_counts_only_if_the_blob_control_does_not_show_it(delta, p, blob, expected):
-    row = {"regime": "50% w/ decay", "delta": delta, "p_clustered": p, "detectable": 0.03}
-    row["against_blob"] = {"delta": 0.01, "delta_low": -0.01, "delta_high": 0.03}
+def test_E3_found_needs_holm_and_a_difference_to_the_blob_control(
+    delta, p, p_holm, against, expected
+):
+    row = {"regime": "50% w/ decay", "delta": delta, "detectable": 0.03}
+    row |= {"p_clustered_raw": p, "p_clustered_holm": p_holm}
     rows = [row]
-    if blob:
-        rows.append({"regime": "Blob control", "delta": blob[0], "p_clustered": blob[1]})
+    if against:
+        delta, p = against
+        ends = {"delta_low": delta - 0.02, "delta_high": delta + 0.02}
+        row["against_blob"] = {"delta": delta, "p_clustered": p, **ends}
+        rows.append({"regime": "Blob control"})
     assert evaluate.verdict(row, rows).startswith(expected)
 
 
@@ -895,11 +906,12 @@ def test_E3_the_report_says_in_one_sentence_whether_synthetic_lesions_help(evalu
     metrics = data.read_json(evaluated[1] / "metrics.json")
     rows = metrics["conditions"][evaluate.MAIN]["rows"]
     for row in rows[1:]:
-        row |= {"delta": 0.01, "p_clustered": 0.3}
+        row |= {"delta": 0.01, "p_clustered_raw": 0.3, "p_clustered_holm": 0.3}
     assert "No evidence here that synthetic lesions help." in evaluate.report(metrics, evaluated[1])
-    rows[2]["p_clustered"] = 0.001
+    rows[2] |= {"p_clustered_raw": 0.001, "p_clustered_holm": 0.002}
+    rows[2]["against_blob"] |= {"delta": 0.01, "p_clustered": 0.01}
     assert "lesions helped: 100% w/ decay." in evaluate.report(metrics, evaluated[1])
-    rows[3]["p_clustered"] = 0.001  # the blob control does the same
+    rows[2]["against_blob"]["p_clustered"] = 0.5
     assert "No evidence here that synthetic lesions help." in evaluate.report(metrics, evaluated[1])
 
 

@@ -68,6 +68,7 @@ def test_help_states_the_value_of_every_preset():
         ("train-gan", "--task", "cyst", "--data", "d", "--run", "r"),
         ("synthesize", "--gan", "g", "--out", "o"),
         ("synthesize", "--gan", "g", "--out", "o", "--data", "d", "--lesions", "2"),
+        ("synthesize", "--gan", "g", "--out", "o", "--image", "i", "-n", "2"),
         ("train-cls", "--data", "d", "--run", "r", "--proportion", "1.5"),
         ("prepare", "m.csv", "--out", "o", "--birads-as-pathology"),
     ],
@@ -109,12 +110,19 @@ def test_a_run_folder_made_with_other_options_is_refused_by_name(patches, tmp_pa
     short = ("--samples", "8", "--batch-size", "4", "--width", "4", "--device", "cpu")
     assert run(*line, *short).exit_code == 0
     assert "decay: 0.9 there, 0.5 now" in message(run(*line, *short, "--decay", "0.5"))
+    mixed = run(*line, *short, "--seeds", "2")
+    assert mixed.exit_code == 2 and "holds one run" in mixed.output
+    (tmp_path / "several" / "seed-0").mkdir(parents=True)
+    mixed = run(*line[:-1], tmp_path / "several", *short)
+    assert mixed.exit_code == 2 and "several --seeds" in mixed.output
 
 
 def test_a_patch_set_of_another_size_names_both(patches, tmp_path):
     found = message(run("train-gan", "--task", "mass", "--data", patches, "--run", tmp_path / "r"))
     assert "64 px" in found
     assert "256 px" in found
+    line = ("train-cls", "--data", patches, "--run", tmp_path / "r", "--weights", "absent")
+    assert "64 px patches with the preset paper, which is for 256 px" in run(*line).output
 
 
 def test_a_folder_that_cannot_be_written_is_one_message(manifest, tmp_path):
