@@ -851,7 +851,7 @@ def prepare(
     settings = {"source": sha256(repr(rows).encode()), "key": run.hide("key")}
     with claim_folder(out, "prepare", asdict(config) | settings):
         if read_json(out / "config.json")["complete"]:
-            click.echo(f"{out}: is complete", err=True)
+            click.echo(f"{out}: complete already", err=True)
         else:
             run.make_room()
             run.cut(workers)

@@ -242,8 +242,8 @@ def synthesize_set(
     patches = data.patch_config(patch_set)
     if synth.run["data"] != patches["fingerprint"]:
         raise ValueError(
-            f"--gan {gan}: trained on another patch set than --data {patch_set} ({synth.side} px "
-            f"there, {patches['patch_size']} px here); give the one that the run was trained on"
+            f"--gan {gan}: trained on another patch set ({synth.side} px) than --data {patch_set} "
+            f"({patches['patch_size']} px); give the one that the run was trained on"
         )
     sources = TrainingPatches(patch_set, synth.task)
     config = {"data": patches["fingerprint"], "spacing_mm": patches["spacing_mm"], "n": n}
@@ -252,7 +252,7 @@ def synthesize_set(
         parts = out / "parts"  # one file per chunk of attempts: a killed run goes on after the last
         if data.read_json(out / "config.json")["complete"]:
             shutil.rmtree(parts, ignore_errors=True)  # it was killed while tidying up
-            click.echo(f"{out}: complete already")
+            click.echo(f"{out}: complete already", err=True)
             return data.read_json(out / "config.json")
         parts.mkdir(exist_ok=True)
         counts = np.zeros(3, int)  # attempts, accepted, without a pixel over the threshold

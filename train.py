@@ -38,6 +38,7 @@ from data import (
     open_synthetic,
     patch_config,
     progress,
+    read_json,
     replace_file,
     sha256,
     to_float,
@@ -231,6 +232,8 @@ def training(
             )
         if world.rank == 0:
             stack.enter_context(claim_folder(run, command, facts))
+            if read_json(run / "config.json")["complete"]:
+                click.echo(f"{run}: complete already", err=True)
         world.wait()
         yield world
 

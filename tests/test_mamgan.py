@@ -110,6 +110,7 @@ def test_a_run_folder_made_with_other_options_is_refused_by_name(patches, tmp_pa
     short = ("--samples", "8", "--batch-size", "4", "--width", "4", "--device", "cpu")
     assert run(*line, *short).exit_code == 0
     assert "decay: 0.9 there, 0.5 now" in message(run(*line, *short, "--decay", "0.5"))
+    assert "complete already" in run(*line, *short).output
     mixed = run(*line, *short, "--seeds", "2")
     assert mixed.exit_code == 2 and "holds one run" in mixed.output
     (tmp_path / "several" / "seed-0").mkdir(parents=True)
