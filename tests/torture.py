@@ -259,7 +259,7 @@ COUNTS = [f"--count={key}={n}" for key, n in HELD.items()]
 GAN = "--batch-size 2 --iters-base 2 --iters-fade 1 --iters-final 3 --g-base 2 --g-center 8 "
 GAN += "--d-base 2 --d-center 8 --log-every 2 --save-every 3 --preset tiny --device cpu"
 CLASSIFIER = "--preset tiny --samples 64 --batch-size 8 --width 4 --evaluate-every 16 --device cpu"
-SET = "-n 12 --device cpu --seed 0"
+MADE = "--device cpu --seed 0"
 COMMANDS = ("patches", "gan", "set", "images", "cls", "report")  # what is killed and starved
 RESUMED = ("gan", "cls", "set")
 
@@ -279,7 +279,7 @@ class World:
     def line(self, name: str, out: Path | None = None) -> list:
         at, out = self.at, out or self.at(name)
         classifier = ["train-cls", "--data", at("patches"), *CLASSIFIER.split(), "--run", out]
-        made = ["synthesize", "--gan", at("bump"), *SET.split(), "--out", out]
+        made = ["synthesize", "--gan", at("bump"), *MADE.split(), "--out", out]
         source = self.manifest.parent
         patches = ["prepare", self.manifest, "--preset", "tiny", "--workers", 2, *COUNTS, "--qc", 2]
         report = ["evaluate", "--data", at("patches"), "--baseline", at("cls"), "--device", "cpu"]
@@ -294,7 +294,7 @@ class World:
                 "--run",
                 out,
             ],
-            "set": [*made, "--data", at("patches")],
+            "set": [*made, "--data", at("patches"), "-n", 12],
             "images": [*made, *(f"--image={source / f'{o}L{PLACE}.dcm'}" for o in ODD[:8])],
             "cls": classifier,
             "cls50": [*classifier, "--synthetic", at("set")],
