@@ -641,18 +641,17 @@ def _write_image(
                 file.write(whole.getvalue())
     with data.replace_file(Path(f"{stem}_synthetic.png")) as file:
         mammogram.write_png16(file, data.to_uint16(display))
-    _before_after(Path(f"{stem}_before_after.png"), m.display, display, placed)
+    _before_after(Path(f"{stem}_before_after.png"), m.display, display, placed, m.spacing_mm)
     if strip > 1:  # Figure 3: before above after, or beside it
         whole = (*placed[0]["window"][:2], *placed[-1]["window"][2:])
-        pair = [grey(cut(image, whole)) for image in (m.display, display)]
+        pair = [grey(square(cut(a, whole), m.spacing_mm)) for a in (m.display, display)]
         rows = [[strip] for strip in pair] if pair[0].shape[1] > pair[0].shape[0] else [pair]
-        save_tiles(
-            Path(f"{stem}_figure3.png"), rows, len(rows[0]) * [m.spacing_mm and m.spacing_mm[1]]
-        )
+        mm = m.spacing_mm and min(m.spacing_mm)
+        save_tiles(Path(f"{stem}_figure3.png"), rows, len(rows[0]) * [mm])
     return note
 
 
-# --- Figures 1, 2a, 3 and before/after, a pixel a pixel ---
+# --- Figures 1, 2a, 3 and before/after ---
 
 FIGURE_SAMPLES = 4
 BAR_MM = (1, 2, 5, 10, 20, 50)
@@ -690,18 +689,30 @@ def _barred(values: np.ndarray, mm: float | None) -> np.ndarray:
 
 
 def _before_after(
-    path: Path, before: np.ndarray, after: np.ndarray, placed: list[dict], height: int = 1200
+    path: Path, before: np.ndarray, after: np.ndarray, placed: list, spacing_mm, height: int = 1200
 ) -> None:
     """The whole mammogram before and after, boxes drawn in; below, every window at full size."""
-    factor = min(1.0, height / len(before))
-    shape = tuple(max(1, round(n * factor)) for n in before.shape)
-    whole = [Image.fromarray(grey(resize(a, shape))).convert("RGB") for a in (before, after)]
+    pair = [square(a, spacing_mm) for a in (before, after)]
+    factor = min(1.0, height / len(pair[0]))
+    shape = tuple(max(1, round(n * factor)) for n in pair[0].shape)
+    whole = [Image.fromarray(grey(resize(a, shape))).convert("RGB") for a in pair]
+    rows, cols = np.divide(shape, before.shape)
     for lesion in placed:
-        r0, c0, r1, c1 = (round(v * factor) for v in lesion["bbox"])
+        r0, c0, r1, c1 = (round(v) for v in np.multiply(lesion["bbox"], (rows, cols, rows, cols)))
         box = (c0 - 2, r0 - 2, c1 + 1, r1 + 1)
         ImageDraw.Draw(whole[1]).rectangle(box, outline=(255, 200, 0), width=2)
-    windows = [[grey(cut(a, p["window"])) for p in placed] for a in (before, after)]
+    windows = [
+        [grey(square(cut(a, p["window"]), spacing_mm)) for p in placed] for a in (before, after)
+    ]
     save_tiles(path, [list(map(np.asarray, whole)), *windows], [])
+
+
+def square(values: np.ndarray, spacing_mm: tuple[float, float] | None) -> np.ndarray:
+    """For pictures: pixels as high as wide, the finer side's size kept."""
+    if not spacing_mm or spacing_mm[0] == spacing_mm[1]:
+        return values
+    stretch = np.divide(spacing_mm, min(spacing_mm))
+    return resize(values, tuple(int(n) for n in np.rint(values.shape * stretch)))
 
 
 def cut(image: np.ndarray, window: Sequence[int]) -> np.ndarray:

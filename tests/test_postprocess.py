@@ -723,6 +723,18 @@ def test_F3_strip_has_no_seam(made, phantoms, tmp_path):
         assert np.array_equal(top, to_uint16(window) >> 8)
 
 
+def test_pictures_show_pixels_that_are_twice_as_high_as_wide_so(made, phantoms, tmp_path):
+    manifest = csv_of(phantoms[:1], tmp_path, "0.28")
+    manifest.write_text(manifest.read_text().replace("0.28,0.28", "0.28,0.14"))
+    assert synthesize_images(made / "bump", [manifest], tmp_path / "out", device="cpu") == []
+    ((_, _, annotation),) = annotated(tmp_path / "out")[phantoms[0].stem]
+    r0, c0, r1, c1 = annotation["window"]
+    assert c1 - c0 == 2 * (r1 - r0)  # the same millimetres
+    (rows, cols), frame = read_mammogram(phantoms[0]).display.shape, 24
+    figure = Image.open(tmp_path / "out" / f"{phantoms[0].stem}_before_after.png")
+    assert figure.size == (2 * (cols + 4), 2 * rows + frame + 2 * (c1 - c0 + frame))
+
+
 def test_F3_a_strip_that_fits_no_row_runs_down(made, phantoms, tmp_path):
     source = next(p for p in phantoms if p.stem == "P0000_L_MLO")
     for strip in range(4, 9):
