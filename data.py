@@ -30,6 +30,8 @@ from pathlib import Path
 import click
 import numpy as np
 import pydicom
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 from scipy import ndimage
 
@@ -1135,9 +1137,6 @@ def _read_lines(path: Path) -> Iterator[dict]:
 
 def contact_sheet(images: list[_Image], config: PrepareConfig, out: Path, number: int) -> None:
     """`out/qc.png`: images with mask outline, lesion boxes and patch windows drawn in."""
-    import matplotlib.figure  # half a second, and only here
-    import matplotlib.patches
-
     colours = dict(zip(CLASSES, ("cyan", "red", "orange", "magenta", "yellow"), strict=True))
     kept = set(read_table(out / "manifest.csv", ("image_path",))["image_path"].tolist())
     images = [image for image in images if image.name in kept]
@@ -1148,7 +1147,7 @@ def contact_sheet(images: list[_Image], config: PrepareConfig, out: Path, number
         for uid, *window in zip(*table.values(), strict=True):
             windows[uid].append((colours[key.split("/")[1]], 0.7, map(float, window)))
     shape = -(-len(images) // 4), min(4, len(images))
-    figure = matplotlib.figure.Figure((4 * shape[1], 4.6 * shape[0]), dpi=100)
+    figure = Figure((4 * shape[1], 4.6 * shape[0]), dpi=100)
     for place, image in enumerate(images, start=1):
         field, first = _Field(image, config), image.rows[0]
         (height, width), step = field.display.shape, max(field.display.shape) // 900 + 1
@@ -1164,7 +1163,7 @@ def contact_sheet(images: list[_Image], config: PrepareConfig, out: Path, number
             shown += [(colour, 2, row.bbox)] if row.bbox else []
         for colour, line, (row0, col0, row1, col1) in shown:
             style = {"fill": False, "edgecolor": colour, "linewidth": line}
-            box = matplotlib.patches.Rectangle((col0, row0), col1 - col0, row1 - row0, **style)
+            box = Rectangle((col0, row0), col1 - col0, row1 - row0, **style)
             axes.add_patch(box)
         title = f"{field.uid}  {image.split}  {first.laterality} {first.view}  "
         title += f"{len(windows[field.uid])} patches, {len(shown)} boxes drawn"

@@ -30,11 +30,21 @@ class Commands(click.Group):
     """Turns what can go wrong with files into one message, and Ctrl-C into how to go on."""
 
     def invoke(self, ctx: click.Context) -> object:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        came = []
+
+        def stop(number, frame):
+            came.append(number)
+            raise KeyboardInterrupt
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, stop)
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
         try:
             return super().invoke(ctx)
-        except (KeyboardInterrupt, click.Abort):
+        except (KeyboardInterrupt, click.Abort, ImportError) as error:
+            if isinstance(error, ImportError) and not came:
+                raise  # else a compiled module was being loaded, which ends so
             raise click.ClickException("stopped; the same command goes on from here") from None
         except torch.OutOfMemoryError as error:
             text = str(error).partition("\n")[0]

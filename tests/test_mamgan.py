@@ -1,5 +1,6 @@
 """The command line: what users type, what they read when something is wrong."""
 
+import contextlib
 import csv
 import functools
 import os
@@ -154,6 +155,20 @@ def test_ctrl_c_stops_soon_says_how_to_go_on_and_the_same_command_does(manifest,
     with pytest.raises(ValueError, match="not finished"):
         data.patch_config(tmp_path / "out")
     assert run(*line[2:]).exit_code == 0
+
+
+def test_ctrl_c_while_a_compiled_module_is_loaded_is_no_traceback(monkeypatch, tmp_path):
+    def load(path):
+        if interrupted:
+            with contextlib.suppress(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        raise ImportError("initialization failed")
+
+    monkeypatch.setattr(data, "read_manifest", load)
+    for interrupted in (True, False):
+        result = run("prepare", tmp_path / "m.csv", "--out", tmp_path / "out")
+        assert ("stopped; the same command" in result.output) == interrupted
+    assert isinstance(result.exception, ImportError)
 
 
 def test_file_names_with_spaces_quotes_newlines_and_leading_dashes_work(tmp_path):
