@@ -31,11 +31,14 @@ MAX_PIXELS = 200_000_000  # a header that claims more is refused before anything
 # Above 50 megapixels (film at 43 micrometres has 40) a file must hold a byte for 512 pixels, a bit
 # for each 8 x 8 block: a mammogram takes tens of times more, what is forged or flat takes less.
 PLAUSIBLE_PIXELS, PIXELS_A_BYTE = 50_000_000, 512
+WIDEST_MM = 1000  # no detector or film is a metre long: converters write 1 where they know none
 MODALITIES = ("MG", "CR", "DX", "RG", "SC")  # mammography and what film digitisers write
 FOR_PROCESSING = (
     "1.2.840.10008.5.1.4.1.1.1.2.1",  # digital mammography X-ray image, for processing
     "1.2.840.10008.5.1.4.1.1.1.1.1",  # digital X-ray image, for processing
 )
+# Values 3 and 4 of ImageType, of the standard and of vendors, for a slice or a raw projection
+SLICED = {"TOMOSYNTHESIS", "TOMO", "TOMO_PROJ"}
 SPECIMEN_CODES = ("127457009", "G-8310")  # tissue specimen from breast, CID 4014, SCT and SRT
 
 # Transfer syntax -> (plug-in of pydicom, package to install). Of several plug-ins we name the one
@@ -99,6 +102,7 @@ LUTS = ("ModalityLUTSequence", "VOILUTSequence")
 KEYWORDS = (
     *(*NUMBERS, *WORDS, *CODES, *LUTS, "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID"),
     *("ImageType", "SpecimenDescriptionSequence", "NumberOfFrames", "PlanarConfiguration"),
+    "QualityControlImage",
 )
 
 # They log tracebacks when decoding fails; NotUsable says it in one line.
@@ -195,15 +199,15 @@ def _foreign_code(what: str, quote: bool = True) -> Iterator[None]:
 
 
 def _read_dicom(path: Path, file) -> Mammogram:
-    ds = _read_header(path, file)
+    ds = read_header(path, file)
     _exclude(ds)
     stored = _read_pixels(ds, file)
     table = dicom_table(ds)
     return Mammogram(path, stored, table.apply(stored), *_spacing(ds), table.text, ds, table)
 
 
-def _read_header(path: Path, file) -> Dataset:
-    """KEYWORDS of the file, each decoded; leaves `file` at the PixelData element."""
+def read_header(path: Path, file: BinaryIO, keywords: tuple[str, ...] = KEYWORDS) -> Dataset:
+    """The named attributes, each decoded; leaves `file` at the PixelData element."""
     with _foreign_code("DICOM file meta information is damaged", quote=False):
         meta = pydicom.filereader.read_file_meta_info(path)
         syntax = uid.UID(meta.get("TransferSyntaxUID") or "")
@@ -213,7 +217,7 @@ def _read_header(path: Path, file) -> Dataset:
         )
     with _foreign_code("DICOM header is damaged", quote=False):
         ds = pydicom.dcmread(
-            file, stop_before_pixels=True, defer_size="1 MB", specific_tags=list(KEYWORDS)
+            file, stop_before_pixels=True, defer_size="1 MB", specific_tags=list(keywords)
         )
         for element in ds.iterall():  # pydicom decodes an element when it is asked for
             element.value  # noqa: B018
@@ -263,8 +267,10 @@ def _exclude(ds: Dataset) -> None:
     if frames > 1:
         raise NotUsable(f"NumberOfFrames is {frames}; expected 1 (tomosynthesis or a loop)")
     image_type = [str(v).upper() for v in _values(ds, "ImageType")]
-    sliced = "TOMOSYNTHESIS" in image_type and "GENERATED_2D" not in image_type
+    sliced = SLICED.intersection(image_type) and "GENERATED_2D" not in image_type
     need(not sliced, "ImageType", "a 2-D image, not tomosynthesis")
+    test_object = str(ds.get("QualityControlImage") or "").upper() == "YES"
+    need(not test_object, "QualityControlImage", "NO, a patient's image")
     need(str(ds.get("Modality") or "") in MODALITIES, "Modality", f"one of {', '.join(MODALITIES)}")
     body_part = str(ds.get("BodyPartExamined") or "BREAST").upper()
     need("BREAST" in body_part and "SPECIMEN" not in body_part, "BodyPartExamined", "BREAST")
@@ -330,6 +336,8 @@ def _spacing(ds: Dataset) -> tuple[tuple[float, float] | None, str]:
         spacing = _floats(ds, keyword)
         if len(spacing) != 2 or not all(1e-3 < v < 10 for v in spacing):
             continue
+        if max(spacing[0] * ds.Rows, spacing[1] * ds.Columns) > WIDEST_MM:
+            continue
         factor = _floats(ds, "EstimatedRadiographicMagnificationFactor")
         if keyword == "ImagerPixelSpacing" and len(factor) == 1 and 1 < factor[0] < 10:
             spacing = [v / factor[0] for v in spacing]
@@ -353,8 +361,8 @@ def _read_pixels(ds: Dataset, file) -> np.ndarray:
     if (group, number) != (0x7FE0, 0x0010):
         raise NotUsable("PixelData is absent (the file holds floating point pixels)")
     vr = "OW"
-    if not syntax.is_implicit_VR:
-        vr = element[4:6].decode("latin-1")
+    if element[4:6] in (b"OB", b"OW", b"UN"):  # whatever the syntax says; a length is even
+        vr = element[4:6].decode()
         length = int.from_bytes(file.read(4), "little" if order == "<" else "big")
     if syntax in NATIVE:
         found = min(length, os.fstat(file.fileno()).st_size - file.tell())
@@ -516,7 +524,8 @@ def dicom_table(ds: Dataset) -> DisplayTable:
     padding = _floats(ds, "PixelPaddingValue")
     if padding:
         ends = [padding[0], (_floats(ds, "PixelPaddingRangeLimit") or padding)[0]]
-        ends = [int(v) - 2**16 if signed and int(v) >= 2**15 else int(v) for v in ends]
+        ends = [int(v) & 0xFFFF for v in ends]  # of either sign, whatever its VR says
+        ends = [v - 2**16 if signed and v >= 2**15 else v for v in ends]
         padded = (pattern >= min(ends)) & (pattern <= max(ends))
         y = np.where(padded, -1, y)
         occurs &= ~padded
@@ -596,7 +605,9 @@ def _read_raster(path: Path, file) -> Mammogram:
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             raise NotUsable(f"header claims more than {MAX_PIXELS // 10**6} megapixels") from None
         except Image.UnidentifiedImageError:
-            raise NotUsable("neither DICOM nor PNG, PGM, TIFF or JPEG") from None
+            raise NotUsable(
+                "neither DICOM nor PNG, PGM, TIFF or JPEG (DICOM files have DICM at byte 128)"
+            ) from None
     _check_size(image.height, image.width)
     _check_bytes(file, image.height, image.width)
     wide = image.mode in ("I;16", "I;16L", "I;16B") or (image.format, image.mode) == ("PPM", "I")
