@@ -29,13 +29,12 @@ from pathlib import Path
 
 import click
 import numpy as np
-import pydicom
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 from scipy import ndimage
 
-from mammogram import NotUsable, read_mammogram
+from mammogram import NotUsable, image_size, read_mammogram
 
 SPLITS = ("train", "val", "test")
 CLASSES = (
@@ -169,6 +168,7 @@ def csv_rows(
 
     Raises ValueError: no such file, no CSV in UTF-8, a column missing or twice, a row too short.
     """
+    expected = f"expected UTF-8 with fields parted by {delimiter!r}"
     try:
         opened = open(path, encoding="utf-8-sig", newline="") if text is None else io.StringIO(text)
         with opened as file:
@@ -177,19 +177,19 @@ def csv_rows(
             for name in (*columns, *optional):
                 if header.count(name) > 1 or (name in columns and name not in header):
                     count = "is there twice" if name in header else "is missing"
-                    found = ", ".join(header[:20])[:300]
-                    raise ValueError(f"{path}: column {name!r} {count}; found {found!r}")
+                    found = f"found {', '.join(header[:20])[:300]!r}"
+                    raise ValueError(f"{path}: column {name!r} {count}; {found}; {expected}")
             at = {name: header.index(name) for name in (*columns, *optional) if name in header}
             absent = dict.fromkeys(optional, "")
             for row in filter(None, reader):
                 if len(row) != len(header):
-                    count = f"{len(row)} fields; expected {len(header)}"
+                    count = f"{len(row)} fields; expected {len(header)}, as its header"
                     raise ValueError(f"{path}: line {reader.line_num} has {count}")
                 yield reader.line_num, absent | {name: row[i] for name, i in at.items()}
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: not readable as CSV in UTF-8 ({error})") from None
+        raise ValueError(f"{path}: not readable as CSV ({error}); {expected}") from None
 
 
 def numbers(row: dict, names: Sequence[str], where: str = "") -> tuple[float, ...]:
@@ -317,6 +317,9 @@ def progress(total: int, label: str, done: int = 0, every: float = 15.0) -> Iter
 def read_manifest(path: Path) -> list[Finding]:
     """The rows of a manifest. Raises ValueError that lists what is wrong."""
     path = Path(path)
+    if path.is_dir():
+        text = "expected a manifest (CSV); a public data set needs its --format"
+        raise ValueError(f"{path}: found a folder; {text}")
     findings, problems = [], []
     for line, row in csv_rows(path, MANIFEST_COLUMNS, MANIFEST_OPTIONAL):
         try:
@@ -338,13 +341,16 @@ def _finding(row: dict[str, str], folder: Path) -> Finding:
     for name, allowed in MANIFEST_WORDS.items():
         words[name] = row[name].upper() if name == "laterality" else row[name].lower()
         if words[name] not in allowed:
-            raise ValueError(f"{name} is {row[name][:40]!r}; expected {'/'.join(allowed)}")
+            wanted = "/".join(word or "empty" for word in allowed)
+            raise ValueError(f"{name} is {row[name][:40]!r}; expected {wanted}")
     bbox, spacing = (
         numbers(row, names) if any(row[name] for name in names) else None
         for names in (BOX, SPACING)
     )
     if bbox and not (0 <= bbox[0] < bbox[2] and 0 <= bbox[1] < bbox[3]):
         raise ValueError(f"box {bbox} is empty or negative; expected row0 < row1, col0 < col1")
+    if row["mask_path"] and not bbox:
+        raise ValueError(f"mask_path without {', '.join(BOX)}; expected the mask's box")
     if spacing and not all(1e-3 < value < 10 for value in spacing):
         raise ValueError(f"spacing is {spacing} mm; expected 0.001 to 10")
     return Finding(
@@ -369,7 +375,7 @@ def check_findings(findings: list[Finding]) -> list[str]:
             problems.append(f"patient {patient} in splits {', '.join(sorted(found - {''}))}")
     for path, rows in images.items():
         files = {path: 1} | {row.mask_path: 1 for row in rows if row.mask_path}
-        if missing := [file for file in files if not Path(file).is_file()]:
+        if missing := [file for file in files if not os.path.isfile(file)]:
             problems.append(f"{missing[0]}: no such file")
             continue
         for name in ("patient_id", "laterality", "view", "spacing_mm"):
@@ -393,19 +399,6 @@ def _raise_all(what: str, problems: list[str], advice: str) -> None:
         listed = "; ".join(problems[:10]) + more
         found = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ValueError(f"{what} {found}: {listed}; {advice}")
-
-
-@functools.cache
-def image_size(path: str) -> tuple[int, int] | None:
-    """(rows, columns) by the header alone; None when it is unreadable, which `prepare` reports."""
-    try:
-        if pydicom.misc.is_dicom(path):
-            ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["Rows", "Columns"])
-            return int(ds.Rows), int(ds.Columns)
-        with Image.open(path) as image:
-            return image.height, image.width
-    except Exception:  # damaged files make pydicom and Pillow raise almost anything
-        return None
 
 
 # --- §3 "breast tissue" ---
@@ -908,10 +901,10 @@ class _Run:
         if not self.sources:
             raise ValueError("the source holds no wanted class; see --normals-from-annotated")
 
-    def skip(self, key: str, why: str) -> None:
+    def skip(self, key: str, why: str, example: str = "") -> None:
         text = f"{key}: {why}; {self.config.counts[key]} patches wanted"
         if key in self.config.required:
-            raise ValueError(f"--count {text}")
+            raise ValueError(f"--count {text}{example}")
         self.skipped[key] = why
         del self.sources[key], self.texts[key]
         click.echo(f"{text}: skipped", err=True)
@@ -959,7 +952,10 @@ class _Run:
             attempt += 1
 
     def learn(self, visit: dict, rows: Iterable) -> None:
-        """Take in a visit, this run's or an earlier one's. Raises ValueError: two patients."""
+        """Take in a visit, this run's or an earlier one's.
+
+        Raises ValueError: an image of two patients, or normal tissue of an image with a lesion.
+        """
         index, image = visit["image"], self.images[visit["image"]]
         self.visits[index] = visit
         for key, patch, text, _ in rows:
@@ -968,15 +964,19 @@ class _Run:
         for key in sorted(self.sources.keys() & gone):
             self.dead[key].add(index)
             if len(self.dead[key]) == len(self.sources[key]):
-                self.skip(key, "no image has a place for it")
+                example = f"; {image.name}: {self.reason(index)}"
+                self.skip(key, "no image has a place for it", example)
         same = self.same[visit["uid"] or index]
         same.add(index)
-        patients = {self.images[i].patient_id for i in same}
-        if len(patients) > 1:
-            names = " and ".join(sorted(self.images[i].name for i in same))
-            patients = " and ".join(sorted(patients))
-            text = f"are the same image, and yet of patients {patients}; correct the source"
-            raise ValueError(f"{names} {text}")
+        twins = sorted((self.images[i] for i in same), key=lambda twin: twin.name)
+        names = " and ".join(twin.name for twin in twins)
+        if len(patients := {twin.patient_id for twin in twins}) > 1:
+            text = f"and yet of patients {' and '.join(sorted(patients))}; correct the source"
+            raise ValueError(f"{names} are the same image, {text}")
+        findings = {tuple((r.finding, r.pathology, r.bbox) for r in twin.rows) for twin in twins}
+        if len(findings) > 1 and any("/normal" in key for twin in twins for key in twin.classes):
+            text = "and yet with other findings; list these under one of the names"
+            raise ValueError(f"{names} are the same image, {text}")
 
     def tasks(self, index: int) -> list[tuple[str, int, int]]:
         """What an image is visited for; what it is known to have no place for goes on."""

@@ -31,6 +31,7 @@ MAX_PIXELS = 200_000_000  # a header that claims more is refused before anything
 # Above 50 megapixels (film at 43 micrometres has 40) a file must hold a byte for 512 pixels, a bit
 # for each 8 x 8 block: a mammogram takes tens of times more, what is forged or flat takes less.
 PLAUSIBLE_PIXELS, PIXELS_A_BYTE = 50_000_000, 512
+RASTERS = ("PNG", "PPM", "TIFF", "JPEG")
 WIDEST_MM = 1000  # no detector or film is a metre long: converters write 1 where they know none
 MODALITIES = ("MG", "CR", "DX", "RG", "SC")  # mammography and what film digitisers write
 FOR_PROCESSING = (
@@ -169,6 +170,18 @@ def read_mammogram(path: Path) -> Mammogram:
         if head[128:] == b"DICM":
             return _read_dicom(path, file)
         return _read_raster(path, file)
+
+
+@functools.cache
+def image_size(path: str) -> tuple[int, int] | None:
+    """(rows, columns) by the header alone; None when read_mammogram would not read it either."""
+    with contextlib.suppress(NotUsable, OSError), open(path, "rb") as file:
+        if file.read(132)[128:] == b"DICM":
+            file.seek(0)
+            ds = read_header(path, file, ("Rows", "Columns"))
+            return _integer(ds, "Rows"), _integer(ds, "Columns")
+        with _foreign_code("image is damaged"), Image.open(file, formats=RASTERS) as image:
+            return image.height, image.width
 
 
 @contextlib.contextmanager
@@ -601,7 +614,7 @@ def _read_raster(path: Path, file) -> Mammogram:
     warnings.simplefilter("error", Image.DecompressionBombWarning)
     with _foreign_code("image is damaged"):
         try:
-            image = Image.open(file, formats=("PNG", "PPM", "TIFF", "JPEG"))
+            image = Image.open(file, formats=RASTERS)
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             raise NotUsable(f"header claims more than {MAX_PIXELS // 10**6} megapixels") from None
         except Image.UnidentifiedImageError:

@@ -24,8 +24,8 @@ from xml.parsers.expat import ExpatError
 import numpy as np
 import pydicom
 
-from data import PATHOLOGIES, Finding, csv_rows, image_size, numbers, progress, read_json
-from mammogram import Mammogram, read_mammogram
+from data import PATHOLOGIES, Finding, csv_rows, numbers, progress, read_json
+from mammogram import WORDS, Mammogram, NotUsable, image_size, read_header, read_mammogram
 
 Traps = Counter  # sentence -> how often it was met
 Box = tuple[float, float, float, float]
@@ -122,11 +122,10 @@ def _clip(box: Box, size: tuple[int, int] | None, traps: Traps) -> Box | None:
 
 def _header(path: Path) -> pydicom.Dataset:
     """The few attributes needed here; empty for a damaged file, which `prepare` then names."""
-    keywords = ["ImageLaterality", "Laterality", "ViewPosition"]
     try:
-        ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=keywords)
-        return ds if list(ds) else pydicom.Dataset()  # decodes each element
-    except Exception:  # damaged files make pydicom raise almost anything
+        with open(path, "rb") as file:
+            return read_header(path, file, ("ImageLaterality", "Laterality", "ViewPosition"))
+    except (NotUsable, OSError):
         return pydicom.Dataset()
 
 
@@ -215,7 +214,9 @@ def _omidb_client(client: Path, images: Path, traps: Traps) -> list[Finding]:
                 if side not in ("L", "R"):
                     traps["Images whose header is damaged or tells no side, left out"] += 1
                     continue
-                image = Finding(str(path), client.name, side, str(ds.get("ViewPosition") or ""))
+                view = str(ds.get("ViewPosition") or "").strip()
+                view = view if view in WORDS["ViewPosition"] else ""  # a header's text stays there
+                image = Finding(str(path), client.name, side, view)
                 rows = []
                 for mark in filter(None, map(_dict, _dict(marks).values())):
                     rows += _omidb_mark(mark, image, episode, traps)

@@ -209,7 +209,7 @@ def test_manifest_rows_are_read_as_written(tmp_path):
     ("row", "text"),
     [
         ("1.png,A,X,CC,mass,benign,1,1,9,9", "laterality is 'X'; expected L/R"),
-        ("1.png,A,L,CC,lump,benign,1,1,9,9", "finding is 'lump'; expected /mass/calc"),
+        ("1.png,A,L,CC,lump,benign,1,1,9,9", "finding is 'lump'; expected empty/mass/calc"),
         ("1.png,A,L,CC,mass,cancer,1,1,9,9", "pathology is 'cancer'"),
         ("1.png,A,L,CC,mass,benign,1,1,9,", "expected 4 numbers"),
         ("1.png,A,L,CC,mass,benign,1,1,nan,9", "expected 4 numbers"),
@@ -235,6 +235,29 @@ def test_manifest_problems_are_listed_together(tmp_path):
     rows = [f"{n}.png,A,Q,CC,mass,benign,1,1,8,8" for n in range(30)]
     with pytest.raises(ValueError, match=r"30 problems: line 2: .*line 11: .*; and 20 more"):
         data.read_manifest(write_manifest(tmp_path, *rows))
+
+
+@pytest.mark.parametrize("text", [HEADER.replace(",", ";"), HEADER.upper(), "sep=,"])
+def test_manifest_of_another_spreadsheet_says_what_is_expected(tmp_path, text):
+    with pytest.raises(ValueError, match=r"'image_path' is missing.*parted by ','"):
+        data.read_manifest(write_manifest(tmp_path, header=text))
+
+
+def test_manifest_that_is_a_folder_points_to_the_formats(tmp_path):
+    with pytest.raises(ValueError, match=r"found a folder; expected a manifest.*--format"):
+        data.read_manifest(tmp_path)
+
+
+def test_manifest_mask_without_a_box_is_no_lost_lesion(tmp_path):
+    row = "1.png,A,L,CC,mass,malignant,,,,,2.png"
+    with pytest.raises(ValueError, match="line 2: mask_path without row0"):
+        data.read_manifest(write_manifest(tmp_path, row, header=HEADER + ",mask_path"))
+
+
+def test_manifest_path_that_can_be_no_file_is_named(tmp_path):
+    row = "x" * 300 + ".png,A,L,CC,,normal,,,,"
+    with pytest.raises(ValueError, match=r"x\.png: no such file; correct the manifest"):
+        data.read_manifest(write_manifest(tmp_path, row))
 
 
 @pytest.mark.parametrize(
@@ -787,7 +810,8 @@ def test_a_class_without_any_place_is_skipped_and_the_others_are_made(source, tm
     assert set(facts["counts"]) == {"train/normal", "val/normal", "test/normal"}
     assert facts["skipped"]["train/malignant_mass"] == "no image has a place for it"
     assert not (tmp_path / "set/patches/train/malignant_mass.npy").exists()
-    with pytest.raises(ValueError, match="--count train/benign_mass: no image has a place"):
+    said = "--count train/benign_mass: no image has a place for it; 3 .* 'L'.png: no window with"
+    with pytest.raises(ValueError, match=said):
         prepare(rows, tmp_path / "b", SMALL.with_counts(["train/benign_mass=3"]))
 
 
@@ -819,6 +843,20 @@ def test_leak_same_image_of_two_patients_is_refused_of_one_reported(source, tmp_
     other = dataclasses.replace(same, patient_id="somebody else")
     with pytest.raises(ValueError, match="the same image, and yet of patients"):
         prepare([*source, other], tmp_path / "b", SMALL, workers=2)
+
+
+@pytest.mark.parametrize("annotated", [False, True])
+def test_leak_normal_patches_of_a_copy_with_a_lesion_are_refused(source, tmp_path, annotated):
+    """A copy called normal, or annotated elsewhere: its normal patches would show the lesion."""
+    copy = tmp_path / "again.png"
+    copy.write_bytes(Path(source[1].image_path).read_bytes())
+    same = dataclasses.replace(source[1], image_path=str(copy))
+    where = {"bbox": (200, 60, 220, 80)} if annotated else {"finding": "", "bbox": None}
+    other = dataclasses.replace(same, pathology=same.pathology if annotated else "normal", **where)
+    config = dataclasses.replace(SMALL, normals_from_annotated=annotated)
+    with pytest.raises(ValueError, match="are the same image, and yet with other findings"):
+        prepare([*source, other], tmp_path / "a", config, workers=2)
+    prepare([*source, same], tmp_path / "b", config, workers=2)  # the same twice is only reported
 
 
 def test_pseudonymise_leaves_no_identity_in_any_file(source, tmp_path, monkeypatch):

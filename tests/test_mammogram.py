@@ -565,6 +565,16 @@ def test_images_that_claim_more_than_200_megapixels_are_not_decoded(tmp_path, si
         assert "200 megapixels" in reason(tmp_path / "x")
 
 
+def test_size_of_a_deflated_file_is_not_asked_for(tmp_path):
+    """To inflate it could fill the memory: 400 KB hold 400 MB of zeros."""
+    path = write_dicom(tmp_path / "x.dcm", np.zeros((4, 5), np.uint16))
+    assert mammogram.image_size(str(path)) == (4, 5)
+    ds = pydicom.dcmread(path)
+    ds.file_meta.TransferSyntaxUID = uid.DeflatedExplicitVRLittleEndian
+    ds.save_as(tmp_path / "deflated.dcm")
+    assert mammogram.image_size(str(tmp_path / "deflated.dcm")) is None
+
+
 def test_a_small_file_that_claims_196_megapixels_is_not_decoded(tmp_path):
     """Decoders make up what is not there: seconds of work and gigabytes for a few bytes."""
     whole = io.BytesIO()
