@@ -273,6 +273,7 @@ def _omidb_normal(episode: dict) -> bool:
     return (
         bool(events)
         and episode.get("EpisodeType") not in ("CI", "Interval case")
+        and not episode.get("INTERVALCANCER")
         and "SURGERY" not in events
         and all(event.get("left_opinion") or event.get("right_opinion") for event in examined)
         and not any(k.endswith("opinion") and v in OMIDB_OPINIONS for k, v in _leaves(episode))
@@ -344,7 +345,8 @@ def read_cbis_ddsm(root: Path, traps: Traps) -> list[Finding]:
     validation from the rest.
     """
     files = _files(root)
-    tables = {path.name: path for path in files if path.name in CBIS_TABLES}
+    names = {path.name.lower() for path in files} & CBIS_TABLES.keys()
+    tables = {name: _named(files, root, name) for name in names}
     if not tables:
         raise ValueError(f"{root}: found none of {', '.join(CBIS_TABLES)}; put them there")
     traps["Case tables that are absent, so that their cases are not read"] += 4 - len(tables)
@@ -386,8 +388,9 @@ def read_cbis_ddsm(root: Path, traps: Traps) -> list[Finding]:
 
 
 def _cbis_files(parts: tuple[str, ...], folders: dict[str, set[Path]]) -> set[Path]:
-    """The DICOM files in the folder that a table's path means."""
-    return folders.get(parts[-2 if len(parts) > 1 else 0]) or folders.get(parts[0]) or set()
+    """The DICOM files in the folder that a table's path means: its series within its case."""
+    case, series = (folders.get(part, set()) for part in (parts[0], parts[-2:][0]))
+    return case & series or series or case
 
 
 def _cbis_region(finding: Finding, paths: set[Path], traps: Traps) -> Finding:
@@ -469,7 +472,10 @@ def read_vindr(root: Path, traps: Traps) -> list[Finding]:
             findings.append(replace(image, pathology="normal" if normal else pathology))
             continue
         size = numbers(row, ("height", "width"), f"{where}: ")
-        box = _clip(numbers(row, ("ymin", "xmin", "ymax", "xmax"), f"{where}: "), size, traps)
+        box = numbers(row, ("ymin", "xmin", "ymax", "xmax"), f"{where}: ")
+        resized = image_size(str(path)) not in (size, None)
+        traps["Images of another size than in their table: boxes not used"] += resized
+        box = None if resized else _clip(box, size, traps)
         kinds = {VINDR_CATEGORIES[c] for c in categories if c in VINDR_CATEGORIES}
         findings += _typed(image, kinds, _birads(row["finding_birads"]), box, traps)
     return findings
@@ -514,7 +520,8 @@ def read_inbreast(root: Path, traps: Traps) -> list[Finding]:
     if table is None:
         raise ValueError(f"{root}: found neither INbreast.csv nor INbreast.xls; put one there")
     images = {p.name.split("_")[0]: p for p in files if p.suffix.lower() == ".dcm"}
-    contours = {p.stem: p for p in files if p.suffix == ".xml" and p.parent.name == "AllXML"}
+    drawn = [p for p in files if p.parent.name.lower() == "allxml"]
+    contours = {p.stem: p for p in drawn if p.suffix.lower() == ".xml"}
     findings = []
     for where, row in _table(table, INBREAST_COLUMNS, ";"):
         if not (name := row["File Name"]):
@@ -535,6 +542,8 @@ def read_inbreast(root: Path, traps: Traps) -> list[Finding]:
             normal = row["Bi-Rads"].startswith("1")
             traps[NOT_NORMAL] += not normal
             findings.append(replace(image, pathology="normal" if normal else pathology))
+    if findings and not contours:
+        raise ValueError(f"{root}: found no .xml in a folder AllXML; put INbreast's contours there")
     return findings
 
 
@@ -560,7 +569,7 @@ def _inbreast_regions(path: Path) -> list[tuple[set[str], Box]]:
 
 # --- mini-MIAS ---
 
-MIAS_SIDE = 1024  # every image is 1024 x 1024 pixels
+MIAS_SIZE = (1024, 1024)  # of every image
 MIAS_SPACING_MM = 0.2  # "reduced to 200 micron pixel edge"
 MIAS_CLASSES = {
     "CALC": "calcification",
@@ -591,31 +600,34 @@ def read_mini_mias(root: Path, traps: Traps) -> list[Finding]:
     images = {path.stem.lower(): path for path in files if path.suffix.lower() == ".pgm"}
     findings = []
     for number, line in enumerate(table.read_text(encoding="latin-1").splitlines(), 1):
-        if not re.match(r"mdb\d", line):
+        line = line.strip()
+        if not re.match(r"mdb\d", line, re.IGNORECASE):
             continue  # the explanations around the table
-        if not (row := MIAS_ROW.fullmatch(line.strip())):
+        if not (row := MIAS_ROW.fullmatch(line)):
             raise ValueError(
-                f"{table} line {number}: found {line.strip()[:80]!r}; expected a row such as "
+                f"{table} line {number}: found {line[:80]!r}; expected a row such as "
                 "'mdb001 G CIRC B 535 425 197'"
             )
-        if row["name"] not in images:
+        if (path := images.get(row["name"])) is None:
             traps[ABSENT] += 1
             continue
-        box = None
+        box, size = None, image_size(str(path)) or MIAS_SIZE
+        if size != MIAS_SIZE:  # the circles are in its pixels, and so is the spacing
+            raise ValueError(f"{path}: found {size} pixels; expected mini-MIAS's own {MIAS_SIZE}")
         if row["x"]:
             x, y, radius = (float(row[key]) for key in ("x", "y", "radius"))
-            middle = MIAS_SIDE - y
+            middle = size[0] - y
             circle = (middle - radius, x - radius, middle + radius, x + radius)
-            box = _clip(circle, (MIAS_SIDE, MIAS_SIDE), traps)
+            box = _clip(circle, size, traps)
         elif row["kind"]:
             traps["Findings without coordinates: only their image is labelled"] += 1
-        n, path = int(row["n"]), str(images[row["name"]])
+        n = int(row["n"])
         patient, side = f"mias{(n + 1) // 2:03d}", "R" if n % 2 else "L"
         kind = MIAS_CLASSES.get(row["kind"], "")
         pathology = {"B": "benign", "M": "malignant"}.get(row["severity"], "normal")
         spacing = (MIAS_SPACING_MM, MIAS_SPACING_MM)
-        finding = Finding(path, patient, side, "MLO", kind, pathology, box, spacing_mm=spacing)
-        findings.append(finding)
+        image = Finding(str(path), patient, side, "MLO", spacing_mm=spacing)
+        findings.append(replace(image, finding=kind, pathology=pathology, bbox=box))
     return findings
 
 

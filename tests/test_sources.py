@@ -18,6 +18,7 @@ from pydicom.dataset import FileMetaDataset
 
 import data
 import sources
+from mammogram import image_size
 from sources import READERS
 
 logger.disable("omidb")
@@ -255,6 +256,20 @@ def test_omidb_unmarked_images_are_normal_only_when_nothing_speaks_against_it(tm
         ("optm6", "normal"),
     }  # fmt: skip
     assert count(notes, "not known to be normal") == 4
+
+
+def test_omidb_client_with_an_interval_cancer_is_not_normal(tmp_path):
+    """Whatever the type of its episode says."""
+    write_client(tmp_path, "demd1", {1: None}, ROUTINE | {"INTERVALCANCER": {"L": {"1": {}}}})
+    (finding,), notes = read("omidb", tmp_path)
+    assert finding.pathology == "" and count(notes, "not known to be normal") == 1
+
+
+def test_omidb_text_in_place_of_a_view_stays_in_the_header(tmp_path):
+    write_client(tmp_path, "demd1", {1: None}, ROUTINE)
+    (path,) = tmp_path.glob("images/*/*/*.dcm")
+    write_dicom(path, photograph(), "L", "JANE DOE")
+    assert read("omidb", tmp_path)[0][0].view == ""
 
 
 def test_omidb_client_without_an_episode_is_not_normal(tmp_path):
@@ -504,6 +519,31 @@ def test_cbis_folders_named_by_description_are_found_by_case(tmp_path):
     assert "_1" not in Path(finding.image_path).relative_to(tmp_path).parts[1][-2:]
 
 
+def test_cbis_series_of_the_same_name_belong_to_their_own_case(tmp_path):
+    boxes = [(10, 5, 30, 25), (40, 20, 50, 39)]
+    rows = [cbis_case(tmp_path, patient=f"P_{n:05d}", mask_box=boxes[n]) for n in range(2)]
+    for row in rows:  # of the films, and of the masks
+        for column in ("image file path", "ROI mask file path"):
+            case, study, series, _ = row[column].replace("\n", "").split("/")
+            folder = tmp_path / "CBIS-DDSM" / case / study
+            (folder / series).rename(folder / "1.2.3.4")
+            row[column] = row[column].replace(series, "1.2.3.4")
+            row["cropped image file path"] = row["ROI mask file path"]
+    cbis_tables(tmp_path, rows=rows)
+    findings, _ = read("cbis-ddsm", tmp_path)
+    assert [f.bbox for f in findings] == boxes
+    assert all(f.patient_id in f.image_path and f.patient_id in f.mask_path for f in findings)
+
+
+def test_cbis_table_that_is_there_twice_is_an_error(tmp_path):
+    row = cbis_case(tmp_path)
+    write_csv(tmp_path / "Mass_Case_Description_Train_Set.CSV", [row])  # upper case or not
+    assert read("cbis-ddsm", tmp_path)[0]
+    write_csv(tmp_path / "old" / "mass_case_description_train_set.csv", [row])
+    with pytest.raises(ValueError, match="found 2 files named mass_case_description_train_set"):
+        READERS["cbis-ddsm"](tmp_path, False)
+
+
 @pytest.mark.parametrize("column", ["image file path", "ROI mask file path"])
 @pytest.mark.parametrize("text", ["../secret/1-1.dcm", "/etc/1-1.dcm", "C:\\x\\1-1.dcm", ""])
 def test_cbis_paths_never_leave_the_folder(tmp_path, column, text):
@@ -593,6 +633,13 @@ def test_vindr_several_categories_of_a_box_are_several_findings(tmp_path):
 def test_vindr_categories_are_read_never_evaluated(tmp_path, text):
     with pytest.raises(ValueError, match="expected a list such as"):
         vindr(tmp_path, vindr_row(tmp_path, finding_categories=text))
+
+
+def test_vindr_box_of_an_image_of_another_size_is_not_used_and_reported(tmp_path):
+    """Images that somebody has resized: the table's boxes are in the pixels of the original."""
+    row = vindr_row(tmp_path, height=2 * SHAPE[0], width=2 * SHAPE[1])
+    (finding,), notes = vindr(tmp_path, row)
+    assert (finding.finding, finding.bbox) == ("mass", None) and count(notes, "another size") == 1
 
 
 def test_vindr_box_outside_the_image_is_clipped_and_reported(tmp_path):
@@ -745,6 +792,17 @@ def test_inbreast_image_without_contours_is_normal_only_with_birads_1(tmp_path):
     assert count(notes, "not known to be normal") == 1
 
 
+def test_inbreast_without_its_contours_is_an_error_not_a_set_without_lesions(tmp_path):
+    row = inbreast_image(tmp_path, "1", [("Mass", SQUARE)])
+    (tmp_path / "AllXML" / "1.xml").rename(tmp_path / "AllXML" / "1.XML")
+    (tmp_path / "AllXML").rename(tmp_path / "ALLXML")
+    (finding,), _ = inbreast(tmp_path, row)  # upper case is no other name
+    assert finding.finding == "mass"
+    (tmp_path / "ALLXML").rename(tmp_path / "contours")
+    with pytest.raises(ValueError, match=r"found no \.xml in a folder AllXML"):
+        inbreast(tmp_path, row)
+
+
 def test_inbreast_contour_outside_its_image_is_clipped(tmp_path):
     rois = [("Mass", [(-4.0, 2.0), (99.0, 8.5)])]
     (finding,), notes = inbreast(tmp_path, inbreast_image(tmp_path, "1", rois))
@@ -873,11 +931,27 @@ def test_mias_circle_that_leaves_the_image_is_clipped(tmp_path):
 @pytest.mark.parametrize(
     "line",
     ["mdb001 G CIRC 535 425 197", "mdb001 G WHAT B 1 2 3", "mdb001 G NORM B 1 2 3", "mdb001 G",
-     "mdb001 G CIRC B 535 425", "mdb001 G CIRC B 535 425 -1"],
+     "mdb001 G CIRC B 535 425", "mdb001 G CIRC B 535 425 -1", "MDB001 G NORM"],
 )  # fmt: skip
 def test_mias_damaged_row_is_an_error_with_file_and_line(tmp_path, line):
-    with pytest.raises(ValueError, match=r"Info\.txt line 5: found 'mdb001"):
+    with pytest.raises(ValueError, match=r"Info\.txt line 5: found '(mdb|MDB)001"):
         mias(tmp_path, line)
+
+
+def test_mias_blanks_and_windows_line_ends_lose_no_row(tmp_path):
+    mias(tmp_path, "mdb001 D NORM", "mdb002 D NORM")
+    (tmp_path / "Info.txt").write_bytes(b"  mdb001 D NORM \r\n\tmdb002 G CIRC B 522 280 69\r\n")
+    findings, _ = read("mini-mias", tmp_path)
+    assert [f.bbox for f in findings] == [None, (675, 453, 813, 591)]
+
+
+def test_mias_image_of_another_size_is_an_error(tmp_path):
+    """Its circles, and its spacing, would be those of other pixels."""
+    mias(tmp_path, "mdb001 G CIRC B 135 825 10")
+    Image.fromarray(np.zeros((512, 512), dtype=np.uint8)).save(tmp_path / "mdb001.pgm")
+    image_size.cache_clear()
+    with pytest.raises(ValueError, match=r"mdb001\.pgm: found \(512, 512\) pixels; expected mini"):
+        READERS["mini-mias"](tmp_path, False)
 
 
 # --- All of them ---
