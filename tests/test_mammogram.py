@@ -255,6 +255,30 @@ def test_Q19_pixel_padding_is_air_and_an_empty_window_is_none(tmp_path):
     assert read_mammogram(path).display[0, 2] == -1
 
 
+def test_Q19_attributes_without_a_value_are_as_absent_ones(tmp_path):
+    path = write_dicom(tmp_path / "x.dcm", np.array([[0, 4095]], np.uint16), BitsStored=12)
+    ds = pydicom.dcmread(path)
+    empty = ("WindowCenter", "WindowWidth", "VOILUTFunction", "RescaleSlope", "RescaleIntercept")
+    empty += ("VOILUTSequence", "ModalityLUTSequence", "PresentationLUTShape", "PixelSpacing")
+    for keyword in (*empty, "NumberOfFrames", "BodyPartExamined", "ViewCodeSequence", "ImageType"):
+        setattr(ds, keyword, None)
+    ds.add_new("PixelPaddingValue", "US", None)
+    ds.ImagerPixelSpacing = [0.07, 0.07]
+    ds.save_as(path)
+    found = read_mammogram(path)
+    assert found.display.tolist() == [[-1, 1]] and found.spacing_source == "ImagerPixelSpacing"
+    ds.WindowCenter = 100  # and still no width
+    ds.save_as(path)
+    assert read_mammogram(path).display.tolist() == [[-1, 1]]
+
+
+def test_Q19_words_in_lower_case_mean_the_same(tmp_path):
+    words = {"VOILUTFunction": "linear_exact", "PresentationLUTShape": "inverse"}
+    with pydicom.config.disable_value_validation():
+        found = display(tmp_path, [2, 4, 6], WindowCenter=4, WindowWidth=4, **words)
+    assert found == [1, 0, -1]
+
+
 # --- Decoders ---
 
 
@@ -402,12 +426,14 @@ def coded(value: str) -> Dataset:
         ({"QualityControlImage": "YES"}, "QualityControlImage is 'YES'"),
         ({"SOPClassUID": uid.BreastTomosynthesisImageStorage}, "SOPClassUID is Breast Tomo"),
         ({"PresentationIntentType": "FOR PROCESSING"}, "PresentationIntentType"),
+        ({"PresentationIntentType": "For Processing"}, "PresentationIntentType"),
         ({"SOPClassUID": uid.DigitalMammographyXRayImageStorageForProcessing}, "SOPClassUID"),
         ({"PhotometricInterpretation": "RGB"}, "PhotometricInterpretation is 'RGB'"),
         ({"SamplesPerPixel": 3}, "SamplesPerPixel"),
         ({"Modality": "CT"}, "Modality is 'CT'"),
         ({"Modality": None}, "Modality is absent"),
         ({"BodyPartExamined": "CHEST"}, "BodyPartExamined is 'CHEST'"),
+        ({"BodyPartExamined": "BREAST SPECIMEN"}, "BodyPartExamined is 'BREAST SPECIMEN'"),
         ({"ViewCodeSequence": [coded("G-8310")]}, "ViewCodeSequence is tissue specimen"),
         ({"AnatomicRegionSequence": [coded("127457009")]}, "AnatomicRegionSequence"),
         ({"SpecimenDescriptionSequence": [Dataset()]}, "SpecimenDescriptionSequence"),
@@ -476,6 +502,11 @@ def test_a_spacing_that_is_no_number_is_none(tmp_path):
         ),
         (
             {"ImagerPixelSpacing": [0.07, 0.07], "PixelSpacing": [0.065, 0.066]},
+            (0.065, 0.066),
+            "PixelSpacing",
+        ),
+        (
+            {"PixelSpacing": [0.065, 0.066], "EstimatedRadiographicMagnificationFactor": 1.8},
             (0.065, 0.066),
             "PixelSpacing",
         ),

@@ -227,6 +227,7 @@ def test_omidb_pathology_follows_from_the_linked_lesion(tmp_path):
         ({"SURGERY": event("OM", side="R", l1="H5")}, "1", ""),
         ({"BIOPSYWIDE": event("OS", l1="B4")}, "1", ""),
         ({}, "1", ""),
+        (lesions("1", "2") | {"SURGERY": event("", l1="H5")}, "01", "malignant"),
         # without a link the side decides, where it holds one lesion
         (lesions("1") | {"SURGERY": event("OM", l1="H5")}, None, "malignant"),
         (lesions("1", "2") | {"SURGERY": event("OM", l1="H5")}, "", ""),
@@ -486,6 +487,22 @@ def test_cbis_damaged_mask_is_reported(tmp_path):
     mask.write_bytes(mask.read_bytes()[:400])
     (finding,), notes = read("cbis-ddsm", tmp_path)
     assert finding.bbox is None and count(notes, "without a readable mask") == 1
+
+
+def test_cbis_empty_mask_is_reported(tmp_path):
+    cbis_tables(tmp_path, rows=[cbis_case(tmp_path, mask_box=(0, 0, 0, 0))])
+    (finding,), notes = read("cbis-ddsm", tmp_path)
+    assert finding.bbox is None and count(notes, "without a readable mask") == 1
+
+
+def test_cbis_upper_case_names_and_what_other_systems_leave_in_folders(tmp_path):
+    cbis_tables(tmp_path, rows=[cbis_case(tmp_path)])
+    for path in list(tmp_path.rglob("*.dcm")):
+        path.rename(path.with_suffix(".DCM"))
+        path.with_name("._1-1.dcm").write_bytes(b"\0\5\x16\7" + bytes(100))
+        path.with_name("z.dcm").write_bytes(b"")
+    (finding,), _ = read("cbis-ddsm", tmp_path)
+    assert finding.bbox == (10, 5, 30, 25) and finding.image_path.endswith("1-1.DCM")
 
 
 def test_cbis_mask_of_too_many_pixels_is_not_decoded(tmp_path, monkeypatch):
@@ -998,8 +1015,8 @@ def test_linked_folders_are_read(tmp_path):
     store.mkdir(), root.mkdir()
     findings, _ = mias(store, "mdb001 G NORM")
     (root / "MIAS").symlink_to(store)
-    for name in ("loop", "loop2"):  # a link to a folder above: nothing is read twice or for ever
-        (store / name).symlink_to(root)
+    for name, above in (("loop", root), ("loop2", root), ("loop3", store)):
+        (store / name).symlink_to(above)  # nothing is read twice or for ever
     assert len(READERS["mini-mias"](root, False)[0]) == len(findings)
 
 
