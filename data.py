@@ -602,9 +602,10 @@ class PrepareConfig:
         counts = dict(self.counts)
         for text in texts:
             key, _, number = text.partition("=")
-            if key not in KEYS or not number.isdecimal():
+            if key not in KEYS or not number.isdecimal() or len(number) > 8:
                 raise ValueError(
-                    f"--count {text}: expected SPLIT/CLASS=N, one of {', '.join(KEYS)}"
+                    f"--count {text[:80]}: expected SPLIT/CLASS=N with N of at most 8 digits and "
+                    f"one of {', '.join(KEYS)}"
                 )
             counts[key] = int(number)
         required = {t.partition("=")[0] for t in texts} | set(self.required)
@@ -839,6 +840,9 @@ def prepare(
     image with two patients, no space; OSError: files that cannot be written.
     """
     _raise_all("the source: found", check_findings(findings), "correct it")
+    if config.spacing_mm and not 1e-3 < config.spacing_mm < 10:
+        text = "expected 0.001 to 10, or 0 for native pixels"
+        raise ValueError(f"--spacing-mm {config.spacing_mm}: {text}")
     run = _Run(findings, out, config)
     base = os.path.commonpath([os.path.dirname(row.image_path) for row in findings])
     rows = [(os.path.relpath(row.image_path, base), row) for im in run.images for row in im.rows]
@@ -899,7 +903,14 @@ class _Run:
         for key in [key for key, indexes in self.sources.items() if not indexes]:
             self.skip(key, "the source holds none")
         if not self.sources:
-            raise ValueError("the source holds no wanted class; see --normals-from-annotated")
+            text = (
+                f"found no wanted class in {len(self.images)} images; expected normal images, or "
+            )
+            text += "boxes with a pathology; see --normals-from-annotated and --birads-as-pathology"
+            raise ValueError(f"the source: {text}")
+        splits = [split for _, split in {(im.patient_id, im.split) for im in self.images}]
+        said = ", ".join(f"{split} {splits.count(split)}" for split in SPLITS)
+        click.echo(f"patients: {said}", err=True)
 
     def skip(self, key: str, why: str, example: str = "") -> None:
         text = f"{key}: {why}; {self.config.counts[key]} patches wanted"

@@ -785,10 +785,9 @@ def test_paper_preset_needs_more_than_62_gigabytes(source, tmp_path, monkeypatch
 def test_a_class_that_is_not_there_is_skipped_or_an_error_when_asked_for(source, tmp_path, capsys):
     config = dataclasses.replace(SMALL, counts={"train/normal": 5, "test/benign_mass": 7})
     prepare(source, tmp_path / "a", config)
-    assert (
-        "test/benign_mass: the source holds none; 7 patches wanted: skipped"
-        in capsys.readouterr().err
-    )
+    said = capsys.readouterr().err
+    assert "test/benign_mass: the source holds none; 7 patches wanted: skipped" in said
+    assert "patients: train 9, val 3, test 3\n" in said
     facts = data.read_json(tmp_path / "a" / "config.json")
     assert facts["skipped"] == {"test/benign_mass": "the source holds none"}
     with pytest.raises(ValueError, match="--count test/benign_mass: the source holds none"):
@@ -796,10 +795,25 @@ def test_a_class_that_is_not_there_is_skipped_or_an_error_when_asked_for(source,
     assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.parametrize("text", ["train/normal", "train/normal=x", "train/lump=3", "normal=-4"])
+@pytest.mark.parametrize(
+    "text",
+    ["train/normal", "train/normal=x", "train/lump=3", "normal=-4", "train/normal=999999999"],
+)
 def test_count_that_is_none_is_refused(text):
     with pytest.raises(ValueError, match=r"--count .*expected SPLIT/CLASS=N"):
         SMALL.with_counts([text])
+
+
+@pytest.mark.parametrize("spacing", [float("nan"), float("inf"), 1e-6, 70.0])
+def test_spacing_that_is_none_is_refused(source, tmp_path, spacing):
+    with pytest.raises(ValueError, match=r"--spacing-mm .*: expected 0\.001 to 10"):
+        prepare(source, tmp_path / "a", dataclasses.replace(SMALL, spacing_mm=spacing))
+
+
+def test_a_source_without_any_wanted_class_says_what_gives_patches(source, tmp_path):
+    unknown = [dataclasses.replace(row, pathology="") for row in source]
+    with pytest.raises(ValueError, match="no wanted class in 30 images; expected normal images"):
+        prepare(unknown, tmp_path / "a", SMALL)
 
 
 def test_a_class_without_any_place_is_skipped_and_the_others_are_made(source, tmp_path):
