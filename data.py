@@ -903,11 +903,9 @@ class _Run:
         for key in [key for key, indexes in self.sources.items() if not indexes]:
             self.skip(key, "the source holds none")
         if not self.sources:
-            text = (
-                f"found no wanted class in {len(self.images)} images; expected normal images, or "
-            )
-            text += "boxes with a pathology; see --normals-from-annotated and --birads-as-pathology"
-            raise ValueError(f"the source: {text}")
+            found = f"found no wanted class in {len(self.images)} images"
+            text = "expected normal images, or boxes with a pathology; see --normals-from-annotated"
+            raise ValueError(f"the source: {found}; {text} and --birads-as-pathology")
         splits = [split for _, split in {(im.patient_id, im.split) for im in self.images}]
         said = ", ".join(f"{split} {splits.count(split)}" for split in SPLITS)
         click.echo(f"patients: {said}", err=True)
