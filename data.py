@@ -378,6 +378,9 @@ def check_findings(findings: list[Finding]) -> list[str]:
         if missing := [file for file in files if not os.path.isfile(file)]:
             problems.append(f"{missing[0]}: no such file")
             continue
+        if odd := [file for file in files if file.encode(errors="replace").decode() != file]:
+            problems.append(f"{odd[0]}: its name is no UTF-8, so no table can hold it")
+            continue
         for name in ("patient_id", "laterality", "view", "spacing_mm"):
             if len({getattr(row, name) for row in rows}) > 1:
                 problems.append(f"{path}: rows differ in {name}")

@@ -254,6 +254,15 @@ def test_manifest_mask_without_a_box_is_no_lost_lesion(tmp_path):
         data.read_manifest(write_manifest(tmp_path, row, header=HEADER + ",mask_path"))
 
 
+def test_a_name_that_is_no_text_is_refused_before_the_first_patch(source, tmp_path):
+    """Linux allows any bytes; manifest.csv and excluded.csv come after hours of work."""
+    path = tmp_path / os.fsdecode(b"caf\xe9.png")
+    path.write_bytes(Path(source[0].image_path).read_bytes())
+    rows = [dataclasses.replace(source[0], image_path=str(path))]
+    with pytest.raises(ValueError, match=r"caf.*png: its name is no UTF-8"):
+        prepare(rows, tmp_path / "set", SMALL)
+
+
 def test_manifest_path_that_can_be_no_file_is_named(tmp_path):
     row = "x" * 300 + ".png,A,L,CC,,normal,,,,"
     with pytest.raises(ValueError, match=r"x\.png: no such file; correct the manifest"):
