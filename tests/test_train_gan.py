@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import data
 import models
@@ -123,6 +124,56 @@ def test_T1_T2_optimisers_and_updates_per_step(patches, tmp_path):
             assert max(float(s["step"]) for s in state[name]["state"].values()) == steps
 
 
+@pytest.mark.parametrize("noise", ["uniform", "std"])
+def test_L1_to_L5_T1_to_T6_the_loop_against_the_formulas_written_out(patches, tmp_path, noise):
+    config = dataclasses.replace(TINY, iters_base=3, iters_fade=2, iters_final=3, gp_noise=noise)
+    config = dataclasses.replace(config, log_every=1, save_every=100, channels_last=False)
+    train_gan(config, patches, tmp_path / "run", CPU)
+    G, D = train.networks(config, CPU)
+    adam = {"lr": 1e-3, "betas": (0.0, 0.99), "eps": 1e-8}
+    opt_G, opt_D = (torch.optim.Adam(network.parameters(), **adam) for network in (G, D))
+    batches = Batches(config, patches, pinned=False)
+    stages = [(32, 1.0)] * 3 + [(64, 0.0), (64, 0.5)] + [(64, 1.0)] * 3
+    for step, ((side, alpha), row) in enumerate(zip(stages, log_of(tmp_path / "run"), strict=True)):
+        source, *shown, x, x_second = batches.draw(step)
+        if side == 32:
+            shown = [F.avg_pool2d(patch, 2) for patch in shown]
+        rng = torch.Generator().manual_seed(train.torch_seed(0, step, train.NOISE))
+        z = torch.empty(3, 2, 8).uniform_(-1, 1, generator=rng)
+        delta = torch.empty(2, 1, side, side).uniform_(0, 1, generator=rng)
+        if noise == "std":
+            delta *= torch.stack([0.5 * patch.std() for patch in shown[0]])[:, None, None, None]
+        shown.insert(1, G(source, z[0], side, alpha)[:, 2:].detach())
+        log_p = D(torch.cat(shown), side, alpha).log_softmax(1).split(2)
+        losses = [-log_p[i][:, i].mean() for i in range(4)]  # real, fake, benign, normal
+        loss_D = losses[0] + losses[1] + 0.2 * losses[2] + 0.2 * losses[3]
+        D.eval()  # the weights of this step: no power iteration of its own
+        noisy = (shown[0] + delta).requires_grad_()
+        p_real = D(noisy, side, alpha).softmax(1)[:, 0]
+        (slope,) = torch.autograd.grad(
+            (p_real / (1 - p_real)).log().sum(), noisy, create_graph=True
+        )
+        norm = slope.flatten(1).norm(dim=1)
+        penalty = 10 * ((norm - 1) ** 2).mean()
+        D.train()
+        opt_D.zero_grad()
+        (loss_D + penalty).backward()
+        opt_D.step()
+        for x_i, z_i in ((x, z[1]), (x_second, z[2])):  # masses: twice
+            made = D(G(x_i, z_i, side, alpha)[:, 2:], side, alpha)
+            loss_G = -made.softmax(1)[:, 0].log().mean()
+            opt_G.zero_grad()
+            loss_G.backward()
+            opt_G.step()
+        expected = {"loss_d": loss_D, "penalty": penalty, "loss_g": loss_G}
+        expected["gradient_norm"] = norm.mean()
+        for name, value in expected.items():
+            assert row[name] == pytest.approx(value.item(), rel=1e-3), (step, name)
+        for i, name in enumerate(train.RECORDED[4:]):  # accuracy of D on each class
+            right = (log_p[i].argmax(1) == i).float().mean()
+            assert row[name] == pytest.approx(right.item()), (step, name)
+
+
 def test_G14_Q14_classes_of_each_task(patches):
     expected = {
         "mass": ("normal", "malignant_mass", "benign_mass", "normal"),
@@ -156,6 +207,8 @@ def test_L2_Q10_sub_batches_are_equal_disjoint_and_fresh(patches):
             assert all(len(values) == 8 for values in kept)  # no patch twice in a sub-batch
             source, shared = kept[0], kept[batches.shared]
             assert not source & shared
+            for fresh, before in zip(tensors[4:], (tensors[0], *tensors[4:]), strict=False):
+                assert not torch.equal(fresh, before)  # each G update draws its own
         assert not torch.equal(drawn[0][0], drawn[1][0])
         again = Batches(config, patches, pinned=False).at(7)
         assert all(torch.equal(a, b) for a, b in zip(again, drawn[7], strict=True))
