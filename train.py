@@ -207,7 +207,7 @@ class World:
 
 @contextlib.contextmanager
 def join_world(device: torch.device) -> Iterator[World]:
-    """One process, or those that `torchrun --nproc-per-node N mamgan.py ...` started."""
+    """One process, or those that `torchrun --nproc-per-node N -- mamgan.py ...` started."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World()
         return
