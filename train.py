@@ -498,6 +498,10 @@ def train_gan(config: GanConfig, data: Path, run: Path, device: torch.device) ->
     facts = asdict(config) | {"data": patches["fingerprint"]}
     facts["spacing_mm"] = patches["spacing_mm"]  # what a pixel of full mammograms must become
     batches = Batches(config, data, pinned=device.type == "cuda")
+    if not batches.steps:
+        raise ValueError(
+            "--iters-base, --iters-fade, --iters-final: found 0 steps; give at least 1"
+        )
     watch = Watch(config, data, device)
     with contextlib.ExitStack() as stack:
         stack.callback(batches.reader.shutdown)

@@ -313,6 +313,9 @@ def test_bad_data_are_refused_before_anything_is_written(patches, tmp_path):
     lacking = patch_set(tmp_path / "lacking", leave_out=("benign_mass",))
     with pytest.raises(ValueError, match="holds no train/benign_mass"):
         train_gan(TINY, lacking, run, CPU)
+    none = dataclasses.replace(TINY, iters_base=0, iters_fade=0, iters_final=0)
+    with pytest.raises(ValueError, match="found 0 steps; give at least 1"):
+        train_gan(none, patches, run, CPU)
     assert not run.exists()
     removal = dataclasses.replace(TINY, task="removal", iters_base=1, iters_fade=0, iters_final=1)
     train_gan(removal, lacking, run, CPU)  # the union of the lesion types that are there
