@@ -230,7 +230,7 @@ def prepare(
 def train_gan(task, patches, run, preset, seed, device, **options):
     """Train the GAN that adds a mass, adds calcifications, or removes a lesion (section 2).
 
-    Several GPUs: torchrun --nproc-per-node N mamgan.py train-gan ...
+    Several GPUs: torchrun --nproc-per-node N -- mamgan.py train-gan ...
     """
     config = configure(train.GAN_PRESETS, preset, options, task=task, seed=seed)
     train.train_gan(config, patches, run, models.choose_device(device))

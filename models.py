@@ -75,7 +75,7 @@ class SelfAttention(nn.Module):
         self.h = conv(channels, channels, kernel=1, sn=sn)
         self.gamma = nn.Parameter(torch.zeros(()))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W), as it comes out
         f, g, h = (layer(x).flatten(2) for layer in (self.f, self.g, self.h))  # (N, c, H*W)
         attention = torch.softmax(f.transpose(1, 2) @ g, dim=1)  # over source positions
         return self.gamma * (h @ attention).view_as(x) + x
@@ -184,7 +184,7 @@ class Generator(nn.Module):
 
 
 def crop_border(y: Tensor) -> Tensor:
-    """Zero the frame of 10 px at 256 px, floor(10 s / 256) at side s (G11, Q8)."""
+    """(N, 1, s, s) with a frame of zeros: 10 px at 256 px, floor(10 s / 256) at s (G11, Q8)."""
     b = BORDER_PX * y.shape[-1] // 256
     return F.pad(y[..., b : y.shape[-2] - b, b : y.shape[-1] - b], (b, b, b, b))
 
@@ -246,7 +246,7 @@ def four_way_loss(logits: Tensor, target: int) -> Tensor:
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, benign: Tensor, normal: Tensor) -> Tensor:
-    """Four sub-batches of logits, benign and normal weighted 0.2; without the penalty (L3)."""
+    """Four sub-batches of logits (n, 4), benign and normal weighted 0.2; no penalty here (L3)."""
     return sum(
         weight * four_way_loss(logits, target)
         for target, (weight, logits) in enumerate(
@@ -256,12 +256,12 @@ def discriminator_loss(real: Tensor, fake: Tensor, benign: Tensor, normal: Tenso
 
 
 def generator_loss(fake: Tensor) -> Tensor:
-    """-log p_real of what D makes of the generated patches (L5, Q14)."""
+    """-log p_real of D's logits (N, 4) of the generated patches, their mean (L5, Q14)."""
     return four_way_loss(fake, REAL)
 
 
 def real_logit(logits: Tensor) -> Tensor:
-    """logit(p_real): unlike the raw logit blind to a common shift of all four (Q17)."""
+    """(N, 4) -> logit(p_real) (N,): unlike the raw logit blind to a shift of all four (Q17)."""
     return logits[:, REAL] - logits[:, FAKE:].logsumexp(dim=1)
 
 
@@ -445,12 +445,17 @@ def load_checkpoint(run: Path) -> dict:
             raise ValueError(f"{path}: not a checkpoint of this program")
         return state
     except ValueError as error:
-        advice = "delete the run and train again"
-        if previous.exists() and path != previous:
-            with contextlib.suppress(ValueError):
-                step = read_torch(previous).get("step")
-                advice = f"the last good one is {previous} (step {step}): rename it to {path.name}"
-        raise ValueError(f"{error}; {advice}") from None
+        raise ValueError(f"{error}; {_last_good(run)}") from None
+
+
+def _last_good(run: Path) -> str:
+    """What to do when the checkpoint of a run is of no use."""
+    path, previous = run / "checkpoint.pt", run / "checkpoint-previous.pt"
+    with contextlib.suppress(ValueError):
+        if path.exists():
+            step = read_torch(previous).get("step")
+            return f"the last good one is {previous} (step {step}): rename it to {path.name}"
+    return "delete the run and train again"
 
 
 @contextlib.contextmanager
@@ -462,8 +467,8 @@ def restoring(run: Path) -> Iterator[dict]:
     except (RuntimeError, AttributeError, LookupError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise ValueError(
-            f"{run}: checkpoint.pt is damaged or holds another network ({reason}); delete the run "
-            "and train again"
+            f"{run}: the checkpoint is damaged or holds another network ({reason}); "
+            f"{_last_good(run)}"
         ) from None
 
 

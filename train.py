@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -133,8 +133,8 @@ def open_log(run: Path, step: int) -> Iterator[Callable[[dict], None]]:
         yield write
 
 
-def read_log(run: Path, step: int | None = None) -> list[dict]:
-    """The rows of `run/log.jsonl` up to `step` (None = all)."""
+def read_log(run: Path, step: int | None = None, figures: Iterable[str] = ()) -> list[dict]:
+    """The rows of `run/log.jsonl` up to `step` (None = all), with numbers for all `figures`."""
     path, rows = run / "log.jsonl", []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
@@ -142,6 +142,7 @@ def read_log(run: Path, step: int | None = None) -> list[dict]:
             row = json.loads(line)
             if step is not None and row["step"] > step:
                 break
+            _ = [np.asarray(row[name], float) for name in figures]
             rows.append(row)
         except (ValueError, KeyError, TypeError):
             if number < len(lines):  # the last one may be cut: the run was killed while it wrote
@@ -206,7 +207,7 @@ class World:
 
 @contextlib.contextmanager
 def join_world(device: torch.device) -> Iterator[World]:
-    """One process, or those that `torchrun --nproc-per-node N mamgan.py ...` started."""
+    """One process, or those that `torchrun --nproc-per-node N -- mamgan.py ...` started."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World()
         return
@@ -334,6 +335,7 @@ RECORDED = (
     *("loss_d", "penalty", "gradient_norm", "loss_g"),
     *("real_right", "fake_right", "benign_right", "normal_right"),  # accuracy of D per class
 )
+GAMMA = ("in G's encoder", "in G's decoder", "in D")  # order of the log's gamma of attention
 
 
 class Pool:
@@ -354,7 +356,7 @@ class Pool:
         return int(self.starts[-1])
 
     def take(self, rows: np.ndarray) -> Tensor:
-        """float32 (N, 1, S, S)."""
+        """float32 (N, 1, S, S) in [-1, 1]."""
         which = np.searchsorted(self.starts, rows, side="right") - 1
         patches = [self.parts[w][r - self.starts[w]] for w, r in zip(which, rows, strict=True)]
         return torch.from_numpy(to_float(np.stack(patches)))[:, None]
@@ -379,7 +381,10 @@ class Batches(ReadAhead):
         self.pools += self.pools[:1] * (config.g_updates_mass if config.task == "mass" else 1)
 
     def draw(self, step: int) -> list[Tensor]:
-        """D's sub-batches [source, real, benign, normal], then a source batch per G update."""
+        """D's sub-batches [source, real, benign, normal], then a source batch per G update.
+
+        (B, 1, S, S) in [-1, 1] each, B this process's share of the batch.
+        """
         rng, n = generator_at(self.config.seed, step, BATCH), self.config.batch_size
         rows = [rng.choice(len(pool), n, replace=False) for pool in self.pools]
         # Fakes come from other patches than the sub-batch of the same class (Q10).
@@ -493,6 +498,10 @@ def train_gan(config: GanConfig, data: Path, run: Path, device: torch.device) ->
     facts = asdict(config) | {"data": patches["fingerprint"]}
     facts["spacing_mm"] = patches["spacing_mm"]  # what a pixel of full mammograms must become
     batches = Batches(config, data, pinned=device.type == "cuda")
+    if not batches.steps:
+        raise ValueError(
+            "--iters-base, --iters-fade, --iters-final: found 0 steps; give at least 1"
+        )
     watch = Watch(config, data, device)
     with contextlib.ExitStack() as stack:
         stack.callback(batches.reader.shutdown)
@@ -588,6 +597,7 @@ def train_gan(config: GanConfig, data: Path, run: Path, device: torch.device) ->
                     chosen.load_state_dict(average.state_dict())
                     best = max(best, figures["acceptance"]) if late else 0.0
                 row |= {"warnings": watch.warnings(row), "seconds": round(time.time() - since, 3)}
+                row["seconds_waiting"] = round(batches.waited, 3)  # for data, since this start
                 log(row)
                 since = time.time()
                 text = f"lesion share {row['lesion_share']:.3f}"
@@ -635,16 +645,19 @@ def checked(recorded: list[Tensor], done: int, weights: list[Tensor], world: Wor
 
 
 def plot_log(run: Path) -> None:
-    """`run/gan.png`: what the log holds, over steps."""
-    rows = read_log(run)
+    """`run/gan.png`: what the log holds, over steps. Raises ValueError for a damaged row."""
     panels = {
-        "losses": ("loss_d", "loss_g", "penalty"),
+        "losses": ("loss_d", "loss_g"),
         "accuracy of D": ("real_right", "fake_right", "benign_right", "normal_right"),
+        "gradient penalty": ("penalty", "gradient_norm"),
         "lesion": ("lesion_mean", "lesion_std", "lesion_share", "acceptance"),
-        "collapse": ("spread_x", "spread_z", "dead_units", "gradient_norm"),
+        "collapse": ("spread_x", "spread_z", "dead_units"),
     }
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    for axes, (title, names) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+    figures = ["step", "gamma", *(name for names in panels.values() for name in names)]
+    rows = [r | dict(zip(GAMMA, r["gamma"], strict=True)) for r in read_log(run, figures=figures)]
+    panels["gamma of attention"] = GAMMA
+    figure = Figure(figsize=(14, 7), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(2, 3).flat, panels.items(), strict=True):
         for name in names:
             axes.plot([r["step"] for r in rows], [r[name] for r in rows], label=name)
         axes.set(title=title, xlabel="step")

@@ -3,10 +3,11 @@
     python benchmarks/bench_gan.py --preset tiny --device cpu
     python benchmarks/bench_gan.py --preset paper --device cuda   # --dry-run works without a GPU
 
-Prints a Markdown table: steps and images per second of both loops, memory, FLOPs (counted at
-dispatch, double backward included), on a GPU the share of the bfloat16 matrix-product rate measured
-on the same card and where the time goes, and the time for the preset's schedule. Patches are random
-numbers: the arithmetic does not depend on them.
+Prints a Markdown table: steps and images per second of both loops, memory, FLOPs (of the shipped
+loop, counted at dispatch, double backward included), on a GPU the share of the bfloat16
+matrix-product rate measured on the same card and where the time goes, and the time for the preset's
+schedule. The shipped loop looks at its fixed patches and logs as often as it does in training.
+Patches are random numbers: the arithmetic does not depend on them.
 """
 
 import dataclasses
@@ -33,7 +34,10 @@ import data
 import models
 import train
 
-STYLEGAN2_ADA = "12.5 s on one A100, 20.8 s on one V100 (its README, 256 px, one GPU)"
+# docs/configs.md of StyleGAN3, "Old StyleGAN2-ADA configurations", 256 px on one GPU. The FLOPs are
+# our estimate, from its convolutions: G 30 and D 31 GFLOP forward; an image costs 4 G and 8 D, and
+# 9% more for the two regularisers.
+STYLEGAN2_ADA = "12.5 s (one A100) or 20.8 s (one V100) per 1,000, about 400 GFLOP per real image"
 
 
 def random_patches(out: Path, side: int, count: int) -> Path:
@@ -58,8 +62,8 @@ def schedule(config: train.GanConfig, steps: int, half: bool) -> train.GanConfig
 
 
 def ours(config: train.GanConfig, patches: Path, device, steps: int, half: bool) -> list[float]:
-    """Seconds per step of the shipped loop: its own log, the first rows (warm-up) left out."""
-    every = max(1, steps // 4)
+    """Seconds per step of the shipped loop: its own log, the first row (warm-up) left out."""
+    every = min(config.log_every, max(1, steps // 3))
     config = dataclasses.replace(schedule(config, steps, half), log_every=every)
     with tempfile.TemporaryDirectory() as folder:
         train.train_gan(config, patches, Path(folder) / "run", device)
@@ -102,7 +106,7 @@ def plain_step(config, G, D, opt_G, opt_D, batches, device, half: bool) -> None:
 
 
 def plain(config: train.GanConfig, patches: Path, device, steps: int, half: bool) -> list[float]:
-    """Seconds per step of the plain loop, the first quarter (warm-up) left out."""
+    """Seconds per step of the plain loop, the first third (warm-up) left out."""
     G, D = train.networks(dataclasses.replace(config, channels_last=False), device)
     opt_G = torch.optim.Adam(G.parameters(), lr=config.g_lr, **train.ADAM)
     opt_D = torch.optim.Adam(D.parameters(), lr=config.d_lr, **train.ADAM)
@@ -114,7 +118,7 @@ def plain(config: train.GanConfig, patches: Path, device, steps: int, half: bool
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return times[steps // 4 :]
+    return times[steps // 3 :]
 
 
 class FlopCounter(TorchDispatchMode):
@@ -168,7 +172,7 @@ def where_time_goes(config: train.GanConfig, patches: Path, device) -> str:
 @click.option("--preset", type=click.Choice(list(train.GAN_PRESETS)), default="tiny")
 @click.option("--task", type=click.Choice(list(train.TASKS)), default="mass")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
-@click.option("--steps", default=60, help="Steps of each measurement.")
+@click.option("--steps", type=int, help="Of each measurement; default: three rows of the log.")
 @click.option("--rounds", default=2, help="The two loops take turns so often.")
 @click.option("--batch-size", type=int, default=None, help="Per class; default: the preset's.")
 @click.option("--threads", type=int, default=None, help="CPU threads (default: torch's).")
@@ -180,6 +184,7 @@ def main(preset, task, device, steps, rounds, batch_size, threads, profiled, dry
         steps, rounds, batch_size = 4, 1, 1
     if batch_size:
         config = dataclasses.replace(config, batch_size=batch_size)
+    steps = steps or 3 * config.log_every
     if threads:
         torch.set_num_threads(threads)
     device = models.choose_device(device)
@@ -227,7 +232,7 @@ def main(preset, task, device, steps, rounds, batch_size, threads, profiled, dry
             f"\nThe preset's schedule takes {total / 60:.1f} min. Process peak (CPU memory) "
             f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB."
         )
-        print(f"StyleGAN2-ADA needs {STYLEGAN2_ADA} per 1,000 real images.")
+        print(f"StyleGAN2-ADA needs {STYLEGAN2_ADA}.")
         if profiled:
             print(where_time_goes(config, patches, device))
 

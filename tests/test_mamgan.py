@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed.run as torchrun
 from click.testing import CliRunner
 
 import data
@@ -60,6 +61,15 @@ def test_help_of_every_command_states_defaults(command):
 def test_help_states_the_value_of_every_preset():
     text = " ".join(run("train-gan", "--help").output.split())
     assert "(T1). [paper 1e-05, cbis 0.0002, tiny 0.0002]" in text
+
+
+def test_the_torchrun_line_of_the_help_leaves_our_options_to_us():
+    text = " ".join(run("train-gan", "--help").output.split())
+    line = "torchrun --nproc-per-node N -- mamgan.py train-gan"
+    assert line in text and line in (ROOT / "README.md").read_text()
+    found = torchrun.parse_args([*line.replace("N", "2").split()[1:], "--run", "RUN"])
+    assert (found.nproc_per_node, found.training_script) == ("2", "mamgan.py")
+    assert found.training_script_args == ["train-gan", "--run", "RUN"]
 
 
 @pytest.mark.parametrize(

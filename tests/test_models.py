@@ -75,6 +75,61 @@ def patches(n: int = 2, side: int = 64, seed: int = 1) -> torch.Tensor:
 # --- Generator ---
 
 
+def convolved(x: torch.Tensor, layer: nn.Conv2d, stride: int = 1, padding: int = 0):
+    return F.conv2d(x, layer.weight, layer.bias, stride=stride, padding=padding)
+
+
+def leaky(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x > 0, x, 0.2 * x)
+
+
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    return x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+
+
+def averaged(x: torch.Tensor) -> torch.Tensor:
+    return x.unfold(2, 2, 2).unfold(3, 2, 2).mean(dim=(4, 5))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.25])
+def test_G2_to_G13_T4_the_generator_written_out_sentence_by_sentence(alpha):
+    torch.manual_seed(0)
+    G = Generator(64, 4, 64, sn=False)
+    for attention in (G.encoder_attention, G.decoder_attention):
+        nn.init.constant_(attention.gamma, 0.7)
+    with torch.no_grad():
+        G.to_lesion.weight *= 30  # so that clipping acts
+    x, z = patches(), torch.rand(2, 8) * 2 - 1
+    scalars = iter(z[:, :, None, None, None].unbind(1))
+    with torch.no_grad():
+        h, skips = x, []
+        for layer in G.encoder:  # G4: scalar, stride 2, LeakyReLU
+            h = torch.cat([h, next(scalars).expand(-1, -1, *h.shape[2:])], dim=1)
+            h = leaky(convolved(h, layer, stride=2, padding=1))
+            h = G.encoder_attention(h) if h.shape[-1] == 8 else h  # G7, and with it in the skip
+            skips.append(h)
+        h = convolved(leaky(convolved(h, G.widen)), G.compress)  # G8; Q5: linear
+        h = h.expand(-1, -1, 4, 4)
+        for first, second in G.decoder:  # G2, G9: skip and scalar, up-sampling, two convolutions
+            half = h
+            h = torch.cat([h, skips.pop()], dim=1)
+            h = torch.cat([h, next(scalars).expand(-1, -1, *h.shape[2:])], dim=1)
+            h = convolved(doubled(h), first, padding=1).relu()
+            h = convolved(h, second, padding=1).relu()
+            h = G.decoder_attention(h) if h.shape[-1] == 8 else h
+        y = convolved(h, G.to_lesion)  # G10
+        y = (1 - alpha) * doubled(convolved(half, G.to_lesion_half)) + alpha * y  # T4
+        y[:, :, :2] = y[:, :, -2:] = 0  # G11
+        y[:, :, :, :2] = y[:, :, :, -2:] = 0
+        lesion = y.clamp(-1, 1)
+        found = G(x, z, alpha=alpha)
+        assert 0.01 < (y.abs() > 1).float().mean() < 0.99
+        torch.testing.assert_close(found[:, :1], lesion, rtol=1e-4, atol=1e-5)
+        assert torch.equal(found[:, 1:2], x)
+        expected = (x + found[:, :1]).clamp(-1, 1)  # G12; Q9
+        assert torch.equal(found[:, 2:], expected)
+
+
 def test_G3_G8_parameters_of_both_readings():
     assert count(Generator()) == 5_544_103 + 17
     assert count(Generator(center=None)) == 4_395_175 + 17
@@ -109,24 +164,6 @@ def test_G9_G10_decoder_shapes_at_paper_size():
     assert G.to_lesion.kernel_size == (1, 1)
 
 
-def test_G2_skips_carry_the_encoder_maps_of_the_same_side(small):
-    G, _ = small
-    G.eval()
-    kept, seen = [], []
-    hooks = [m.register_forward_hook(lambda m, x, y: kept.append(y)) for m in G.encoder]
-    hooks.append(G.encoder_attention.register_forward_hook(lambda m, x, y: kept.append(y)))
-    hooks += [b[0].register_forward_pre_hook(lambda m, x: seen.append(x[0])) for b in G.decoder]
-    with torch.no_grad():
-        G(patches())
-    e1, e2, e3_raw, e3, e4 = kept  # attention follows block 3
-    for decoder_input, skip in zip(seen, (e4, None, e2, e1), strict=True):
-        if skip is not None:
-            skip = F.leaky_relu(skip, 0.2)
-            assert torch.equal(decoder_input[:, -1 - skip.shape[1] : -1], up2(skip))
-    assert torch.equal(seen[1][:, -1 - e3.shape[1] : -1], up2(e3))
-    assert e3_raw.shape == e3.shape
-
-
 def test_G5_noise_is_one_scalar_per_block_and_sample_constant_over_space(small):
     G, _ = small
     seen = []
@@ -143,10 +180,12 @@ def test_G5_noise_is_one_scalar_per_block_and_sample_constant_over_space(small):
 def test_G5_noise_that_is_not_given_is_uniform_in_minus_one_to_one(small):
     G, _ = small
     seen = []
-    G.encoder[0].register_forward_pre_hook(lambda m, x: seen.append(x[0][:, -1, 0, 0]))
+    for layer in G.encoder[:2]:
+        layer.register_forward_pre_hook(lambda m, x: seen.append(x[0][:, -1, 0, 0]))
     with torch.no_grad():
         for _ in range(8):
             G(patches(64))
+    assert not torch.equal(seen[0], seen[1])  # Q2: each block has its own
     z = torch.cat(seen)
     assert -1 <= z.min() < -0.95 and 0.95 < z.max() <= 1
     assert abs(z.mean()) < 0.1 and abs(z.std() - 1 / math.sqrt(3)) < 0.05
@@ -258,7 +297,14 @@ def test_sides_that_no_chain_of_blocks_reaches_are_refused(side):
 def test_D1_parameters_of_both_readings(paper_D):
     assert count(paper_D) == 169_076_357 + 256
     with torch.device("meta"):
-        assert count(Discriminator(center=None)) == 101_164_677 + 256
+        narrow = Discriminator(center=None)
+    assert count(narrow) == 101_164_677 + 256
+    blocks = [1_280, 295_168, 1_180_160, 4_719_616, 18_876_416, 75_501_568]
+    assert [count(m) for m in narrow.encoder] == blocks
+    assert (count(narrow.attention), count(narrow.head)) == (328_321, 262_148)
+    assert count(narrow.from_image_half) == 256
+    assert count(paper_D.widen) == 67_125_248
+    assert count(paper_D.head) - count(narrow.head) == 786_432
 
 
 def test_D1_D2_D3_shapes_at_paper_size(paper_D):
@@ -276,15 +322,29 @@ def test_D1_D2_D3_shapes_at_paper_size(paper_D):
     assert shapes[7:] == [((4096, 4, 4), (16384, 4, 4)), ((16384, 4, 4), (4, 1, 1))]
 
 
+@pytest.mark.parametrize(("size", "alpha"), [(64, 1.0), (64, 0.25), (32, 1.0)])
+def test_D1_D2_D3_T6_the_discriminator_written_out(size, alpha):
+    torch.manual_seed(0)
+    D = Discriminator(64, 8, 128, sn=False)
+    nn.init.constant_(D.attention.gamma, 0.7)
+    x = patches(3, size)
+    with torch.no_grad():
+        half = leaky(convolved(x if size == 32 else averaged(x), D.from_image_half))
+        h = x
+        for i, layer in enumerate(D.encoder):  # convolution, LeakyReLU, max pooling
+            if i or size == 64:
+                h = leaky(convolved(h, layer, padding=1)).unfold(2, 2, 2).unfold(3, 2, 2)
+                h = h.amax(dim=(4, 5))
+            if i == 0:
+                h = half if size == 32 else (1 - alpha) * half + alpha * h
+            h = D.attention(h) if h.shape[-1] == 8 else h
+        logits = convolved(leaky(convolved(h, D.widen)), D.head)[:, :, 0, 0]
+        torch.testing.assert_close(D(x, size, alpha), logits, rtol=1e-4, atol=1e-5)
+
+
 def test_D1_eight_times_the_filters_of_the_generators_encoder(paper_D):
     for g, d in zip(Generator().encoder, paper_D.encoder, strict=True):
         assert d.out_channels == 8 * g.out_channels
-
-
-def test_D1_Q4_pooling_before_the_activation_equals_pooling_after_it():
-    x = torch.randn(2, 3, 8, 8)
-    before = F.leaky_relu(F.max_pool2d(x, 2), 0.2)
-    assert torch.equal(before, F.max_pool2d(F.leaky_relu(x, 0.2), 2))
 
 
 def test_Q3_the_discriminator_is_not_random(small):
@@ -436,16 +496,6 @@ def test_T4_T6_the_fade_starts_continuous(base):
         assert torch.equal(half[:, 1:2], down2(x))
         small = patches(3, 32)
         torch.testing.assert_close(D(up2(small), alpha=0.0), D(small, size=32))
-
-
-def test_T4_T6_blending_is_linear_before_the_frame_and_the_clip():
-    torch.manual_seed(0)
-    G = Generator(64, 4, 64).eval()
-    x, z = patches(1), torch.rand(1, 8)
-    with torch.no_grad():
-        at = {a: G(x, z, alpha=a)[:, :1] for a in (0.0, 0.25, 1.0)}
-    assert at[1.0].abs().max() < 1  # nothing clipped: the blend is visible
-    torch.testing.assert_close(at[0.25], 0.75 * at[0.0] + 0.25 * at[1.0])
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
