@@ -1115,9 +1115,8 @@ def bad_table(raw: bytes, rng: random.Random) -> bytes:
     text = io.StringIO()
     csv.writer(text, lineterminator=rng.choice(("\n", "\r\n", "\n\n"))).writerows(rows)
     if kind == 11:
-        return text.getvalue().encode(
-            rng.choice(("utf-16", "utf-16-le", "utf-32", "cp037", "utf-7"))
-        )
+        codec = rng.choice(("utf-16", "utf-16-le", "utf-32", "cp037", "utf-7"))
+        return text.getvalue().encode(codec, "replace")
     if kind == 12:
         return text.getvalue().replace(",", rng.choice((";", "\t", '"', "\0"))).encode()
     return scrambled(text.getvalue().encode(), rng) if kind == 13 else text.getvalue().encode()
