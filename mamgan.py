@@ -233,6 +233,9 @@ def train_gan(task, patches, run, preset, seed, device, **options):
     Several GPUs: torchrun --nproc-per-node N -- mamgan.py train-gan ...
     """
     config = configure(train.GAN_PRESETS, preset, options, task=task, seed=seed)
+    if not config.iters_fade + config.iters_final:
+        text = "--iters-fade, --iters-final: both 0; the full-size layers would stay untrained"
+        raise click.UsageError(text)
     train.train_gan(config, patches, run, models.choose_device(device))
 
 

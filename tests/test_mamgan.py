@@ -21,6 +21,7 @@ import phantom
 from mammogram import write_png16
 
 ROOT = Path(mamgan.__file__).parent
+TRAIN_GAN = ("train-gan", "--task", "mass", "--data", "d", "--run", "r")
 COMMANDS = ("prepare", "train-gan", "synthesize", "train-cls", "evaluate", "demo")
 
 
@@ -77,6 +78,7 @@ def test_the_torchrun_line_of_the_help_leaves_our_options_to_us():
     [
         ("prepare",),
         ("train-gan", "--task", "cyst", "--data", "d", "--run", "r"),
+        (*TRAIN_GAN, "--iters-fade", "0", "--iters-final", "0"),
         ("synthesize", "--gan", "g", "--out", "o"),
         ("synthesize", "--gan", "g", "--out", "o", "--data", "d", "--lesions", "2"),
         ("synthesize", "--gan", "g", "--out", "o", "--image", "i", "-n", "2"),
