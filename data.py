@@ -230,6 +230,8 @@ def claim_folder(out: Path, command: str, config: dict) -> Iterator[bool]:
             if (other := found.get("command")) != command:
                 text = f"made by {other!r}, not by {command!r}; give another folder"
                 raise ValueError(f"{out}: {text}")
+            if not isinstance(found.get("complete"), bool):
+                raise ValueError(f"{path}: damaged, 'complete' is no truth value; delete {out}")
             there = found["config"] if isinstance(found.get("config"), dict) else {}
             if different := "; ".join(
                 f"{key}: {there.get(key)!r} there, {config.get(key)!r} now"
@@ -262,6 +264,8 @@ def finish_folder(out: Path, **facts: object) -> None:
 
 def finished(path: Path, command: str) -> dict:
     """config.json of a whole folder that `command` made. Raises ValueError."""
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such folder; expected one that {command} made")
     found = read_json(path / "config.json")
     if (other := found.get("command")) != command or not isinstance(found.get("config"), dict):
         raise ValueError(f"{path}: made by {other!r}; expected a folder made by {command!r}")
@@ -904,7 +908,8 @@ class _Run:
         self.dead = {key: set() for key in self.sources}  # images without a place for a class
         self.same = defaultdict(set)  # image_uid: images
         for key in [key for key, indexes in self.sources.items() if not indexes]:
-            self.skip(key, "the source holds none")
+            hint = ", but see --normals-from-annotated" if key.endswith("/normal") else ""
+            self.skip(key, f"the source holds none{hint}")
         if not self.sources:
             found = f"found no wanted class in {len(self.images)} images"
             text = "expected normal images, or boxes with a pathology; see --normals-from-annotated"
@@ -1030,7 +1035,8 @@ class _Run:
                         ) from None
                     del running[future]
                     failed = visit.pop("failed")
-                    lines.write(json.dumps(visit) + "\n")
+                    text = json.dumps(visit)
+                    lines.write(f"{zlib.crc32(text.encode())} {text}\n")
                     lines.flush()
                     rows = visit.pop("rows")
                     self.learn(visit, rows)
@@ -1078,7 +1084,8 @@ class _Run:
             for row in image.rows
         )
         write_table(out / "manifest.csv", MANIFEST_COLUMNS + MANIFEST_OPTIONAL, rows)
-        click.echo(f"{len(excluded)} of {len(images)} images gave no patch: excluded.csv", err=True)
+        used = f"{len(images) - len(excluded)} of {len(images)} images gave patches"
+        click.echo(f"{used}{'; the others: excluded.csv' if excluded else ''}", err=True)
         if not self.texts:
             raise ValueError(
                 f"{out}: no patch could be cut; excluded.csv says why for each image, the first: "
@@ -1137,14 +1144,15 @@ def _signals_after() -> Iterator[None]:
 
 
 def _read_lines(path: Path) -> Iterator[dict]:
-    """The visits of earlier runs, without a line that a kill cut off."""
+    """The visits of earlier runs, without lines that a kill cut off or that were damaged."""
     if path.exists():
         with open(path, "a+", encoding="utf-8", errors="replace") as file:
             file.write("\n")  # a cut line stays by itself
             file.seek(0)
             for line in file:
-                with contextlib.suppress(json.JSONDecodeError):
-                    yield json.loads(line)
+                checksum, _, text = line.rstrip("\n").partition(" ")
+                if checksum == str(zlib.crc32(text.encode())):
+                    yield json.loads(text)
 
 
 def contact_sheet(images: list[_Image], config: PrepareConfig, out: Path, number: int) -> None:

@@ -5,10 +5,16 @@ After "Synthesizing lesions using contextual GANs improves breast cancer classif
 mammograms" (Wu, Wu, Lotter 2020). Research only; not for clinical use.
 """
 
-import dataclasses
 import os
-import shlex
 import signal
+
+if __name__ == "__main__":  # the libraries take seconds to load; Commands then listens itself
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: os.write(2, b"Error: stopped\n") and os._exit(1))
+
+import dataclasses
+import shlex
 import sys
 from pathlib import Path
 
@@ -364,8 +370,8 @@ def train_cls(patches, run, synthetic, proportion, preset, seeds, seed, device, 
     """Train the cancer / no-cancer classifier of one regime of Table 1 (C1 to C7)."""
     if proportion is None:
         proportion = 0.5 if synthetic else 0.0
-    if (run / "config.json").exists() if seeds > 1 else any(run.glob("seed-*")):
-        held = "one run" if seeds > 1 else "runs of several --seeds"
+    held = "one run" if (run / "config.json").exists() else "runs of several --seeds"
+    if (held == "one run") if seeds > 1 else any(run.glob("seed-*")):
         raise click.UsageError(f"--run {run}: holds {held}, not to be mixed; give another folder")
     side, usual = data.patch_config(patches)["patch_size"], data.PREPARE_PRESETS[preset].patch_size
     if side != usual:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from data import read_json, sha256, to_float
+from data import finished, sha256, to_float
 
 LEAK = 0.2  # the paper names no slope; Q4
 INIT_STD = 0.02  # the paper names no initialisation; Q4
@@ -424,7 +424,7 @@ def read_torch(path: Path) -> dict:
     except PermissionError:
         raise
     except Exception as error:  # damaged files make torch raise almost anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
         raise ValueError(f"{path}: truncated or not a checkpoint ({reason})") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path}: expected a dictionary, found {type(state).__name__}")
@@ -492,14 +492,7 @@ def load_classifier(run: Path, device: torch.device) -> tuple[PatchClassifier, d
 
 def finished_config(run: Path, command: str) -> dict:
     """The configuration of a finished run of `command`."""
-    facts = read_json(run / "config.json")
-    if facts.get("command") != command:
-        raise ValueError(f"{run}: made by {facts.get('command')!r}; expected a run of {command!r}")
-    if not facts.get("complete"):
-        raise ValueError(f"{run}: not finished; run the same {command} command again")
-    if not isinstance(facts.get("config"), dict):
-        raise ValueError(f"{run}/config.json: damaged (no config); train again")
-    return facts["config"]
+    return finished(run, command)["config"]
 
 
 def weights_hash(module: nn.Module) -> str:

@@ -9,11 +9,9 @@ import io
 import itertools
 import math
 import shutil
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import click
 import numpy as np
@@ -181,7 +179,9 @@ class Synthesizer:
     def __init__(self, gan: Path, device: torch.device | str, control: str, options: dict):
         self.G, self.run, self.hash = load_generator(gan, torch.device(device))
         self.gan, self.control, self.options = gan, control, options
-        self.task, self.side = self.run["task"], self.G.patch_size
+        self.task, self.side = self.run.get("task"), self.G.patch_size
+        if self.task not in tuple(SOURCES):
+            raise ValueError(f"--gan {gan}: its config.json is damaged (task {self.task!r:.80})")
         self.config = {"task": self.task, "generator": self.hash, "control": control, **options}
 
     @torch.inference_mode()
@@ -353,7 +353,7 @@ def _chunk(part: Path, name: str) -> np.ndarray:
     try:
         with np.load(part) as arrays:
             return arrays[name]
-    except (ValueError, OSError, EOFError, LookupError, TypeError, BadZipFile, zlib.error) as error:
+    except Exception as error:  # a damaged archive makes numpy raise almost anything
         raise ValueError(f"{part}: damaged ({error}); delete {part.parent}, run it again") from None
 
 
@@ -460,10 +460,14 @@ def synthesize_images(
                     annotations = [label | lesion for lesion in placed]
                     data.write_json(part, {"image": image, "annotations": annotations})
                     note += " at random, no box was given" if marked and not boxes else ""
+                    shares = ", ".join(f"{p['covered']:.0%}" for p in placed if "covered" in p)
+                    note += f" that covers {shares} of the annotated box" if shares else ""
                     click.echo(f"{file}: {len(placed)} x {category}{note}")
             tick()
         records = [data.read_json(part) for part in sorted(parts.glob("*.json"))]
-        if records:
+        if not records:  # nothing is there: other options may try in the same folder
+            (out / "config.json").unlink()
+        else:
             annotations = [a for record in records for a in record["annotations"]]
             found = mammogram.coco([record["image"] for record in records], annotations)
             data.write_json(out / "annotations.json", found)
@@ -484,7 +488,8 @@ def insert_lesions(
 ) -> tuple[np.ndarray, list[dict]]:
     """New display image, equal to the old one wherever a weight is zero, and what was placed.
 
-    boxes: annotated lesions in stored pixels, one after the other; what changes must meet them
+    boxes: annotated lesions in stored pixels, one after the other; what changes must hold their
+    middle, and `placed` tells what share of each box it covers
     """
     shape = window_shape(synth, m.spacing_mm)
     if (np.array(m.display.shape) < shape).any():
@@ -515,14 +520,15 @@ def insert_lesions(
             good = all(isolated is not None and not _is_cut(isolated) for _, isolated in found)
             if good and boxes:
                 low, high = ends(found[0][1], corners[0])
-                good = (low < boxes[k][2:]).all() and (high > boxes[k][:2]).all()
+                middle = np.add(boxes[k][:2], boxes[k][2:]) / 2
+                good = (low < middle).all() and (middle < high).all()
             if good:
                 break
         else:
             raise ValueError(
                 f"no lesion accepted in {attempt + 1} attempts, the last in the window of "
                 f"{_px(shape)} at row {row}, column {col}: too small (S5) or cut by its border"
-                + (" or beside the annotated box" if boxes else "")
+                + (" or off the middle of the annotated box" if boxes else "")
             )
         for corner, window, (lesion, isolated) in zip(corners, windows, found, strict=True):
             added = resize(isolated.weights * lesion, shape)
@@ -534,6 +540,9 @@ def insert_lesions(
             mask[window] = resize(isolated.mask, shape) >= 0.5
             around = [*corner, *(edge.stop for edge in window)]
             placed.append({"window": around, "bbox": bbox, "segmentation": mammogram.rle(mask)})
+            if boxes:
+                box = [int(v) for v in (*np.floor(boxes[k][:2]), *np.ceil(boxes[k][2:]))]
+                placed[-1] |= {"annotated": box, "covered": round(float(cut(mask, box).mean()), 3)}
         near = slice(max(row - shape[0] + 1, 0), row + shape[0])
         valid[near, max(col - shape[1] + 1, 0) : col + shape[1]] = False  # no overlap
     return display, placed

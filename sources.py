@@ -390,7 +390,7 @@ def read_cbis_ddsm(root: Path, traps: Traps) -> list[Finding]:
 def _cbis_files(parts: tuple[str, ...], folders: dict[str, set[Path]]) -> set[Path]:
     """The DICOM files in the folder that a table's path means: its series within its case."""
     case, series = (folders.get(part, set()) for part in (parts[0], parts[-2:][0]))
-    return case & series or series or case
+    return case & series or case or series
 
 
 def _cbis_region(finding: Finding, paths: set[Path], traps: Traps) -> Finding:

@@ -101,6 +101,23 @@ def save_checkpoint(run: Path, state: dict) -> None:
     os.replace(run / "checkpoint-next.pt", path)
 
 
+def restore(part: nn.Module | torch.optim.Optimizer, state: dict) -> None:
+    """Weights; or an optimiser's moments, whose rates stay those of the configuration.
+
+    Raises ValueError for moments of other parameters.
+    """
+    if isinstance(part, nn.Module):
+        part.load_state_dict(state)
+        return
+    groups, moments = part.state_dict()["param_groups"], state["state"]
+    for number, value in moments.items():
+        like = part.param_groups[0]["params"][number]
+        for name, shape in (("step", ()), ("exp_avg", like.shape), ("exp_avg_sq", like.shape)):
+            if (value[name].shape, value[name].dtype) != (shape, torch.float32):
+                raise ValueError(f"{name} of parameter {number} is no such tensor")
+    part.load_state_dict({"state": moments, "param_groups": groups})
+
+
 def _plain(value: object) -> object:
     """Fresh containers, interned strings, CPU tensors of their own: pickled alike in every run."""
     if isinstance(value, Tensor):
@@ -142,7 +159,9 @@ def read_log(run: Path, step: int | None = None, figures: Iterable[str] = ()) ->
             row = json.loads(line)
             if step is not None and row["step"] > step:
                 break
-            _ = [np.asarray(row[name], float) for name in figures]
+            shapes = [np.asarray(row[name], float).shape for name in figures]
+            if shapes != [(3,) * (name == "gamma") for name in figures]:
+                raise ValueError
             rows.append(row)
         except (ValueError, KeyError, TypeError):
             if number < len(lines):  # the last one may be cut: the run was killed while it wrote
@@ -519,7 +538,7 @@ def train_gan(config: GanConfig, data: Path, run: Path, device: torch.device) ->
         if (run / "checkpoint.pt").exists() or (run / "checkpoint-previous.pt").exists():
             with restoring(run) as state:
                 for name, part in parts.items():
-                    part.load_state_dict(state[name])
+                    restore(part, state[name])
                 start = range(end + 1).index(state["step"])
                 recorded = [r.reshape(len(RECORDED)).to(device) for r in state["recorded"]]
                 best, watch.lasting = float(state["best"]), dict(state["lasting"])
@@ -783,6 +802,9 @@ def train_classifier(
     sets = [open_synthetic(path) for path in synthetic]
     for s in sets:
         check_synthetic(s, data)
+    if len({s.control for s in sets}) > 1:
+        found = ", ".join(f"{s.path} ({s.control or 'GAN'})" for s in sets)
+        raise ValueError(f"--synthetic: found {found}; expected sets of GANs or of a control alone")
     if bool(config.proportion) != any(s.label for s in sets):
         raise ValueError(
             f"--proportion {config.proportion}: found {len(sets)} --synthetic sets; expected a "
@@ -824,7 +846,7 @@ def train_classifier(
         if (run / "checkpoint.pt").exists() or (run / "checkpoint-previous.pt").exists():
             with restoring(run) as state:
                 model.load_state_dict(state["model"])
-                optimizer.load_state_dict(state["optimizer"])
+                restore(optimizer, state["optimizer"])
                 start = range(batches.steps + 1).index(state["step"])
                 best |= state["best_so_far"] | {"weights": dict(state["best"])}
                 sums.copy_(state["sums"])

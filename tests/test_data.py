@@ -158,6 +158,11 @@ def test_a_folder_belongs_to_one_command_its_options_and_one_process(tmp_path):
             raise ValueError("bad input")
     with pytest.raises(ValueError, match="n: 2 there, 3"):
         data.claim_folder(tmp_path / "c", "x", {"n": 3}).__enter__()
+    (tmp_path / "a" / "config.json").write_text('{"command": "x", "config": {"n": 1}}')
+    with pytest.raises(ValueError, match="'complete' is no truth value"):
+        data.claim_folder(tmp_path / "a", "x", {"n": 1}).__enter__()
+    with pytest.raises(ValueError, match="absent: no such folder; expected one that prepare made"):
+        data.patch_config(tmp_path / "absent")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "photo.jpg").touch()
     with pytest.raises(ValueError, match=r"holds 'photo.jpg'"):

@@ -700,7 +700,7 @@ def test_E4_holm_corrects_the_rows(evaluated, tmp_path):
     [
         ({"config": {"data": "0" * 64}}, "trained on patch set 000000000000"),
         ({"complete": False}, "not finished"),
-        ({"command": "train-gan"}, "expected a run of 'train-cls'"),
+        ({"command": "train-gan"}, "expected a folder made by 'train-cls'"),
         ({"config": {"width": 8}}, "differs from"),
     ],
 )
@@ -891,15 +891,18 @@ def test_roc_band_is_the_curve_whose_area_is_the_auc():
 def test_E3_found_needs_holm_and_a_difference_to_the_blob_control(
     delta, p, p_holm, against, expected
 ):
-    row = {"regime": "50% w/ decay", "delta": delta, "detectable": 0.03}
+    row = {"regime": "50% w/ decay", "delta": delta, "detectable": 0.03, "seeds": 3}
     row |= {"p_clustered_raw": p, "p_clustered_holm": p_holm}
-    rows = [row]
+    rows = [{"regime": "Baseline", "seeds": 3}, row]
     if against:
         delta, p = against
         ends = {"delta_low": delta - 0.02, "delta_high": delta + 0.02}
         row["against_blob"] = {"delta": delta, "p_clustered": p, **ends}
         rows.append({"regime": "Blob control"})
     assert evaluate.verdict(row, rows).startswith(expected)
+    if expected.startswith("found"):  # a single training says nothing about the next
+        rows[0]["seeds"] = 1
+        assert "for these models, but not found" in evaluate.verdict(row, rows)
 
 
 def test_E3_the_report_says_in_one_sentence_whether_synthetic_lesions_help(evaluated):

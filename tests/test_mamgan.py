@@ -21,6 +21,7 @@ import phantom
 from mammogram import write_png16
 
 ROOT = Path(mamgan.__file__).parent
+HEAR = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # not so behind a "&"
 TRAIN_GAN = ("train-gan", "--task", "mass", "--data", "d", "--run", "r")
 COMMANDS = ("prepare", "train-gan", "synthesize", "train-cls", "evaluate", "demo")
 
@@ -155,8 +156,7 @@ def test_no_space_left_says_what_to_do():
 def test_ctrl_c_stops_soon_says_how_to_go_on_and_the_same_command_does(manifest, tmp_path, kind):
     line = [sys.executable, ROOT / "mamgan.py", "prepare", manifest, "--out", tmp_path / "out"]
     line += ["--preset", "tiny", "--workers", "1"]
-    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # not so behind a "&"
-    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, preexec_fn=HEAR)
     while not (tmp_path / "out" / "config.json").exists():
         time.sleep(0.05)
     process.send_signal(kind)
@@ -181,6 +181,16 @@ def test_ctrl_c_while_a_compiled_module_is_loaded_is_no_traceback(monkeypatch, t
         result = run("prepare", tmp_path / "m.csv", "--out", tmp_path / "out")
         assert ("stopped; the same command" in result.output) == interrupted
     assert isinstance(result.exception, ImportError)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_while_the_libraries_are_loaded_is_one_line(tmp_path, kind):
+    line = [sys.executable, "mamgan.py", "prepare", "m.csv", "--out", tmp_path / "out"]
+    process = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=HEAR)
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.01)
+    process.send_signal(kind)
+    assert process.communicate() == (None, "Error: stopped\n") and process.returncode == 1
 
 
 def test_file_names_with_spaces_quotes_newlines_and_leading_dashes_work(tmp_path):

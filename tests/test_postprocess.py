@@ -450,9 +450,9 @@ def test_a_run_that_does_not_fit_is_refused(made, tmp_path):
     write_run(tmp_path / "removal", tmp_path / "small", task="removal", **TINY)
     with pytest.raises(ValueError, match=r"holds no train/malignant_mass"):
         synthesize_set(tmp_path / "removal", tmp_path / "small", tmp_path / "out", n=2)
-    with pytest.raises(ValueError, match=r"config.json: no such file"):
+    with pytest.raises(ValueError, match=r"no such folder; expected one that train-gan made"):
         synthesize_set(tmp_path / "absent", tmp_path / "small", tmp_path / "out", n=2)
-    with pytest.raises(ValueError, match=r"made by 'prepare'; expected a run of 'train-gan'"):
+    with pytest.raises(ValueError, match=r"'prepare'; expected a folder made by 'train-gan'"):
         synthesize_set(tmp_path / "small", tmp_path / "small", tmp_path / "out", n=2)
 
 
@@ -915,7 +915,9 @@ def test_removal_takes_out_the_lesion_that_the_manifest_marks(made, phantoms, tm
     for source, (wanted,) in images.items():
         ((_, mask, annotation),) = found[source.stem]  # two rows of one box: once
         assert annotation["window"][0] == (wanted[0] + wanted[2]) // 2 - 32
-        assert mask[wanted[0] : wanted[2], wanted[1] : wanted[3]].any()
+        inside = mask[wanted[0] : wanted[2], wanted[1] : wanted[3]]
+        assert inside[20, 20] and annotation["annotated"] == wanted
+        assert annotation["covered"] == pytest.approx(inside.mean(), abs=1e-3)
     # another box decides other bytes
     images[phantoms[0]] = [box_of((row, col), 15)]
     changed = marked(tmp_path / "changed.csv", images)
@@ -928,14 +930,15 @@ def test_removal_takes_out_the_lesion_that_the_manifest_marks(made, phantoms, tm
     assert annotation["window"][:2] == [row - 42, col - 32]
 
 
-def test_removal_shifts_the_window_at_the_edge_and_refuses_what_misses_the_box(
-    made, phantoms, tmp_path
+@pytest.mark.parametrize("wide", [2, 16])
+def test_removal_shifts_the_window_at_the_edge_and_refuses_what_misses_the_middle_of_the_box(
+    made, phantoms, tmp_path, wide
 ):
-    """The made-up GAN darkens the middle of any window; a box at the edge lies beside that."""
-    edge = [100, 0, 110, 2]
+    """The made-up GAN darkens the middle of any window; at the edge it meets half a box at most."""
+    edge = [100, 0, 110, wide]
     manifest = marked(tmp_path / "m.csv", {phantoms[0]: [edge]})
     ((_, reason),) = synthesize_images(made / "unbump", [manifest], tmp_path / "out", device="cpu")
-    assert "column 0: too small (S5) or cut by its border or beside the annotated box" in reason
+    assert "column 0: too small (S5) or cut by its border or off the middle of" in reason
 
 
 def test_removal_without_a_box_says_that_places_are_random(made, phantoms, tmp_path, capsys):

@@ -54,11 +54,11 @@ def write_patches(out: Path, n: int = 30) -> Path:
 
 
 def write_synthetic(
-    out: Path, patches: Path, task: str, n: int = 20, patient: str = "patient-train"
+    out: Path, patches: Path, task: str, n=20, patient="patient-train", control: str = ""
 ) -> Path:
     code = 7 if task == "removal" else 6
     origin = data.patch_config(patches)["fingerprint"]
-    config = {"task": task, "control": "", "n": n, "patch_size": SIDE, "generator": "g"}
+    config = {"task": task, "control": control, "n": n, "patch_size": SIDE, "generator": "g"}
     with data.claim_folder(out, "synthesize", config | {"data": origin}):
         combined = np.full((n, SIDE, SIDE), 1_000 * code, np.uint16)
         combined[:, 0, 0] += np.arange(n, dtype=np.uint16)
@@ -302,6 +302,13 @@ def test_synthetic_sets_of_unknown_origin_are_refused(patches, tmp_path):
         train_classifier(
             dataclasses.replace(TINY, proportion=0.5), patches, tmp_path / "run", [foreign], CPU
         )
+
+
+def test_a_control_is_not_mixed_with_sets_of_gans(patches, sets, tmp_path):
+    blob = write_synthetic(tmp_path / "blob", patches, "mass", control="blob")
+    config = dataclasses.replace(TINY, proportion=0.5)
+    with pytest.raises(ValueError, match=r"blob \(blob\), .* \(GAN\); expected sets of GANs or"):
+        train_classifier(config, patches, tmp_path / "run", [blob, sets[2]], CPU)
 
 
 @pytest.mark.parametrize(("proportion", "chosen"), [(0.5, []), (0.5, [2]), (0.0, [0])])

@@ -293,12 +293,27 @@ def test_the_generator_is_chosen_by_how_many_validation_lesions_pass(
     assert all(torch.equal(v, chosen[k]) for k, v in seen[last_chosen - 2].items())
 
 
+def test_an_optimisers_moments_must_fit_and_its_rates_are_the_configurations():
+    layer = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-3)
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    state["param_groups"][0] |= {"lr": "fast", "maximize": {}}
+    train.restore(optimizer, state)
+    assert optimizer.param_groups[0]["lr"] == 1e-3 and not optimizer.param_groups[0]["maximize"]
+    for name, value in (("exp_avg", torch.zeros(3)), ("step", torch.tensor(True))):
+        damaged = {**state, "state": {0: state["state"][0] | {name: value}}}
+        with pytest.raises(ValueError, match=f"{name} of parameter 0"):
+            train.restore(optimizer, damaged)
+
+
 def test_unfinished_and_foreign_runs_are_not_taken_for_generators(finished, patches, tmp_path):
     with data.claim_folder(tmp_path / "run", "train-gan", {}):
         pass
     with pytest.raises(ValueError, match="not finished; run the same train-gan command again"):
         models.load_generator(tmp_path / "run", CPU)
-    with pytest.raises(ValueError, match="made by 'prepare'; expected a run of 'train-gan'"):
+    with pytest.raises(ValueError, match="'prepare'; expected a folder made by 'train-gan'"):
         models.load_generator(patches, CPU)
     with pytest.raises(ValueError, match=r"made with other options \(g_lr: 0.001 there, 0.5 now"):
         train_gan(dataclasses.replace(TINY, g_lr=0.5), patches, finished, CPU)
