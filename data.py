@@ -1035,8 +1035,7 @@ class _Run:
                         ) from None
                     del running[future]
                     failed = visit.pop("failed")
-                    text = json.dumps(visit)
-                    lines.write(f"{zlib.crc32(text.encode())} {text}\n")
+                    lines.write(json.dumps([_checksum(visit), visit]) + "\n")
                     lines.flush()
                     rows = visit.pop("rows")
                     self.learn(visit, rows)
@@ -1150,9 +1149,14 @@ def _read_lines(path: Path) -> Iterator[dict]:
             file.write("\n")  # a cut line stays by itself
             file.seek(0)
             for line in file:
-                checksum, _, text = line.rstrip("\n").partition(" ")
-                if checksum == str(zlib.crc32(text.encode())):
-                    yield json.loads(text)
+                with contextlib.suppress(ValueError, TypeError):
+                    checksum, visit = json.loads(line)
+                    if checksum == _checksum(visit):
+                        yield visit
+
+
+def _checksum(visit: dict) -> int:
+    return zlib.crc32(json.dumps(visit).encode())
 
 
 def contact_sheet(images: list[_Image], config: PrepareConfig, out: Path, number: int) -> None:
