@@ -177,6 +177,7 @@ def test_ctrl_c_while_a_compiled_module_is_loaded_is_no_traceback(monkeypatch, t
         raise ImportError("initialization failed")
 
     monkeypatch.setattr(data, "read_manifest", load)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # not so behind a "&"
     for interrupted in (True, False):
         result = run("prepare", tmp_path / "m.csv", "--out", tmp_path / "out")
         assert ("stopped; the same command" in result.output) == interrupted

@@ -428,6 +428,7 @@ def test_sample_grids_show_patch_lesion_and_result_side_by_side(patches, tmp_pat
 
 
 def child(config: GanConfig, patches: Path, run: Path, env: dict | None = None) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # not so behind a "&"
     os.environ.update(env or {})
     sys.stderr = open(os.devnull, "w")
     try:
