@@ -1062,7 +1062,7 @@ def other_state(value: object, rng: random.Random) -> object:
         return copy
     if isinstance(value, torch.Tensor) and rng.random() < 0.5:
         return rng.choice(
-            (value.double(), value[..., :0], value.flatten(), value * float("nan"), value.bool())
+            (value.double(), value.new_empty(0), value[None], value * float("nan"), value.bool())
         )
     return rng.choice((*VALUES_OF_JSON[:-1], torch.zeros(3), torch.tensor(1)))
 
