@@ -565,7 +565,13 @@ def control_of(
     found = {"set": syn.path.name, "task": f"{syn.task} {syn.control}".strip()}
     found |= {"samples": len(syn.combined), "requested": syn.requested, "gan": facts.get("gan", {})}
     found |= {"fingerprint": syn.fingerprint, "generator": syn.generator, "config": facts["config"]}
-    found |= {key: facts[key] for key in ("acceptance", "area_median", "strength", "warnings")}
+    try:
+        found |= {key: float(facts[key]) for key in ("acceptance", "area_median", "strength")}
+        found |= {"warnings": list(map(str, facts["warnings"])), "gan": dict(found["gan"])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{syn.path}/config.json: damaged ({error}); synthesize it again"
+        ) from None
     found["patients"] = len(set(syn.index["patient_id"]))
     sides = {s: (splits[s].values.get(kind, ()), splits[s].patients(kind)) for s in data.SPLITS[:2]}
     sides["synthetic"] = syn.combined, syn.index["patient_id"]

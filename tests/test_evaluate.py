@@ -699,6 +699,15 @@ def test_E4_holm_corrects_the_rows(evaluated, tmp_path):
         assert [row["p_clustered_holm"] for row in rows[1:3]] == evaluate.holm(raw[:2])
 
 
+@pytest.mark.parametrize("change", [{"acceptance": {}}, {"warnings": 3}, {"gan": [1]}])
+def test_a_set_whose_facts_are_damaged_is_named(evaluated, tmp_path, change):
+    world, _, _ = evaluated
+    folder = shutil.copytree(world["synthetic"][0], tmp_path / "set")
+    data.write_json(folder / "config.json", data.read_json(folder / "config.json") | change)
+    with pytest.raises(ValueError, match=r"set/config.json: damaged"):
+        evaluate.evaluate(**world | {"synthetic": [folder]}, out=tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
