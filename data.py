@@ -212,7 +212,7 @@ def claim_folder(out: Path, command: str, config: dict) -> Iterator[bool]:
     command and config goes on there. `config` holds JSON values and whatever decides the bytes
     written, and nothing else (no workers, no device).
 
-    A block that fails before it wrote anything leaves the folder as it found it.
+    A block that fails before it wrote anything leaves an empty folder, free for other options.
     Raises ValueError: another process works there, another command or other options made it, or
     it holds files that are not ours.
     """

@@ -478,7 +478,7 @@ def open_regime(folder: Path, fingerprint: str) -> Regime:
     proportion = float(configs[0]["proportion"]) if synthetic else 0.0
     decay = "w/ decay" if configs[0]["decay"] < 1 else "w/o decay"
     name = f"{100 * proportion:g}% {decay}" if synthetic else BASELINE
-    name = BLOB if synthetic and synthetic[0]["control"] == "blob" else name  # all or none are
+    name = BLOB if any(s["control"] == "blob" for s in synthetic) else name
     hashes = [weights_hash(load_classifier(run, torch.device("cpu"))[0]) for run in runs]
     return Regime(name, proportion, folder, runs, seeds, hashes, configs[0])
 
@@ -563,11 +563,11 @@ def control_of(
     """
     kind, facts = REAL_OF[syn.task], data.read_json(syn.path / "config.json")
     found = {"set": syn.path.name, "task": f"{syn.task} {syn.control}".strip()}
-    found |= {"samples": len(syn.combined), "requested": syn.requested, "gan": facts.get("gan", {})}
+    found |= {"samples": len(syn.combined), "requested": syn.requested}
     found |= {"fingerprint": syn.fingerprint, "generator": syn.generator, "config": facts["config"]}
     try:
         found |= {key: float(facts[key]) for key in ("acceptance", "area_median", "strength")}
-        found |= {"warnings": list(map(str, facts["warnings"])), "gan": dict(found["gan"])}
+        found |= {"warnings": list(map(str, facts["warnings"])), "gan": dict(facts.get("gan", {}))}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{syn.path}/config.json: damaged ({error}); synthesize it again"

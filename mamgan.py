@@ -370,8 +370,8 @@ def train_cls(patches, run, synthetic, proportion, preset, seeds, seed, device, 
     """Train the cancer / no-cancer classifier of one regime of Table 1 (C1 to C7)."""
     if proportion is None:
         proportion = 0.5 if synthetic else 0.0
-    held = "one run" if (run / "config.json").exists() else "runs of several --seeds"
-    if (held == "one run") if seeds > 1 else any(run.glob("seed-*")):
+    if (run / "config.json").exists() if seeds > 1 else any(run.glob("seed-*")):
+        held = "one run" if seeds > 1 else "runs of several --seeds"
         raise click.UsageError(f"--run {run}: holds {held}, not to be mixed; give another folder")
     side, usual = data.patch_config(patches)["patch_size"], data.PREPARE_PRESETS[preset].patch_size
     if side != usual:
