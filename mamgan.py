@@ -22,12 +22,9 @@ import click
 import torch
 
 import data
-import evaluate as evaluation
-import models
-import phantom
 import postprocess
-import sources
 import train
+from support import fullimage, patchset, phantom, report, runs, sources
 
 # --- Command line: one clear message and exit code 1 for bad data, 2 for wrong usage ---
 
@@ -190,13 +187,13 @@ def prepare(
     if source_format == "manifest":
         if birads_as_pathology:
             raise click.UsageError("--birads-as-pathology needs --format vindr or inbreast")
-        findings, notes = data.read_manifest(source), []
+        findings, notes = sources.read_manifest(source), []
     else:
         findings, notes = sources.READERS[source_format](source, birads_as_pathology)
     for note in notes:
         click.echo(note, err=True)
     config = configure(data.PREPARE_PRESETS, preset, options, seed=seed).with_counts(counts)
-    data.prepare(findings, out, config, workers=workers, qc=qc, notes=notes)
+    patchset.prepare(findings, out, config, workers=workers, qc=qc, notes=notes)
 
 
 # --- §2 Contextual GAN ---
@@ -204,7 +201,7 @@ def prepare(
 
 @cli.command("train-gan")
 @click.option(
-    "--task", type=click.Choice(list(train.TASKS)), required=True, help="One GAN each (G14)."
+    "--task", type=click.Choice(list(data.TASKS)), required=True, help="One GAN each (G14)."
 )
 @click.option("--data", "patches", type=FOLDER, required=True, help="Patch set of prepare.")
 @click.option("--run", type=FOLDER, required=True, help="Run folder to write.")
@@ -242,7 +239,7 @@ def train_gan(task, patches, run, preset, seed, device, **options):
     if not config.iters_fade + config.iters_final:
         text = "--iters-fade, --iters-final: both 0; the full-size layers would stay untrained"
         raise click.UsageError(text)
-    train.train_gan(config, patches, run, models.choose_device(device))
+    train.train_gan(config, patches, run, runs.choose_device(device))
 
 
 # --- §3 Synthetic dataset ---
@@ -320,13 +317,13 @@ def synthesize(gan, patches, out, number, control, images, at, lesions, strip, d
         raise click.UsageError("--control and -n belong to --data")
     if several > 1:
         raise click.UsageError("--at, --lesions, --strip: give one of them")
-    device = models.choose_device(device)
+    device = runs.choose_device(device)
     if patches:
         postprocess.synthesize_set(
             gan, patches, out, n=number or 5000, control=control or "", device=device, **options
         )
         return
-    failed = postprocess.synthesize_images(
+    failed = fullimage.synthesize_images(
         gan, images, out, at=at, lesions=lesions, strip=strip, device=device, **options
     )
     if failed:
@@ -373,7 +370,10 @@ def train_cls(patches, run, synthetic, proportion, preset, seeds, seed, device, 
     if (run / "config.json").exists() if seeds > 1 else any(run.glob("seed-*")):
         held = "one run" if seeds > 1 else "runs of several --seeds"
         raise click.UsageError(f"--run {run}: holds {held}, not to be mixed; give another folder")
-    side, usual = data.patch_config(patches)["patch_size"], data.PREPARE_PRESETS[preset].patch_size
+    side, usual = (
+        patchset.patch_config(patches)["patch_size"],
+        data.PREPARE_PRESETS[preset].patch_size,
+    )
     if side != usual:
         note = f"note: {side} px patches with the preset {preset}, which is for {usual} px"
         click.secho(note, fg="red", err=True)
@@ -382,7 +382,7 @@ def train_cls(patches, run, synthetic, proportion, preset, seeds, seed, device, 
             train.CLASSIFIER_PRESETS, preset, options, proportion=proportion, seed=seed + k
         )
         folder = run / f"seed-{seed + k}" if seeds > 1 else run
-        train.train_classifier(config, patches, folder, synthetic, models.choose_device(device))
+        train.train_classifier(config, patches, folder, synthetic, runs.choose_device(device))
 
 
 # --- §3 Results ---
@@ -396,9 +396,9 @@ def print_table(rows: list[dict], out: Path) -> None:
     for row in rows:
         cells = f"skipped: {row.get('reason')}"
         if row["auc"] is not None:
-            auc = evaluation.in_words((row["auc"], row["low"], row["high"]))
-            p = (evaluation.p_in_words(row[key]) for key in ("p_delong", "p_clustered"))
-            difference = evaluation.difference_in_words(row)
+            auc = report.in_words((row["auc"], row["low"], row["high"]))
+            p = (report.p_in_words(row[key]) for key in ("p_delong", "p_clustered"))
+            difference = report.difference_in_words(row)
             cells = "{:<24}{:<26}{:<10}{}".format(auc, difference, *p)
         click.echo(f"{row['regime']:<22}{cells}")
     click.echo(f"Report: {out / 'report.html'}")
@@ -417,7 +417,7 @@ def print_table(rows: list[dict], out: Path) -> None:
 @device_option
 def evaluate(patches, baseline, augmented, synthetic, out, holm, seed, device):
     """Table 1 with patient-clustered statistics, controls, figures and one report (E1 to E4)."""
-    rows = evaluation.evaluate(
+    rows = report.evaluate(
         patches,
         baseline,
         list(augmented),
@@ -425,7 +425,7 @@ def evaluate(patches, baseline, augmented, synthetic, out, holm, seed, device):
         out,
         holm=holm,
         seed=seed,
-        device=models.choose_device(device),
+        device=runs.choose_device(device),
     )
     print_table(rows, out)
 
@@ -463,7 +463,7 @@ def demo(out, seed):
         for lengths in (DEMO_GAN, DEMO_CLASSIFIER)
     )
     sets, empty = {"": [], "blob": []}, {}
-    for task in train.TASKS:
+    for task in data.TASKS:
         gan = out / f"gan-{task}"
         call("train-gan", "--task", task, "--data", patches, "--run", gan, *common, *gan_length)
         component = "cluster" if task == "calcification" else "largest"
@@ -494,7 +494,7 @@ def demo(out, seed):
         call(*train_cls, run, "--proportion", proportion, *chosen)
         augmented.append(run)
     click.secho("\nEvaluation", bold=True)
-    rows = evaluation.evaluate(
+    rows = report.evaluate(
         patches,
         out / "cls-baseline",
         augmented,
@@ -502,7 +502,7 @@ def demo(out, seed):
         out / "report",
         seed=seed,
         skipped=skipped,
-        device=models.choose_device("cpu"),
+        device=runs.choose_device("cpu"),
     )
     print_table(rows, out / "report")
 

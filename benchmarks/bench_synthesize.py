@@ -22,11 +22,14 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from models import Generator
+from postprocess import CHUNK, isolate_lesion, synthesize_set
+from support.files import write_json, write_table
+from support.patchset import fingerprint
+from support.runs import CHECKPOINT_FORMAT, choose_device
+from train import BATCH
 
-from data import fingerprint, write_json, write_table
-from models import CHECKPOINT_FORMAT, Generator, choose_device
-from postprocess import BATCH, CHUNK, isolate_lesion, synthesize_set
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def plain_chain(lesion, removal=False, scale=1.0):

@@ -24,8 +24,11 @@ from pydicom.data import get_testdata_files
 from scipy import ndimage, stats
 
 import data
-from data import Finding, PrepareConfig, prepare
-from mammogram import NotUsable
+from data import PrepareConfig
+from support import files, mammogram, patchset, runs, sources
+from support.mammogram import NotUsable
+from support.patchset import prepare
+from support.sources import Finding
 
 ROOT = Path(data.__file__).parent
 COUNTS = {
@@ -69,7 +72,7 @@ def write_source(folder: Path, patients: int = 15) -> list[Finding]:
         Image.fromarray(breast(2 * number + 1, LESION)).save(other)
         row = Finding(str(normal), f"patient{number}", "R", "CC", "", "normal")
         findings.append(row)
-        split = data.SPLITS[number % 3] if pathology == "malignant" else "train"
+        split = sources.SPLITS[number % 3] if pathology == "malignant" else "train"
         row = Finding(
             str(other), row.patient_id, "L", "CC", finding, pathology, LESION, split=split
         )
@@ -95,7 +98,7 @@ def patches(source, tmp_path_factory) -> Path:
 
 
 def index(patches: Path, key: str) -> list[dict[str, str]]:
-    table = data.read_table(patches / "patches" / f"{key}.csv", data.INDEX_COLUMNS)
+    table = files.read_table(patches / "patches" / f"{key}.csv", patchset.INDEX_COLUMNS)
     return [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
 
 
@@ -109,7 +112,7 @@ def box(row: dict[str, str]) -> tuple[int, ...]:
 
 def images(patches: Path, findings: list[Finding]) -> dict[str, str]:
     """image_uid -> path."""
-    return {data.read_mammogram(p).image_uid: p for p in {row.image_path for row in findings}}
+    return {mammogram.read_mammogram(p).image_uid: p for p in {row.image_path for row in findings}}
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -131,42 +134,42 @@ def test_uint16_patches_come_back_exactly():
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     (tmp_path / "a").write_text("old")
-    with pytest.raises(KeyboardInterrupt), data.replace_file(tmp_path / "a", "w") as file:
+    with pytest.raises(KeyboardInterrupt), files.replace_file(tmp_path / "a", "w") as file:
         file.write("new")
         raise KeyboardInterrupt
     assert [p.name for p in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "old"
 
 
 def test_a_folder_belongs_to_one_command_its_options_and_one_process(tmp_path):
-    with data.claim_folder(tmp_path / "a", "x", {"n": 1}) as resumed:
+    with runs.claim_folder(tmp_path / "a", "x", {"n": 1}) as resumed:
         assert not resumed
         with pytest.raises(ValueError, match="another process"):
-            data.claim_folder(tmp_path / "a", "x", {"n": 1}).__enter__()
-    with data.claim_folder(tmp_path / "a", "x", {"n": 1}) as resumed:
+            runs.claim_folder(tmp_path / "a", "x", {"n": 1}).__enter__()
+    with runs.claim_folder(tmp_path / "a", "x", {"n": 1}) as resumed:
         assert resumed
     for command, config, text in (("y", {"n": 1}, "made by 'x'"), ("x", {"n": 2}, "n: 1 there, 2")):
         with pytest.raises(ValueError, match=text):
-            data.claim_folder(tmp_path / "a", command, config).__enter__()
+            runs.claim_folder(tmp_path / "a", command, config).__enter__()
     for written, options in ((False, {"n": 1}), (True, {"n": 2})):  # the first wrote nothing
         with (
             pytest.raises(ValueError, match="bad input"),
-            data.claim_folder(tmp_path / "c", "x", options) as resumed,
+            runs.claim_folder(tmp_path / "c", "x", options) as resumed,
         ):
             assert not resumed
             if written:
                 (tmp_path / "c" / "part").touch()
             raise ValueError("bad input")
     with pytest.raises(ValueError, match="n: 2 there, 3"):
-        data.claim_folder(tmp_path / "c", "x", {"n": 3}).__enter__()
+        runs.claim_folder(tmp_path / "c", "x", {"n": 3}).__enter__()
     (tmp_path / "a" / "config.json").write_text('{"command": "x", "config": {"n": 1}}')
     with pytest.raises(ValueError, match="'complete' is no truth value"):
-        data.claim_folder(tmp_path / "a", "x", {"n": 1}).__enter__()
+        runs.claim_folder(tmp_path / "a", "x", {"n": 1}).__enter__()
     with pytest.raises(ValueError, match="absent: no such folder; expected one that prepare made"):
-        data.patch_config(tmp_path / "absent")
+        patchset.patch_config(tmp_path / "absent")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "photo.jpg").touch()
     with pytest.raises(ValueError, match=r"holds 'photo.jpg'"):
-        data.claim_folder(tmp_path / "b", "x", {}).__enter__()
+        runs.claim_folder(tmp_path / "b", "x", {}).__enter__()
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -174,7 +177,7 @@ def test_progress_shows_rate_and_time_left(monkeypatch, terminal):
     shown = io.StringIO()
     shown.isatty = lambda: terminal
     monkeypatch.setattr(sys, "stderr", shown)
-    with data.progress(9, "patches", done=3, every=0) as advance:
+    with runs.progress(9, "patches", done=3, every=0) as advance:
         for _ in range(3):
             time.sleep(0.12)
             advance(2, "of test.dcm")
@@ -202,7 +205,7 @@ def test_manifest_rows_are_read_as_written(tmp_path):
         header="\ufeff" + HEADER + ",mask_path,spacing_row_mm,spacing_col_mm,split",
     )
     path.write_text(path.read_text().replace("\n\ufeff", "\n"))
-    first, second = data.read_manifest(path)
+    first, second = sources.read_manifest(path)
     assert first == Finding(
         str(tmp_path / "1.png"), "A 1", "L", "CC", "mass", "malignant", (1.5, 2, 30.25, 40),
         spacing_mm=(0.1, 0.2), split="train",
@@ -233,30 +236,30 @@ def test_manifest_rows_are_read_as_written(tmp_path):
 def test_manifest_problem_is_named(tmp_path, row, text):
     path = write_manifest(tmp_path, "1.png,A,L,CC,mass,malignant,1,1,8,8", row)
     with pytest.raises(ValueError, match=text):
-        data.read_manifest(path)
+        sources.read_manifest(path)
 
 
 def test_manifest_problems_are_listed_together(tmp_path):
     rows = [f"{n}.png,A,Q,CC,mass,benign,1,1,8,8" for n in range(30)]
     with pytest.raises(ValueError, match=r"30 problems: line 2: .*line 11: .*; and 20 more"):
-        data.read_manifest(write_manifest(tmp_path, *rows))
+        sources.read_manifest(write_manifest(tmp_path, *rows))
 
 
 @pytest.mark.parametrize("text", [HEADER.replace(",", ";"), HEADER.upper(), "sep=,"])
 def test_manifest_of_another_spreadsheet_says_what_is_expected(tmp_path, text):
     with pytest.raises(ValueError, match=r"'image_path' is missing.*parted by ','"):
-        data.read_manifest(write_manifest(tmp_path, header=text))
+        sources.read_manifest(write_manifest(tmp_path, header=text))
 
 
 def test_manifest_that_is_a_folder_points_to_the_formats(tmp_path):
     with pytest.raises(ValueError, match=r"found a folder; expected a manifest.*--format"):
-        data.read_manifest(tmp_path)
+        sources.read_manifest(tmp_path)
 
 
 def test_manifest_mask_without_a_box_is_no_lost_lesion(tmp_path):
     row = "1.png,A,L,CC,mass,malignant,,,,,2.png"
     with pytest.raises(ValueError, match="line 2: mask_path without row0"):
-        data.read_manifest(write_manifest(tmp_path, row, header=HEADER + ",mask_path"))
+        sources.read_manifest(write_manifest(tmp_path, row, header=HEADER + ",mask_path"))
 
 
 def test_a_name_that_is_no_text_is_refused_before_the_first_patch(source, tmp_path):
@@ -271,7 +274,7 @@ def test_a_name_that_is_no_text_is_refused_before_the_first_patch(source, tmp_pa
 def test_manifest_path_that_can_be_no_file_is_named(tmp_path):
     row = "x" * 300 + ".png,A,L,CC,,normal,,,,"
     with pytest.raises(ValueError, match=r"x\.png: no such file; correct the manifest"):
-        data.read_manifest(write_manifest(tmp_path, row))
+        sources.read_manifest(write_manifest(tmp_path, row))
 
 
 @pytest.mark.parametrize(
@@ -284,20 +287,20 @@ def test_manifest_path_that_can_be_no_file_is_named(tmp_path):
 def test_manifest_that_is_none_ends_in_one_message(tmp_path, content):
     (tmp_path / "m.csv").write_bytes(content)
     with pytest.raises(ValueError, match=r"m\.csv") as error:
-        data.read_manifest(tmp_path / "m.csv")
+        sources.read_manifest(tmp_path / "m.csv")
     assert len(str(error.value)) < 600
 
 
 def test_manifest_of_thousands_of_columns_is_read(tmp_path):
     extra = "," + ",".join(f"c{n}" for n in range(5000))
     row = "1.png,A,L,CC,mass,benign,1,1,9,9" + "," * 5000
-    assert len(data.read_manifest(write_manifest(tmp_path, row, header=HEADER + extra))) == 1
+    assert len(sources.read_manifest(write_manifest(tmp_path, row, header=HEADER + extra))) == 1
 
 
 def test_leak_patient_in_two_splits_is_refused(tmp_path):
     rows = ("1.png,A,L,CC,,normal,,,,,train", "2.png,A,L,MLO,,normal,,,,,test")
     with pytest.raises(ValueError, match="patient A in splits test, train"):
-        data.read_manifest(write_manifest(tmp_path, *rows, header=HEADER + ",split"))
+        sources.read_manifest(write_manifest(tmp_path, *rows, header=HEADER + ",split"))
 
 
 # --- Breast mask ---
@@ -432,7 +435,7 @@ def test_P2_Q20_splits_are_by_patient_60_20_20_and_stratified():
     splits = data.split_patients(findings + twice, seed=0)
     for pathology, count in (("normal", 100), ("benign", 20), ("malignant", 50)):
         of = [splits[f"{pathology}{n}"] for n in range(count)]
-        assert [of.count(s) for s in data.SPLITS] == [count * 3 // 5, count // 5, count // 5]
+        assert [of.count(s) for s in sources.SPLITS] == [count * 3 // 5, count // 5, count // 5]
     assert splits == data.split_patients(findings[::-1], seed=0)
     assert splits != data.split_patients(findings, seed=1)
 
@@ -469,22 +472,22 @@ def test_P4_P5_P9_paper_preset_has_the_papers_quantities():
 
 def test_patch_set_is_complete_and_names_every_image(patches, source):
     for key, count in COUNTS.items():
-        array = data.open_patches(patches, *key.split("/"))
+        array = patchset.open_patches(patches, *key.split("/"))
         assert array.shape == (count, 32, 32) and array.dtype == np.uint16
         assert len(index(patches, key)) == count
         assert len(np.unique(np.array(array).reshape(count, -1), axis=0)) == count
     assert not (patches / "work").exists()
-    used = data.read_table(patches / "manifest.csv", ("image_path",))["image_path"].tolist()
-    out = data.read_table(patches / "excluded.csv", ("image_path", "reason"))
+    used = files.read_table(patches / "manifest.csv", ("image_path",))["image_path"].tolist()
+    out = files.read_table(patches / "excluded.csv", ("image_path", "reason"))
     assert {*used, *out["image_path"].tolist()} == {row.image_path for row in source}
-    again = data.read_manifest(patches / "manifest.csv")  # the stored rows are a manifest
-    assert {row.split for row in again} == set(data.SPLITS)
+    again = sources.read_manifest(patches / "manifest.csv")  # the stored rows are a manifest
+    assert {row.split for row in again} == set(sources.SPLITS)
 
 
 def test_P6_P7_windows_hold_90_percent_tissue_at_their_own_size(patches, source):
     paths = images(patches, source)
     masks = {
-        uid: data.breast_mask(data.read_mammogram(path).display) for uid, path in paths.items()
+        uid: data.breast_mask(mammogram.read_mammogram(path).display) for uid, path in paths.items()
     }
     scales, flips, turns = [], [], []
     for key in COUNTS:
@@ -509,7 +512,7 @@ def test_P8_Q23_lesion_pixel_stays_inside_and_the_box_follows_the_patch(patches,
     """The lesion is the only white: where it is in the patch, the index's box must be."""
     seen = set()
     for key in COUNTS:
-        array = data.open_patches(patches, *key.split("/"))
+        array = patchset.open_patches(patches, *key.split("/"))
         for row, patch in zip(index(patches, key), array, strict=True):
             white = patch > 60_000
             if key.endswith("normal"):
@@ -531,8 +534,8 @@ def test_P8_offsets_are_uniform_within_half_a_patch(source):
     """At scale 1 inside ample tissue: all 32 x 32 positions around a one-pixel lesion."""
     lesion = dataclasses.replace(source[1], bbox=(170.2, 70.5, 170.9, 71), mask_path="")
     config = dataclasses.replace(SMALL, scale=(1.0, 1.0))
-    (image,) = data._images([dataclasses.replace(lesion, split="train")], config, str)
-    field, key = data._Field(image, config), "train/malignant_mass"
+    (image,) = data.source_images([dataclasses.replace(lesion, split="train")], config, str)
+    field, key = data.DecodedImage(image, config), "train/malignant_mass"
     seen = np.zeros((32, 32), int)
     for patch in range(20 * 32 * 32):
         row0, col0, row1, col1 = field.place(key, np.random.default_rng(patch))["window"]
@@ -551,10 +554,10 @@ def test_P3_Q24_lesions_without_box_or_class_give_no_patch(source, tmp_path):
     ]
     config = dataclasses.replace(SMALL, counts={**COUNTS})
     prepare(rows, tmp_path / "set", config)
-    assert set(data.read_json(tmp_path / "set" / "config.json")["counts"]) == {
-        f"{split}/normal" for split in data.SPLITS
+    assert set(files.read_json(tmp_path / "set" / "config.json")["counts"]) == {
+        f"{split}/normal" for split in sources.SPLITS
     }
-    excluded = data.read_table(tmp_path / "set" / "excluded.csv", ("image_path", "reason"))
+    excluded = files.read_table(tmp_path / "set" / "excluded.csv", ("image_path", "reason"))
     reasons = dict(zip(excluded["image_path"].tolist(), excluded["reason"].tolist(), strict=True))
     assert "a finding without a box" in reasons[rows[0].image_path]
     assert all("none of its findings is a class" in reasons[row.image_path] for row in rows[1:3])
@@ -569,10 +572,10 @@ def test_boxes_that_only_fit_flipped_are_reported_and_kept(tmp_path, capsys):
     row = Finding(str(tmp_path / "a.png"), "A", "L", "CC", "mass", "malignant", split="train")
     rows = [dataclasses.replace(row, bbox=box) for box in boxes]
     prepare(rows, tmp_path / "set", dataclasses.replace(SMALL, counts={"train/malignant_mass": 9}))
-    note = f"{data.FLIPPED}: 1."
+    note = f"{patchset.FLIPPED}: 1."
     assert note in capsys.readouterr().err
-    assert data.patch_config(tmp_path / "set")["notes"] == [note]  # so evaluate says it too
-    assert {r.bbox for r in data.read_manifest(tmp_path / "set/manifest.csv")} == set(boxes)
+    assert patchset.patch_config(tmp_path / "set")["notes"] == [note]  # so evaluate says it too
+    assert {r.bbox for r in sources.read_manifest(tmp_path / "set/manifest.csv")} == set(boxes)
 
 
 def test_normals_from_annotated_keep_away_from_every_box(source, tmp_path):
@@ -590,13 +593,13 @@ def test_normals_from_annotated_keep_away_from_every_box(source, tmp_path):
         assert max(apart) >= margin - 1e-9
     boxless = [dataclasses.replace(rows[0], bbox=None), *rows[1:]]
     prepare(boxless, tmp_path / "b", dataclasses.replace(config, normals_from_annotated=True))
-    used = data.read_table(tmp_path / "b" / "manifest.csv", ("image_path",))["image_path"]
+    used = files.read_table(tmp_path / "b" / "manifest.csv", ("image_path",))["image_path"]
     assert rows[0].image_path not in used.tolist()  # its lesion could be anywhere
 
 
 def test_images_are_drawn_uniformly(patches, source):
     uids = [row["image_uid"] for row in index(patches, "train/normal")]
-    splits = data.split_of(patches)
+    splits = patchset.split_of(patches)
     normal = [r for r in source if r.pathology == "normal" and splits[r.patient_id] == "train"]
     counts = [uids.count(uid) for uid in images(patches, normal)]
     assert sum(counts) == 60 and stats.chisquare(counts).pvalue > 1e-3
@@ -618,7 +621,7 @@ def test_Q19_spacing_resamples_anisotropic_pixels(tmp_path):
     prepare([finding], tmp_path / "set", config)
     for row, patch in zip(
         index(tmp_path / "set", "test/malignant_mass"),
-        data.open_patches(tmp_path / "set", "test", "malignant_mass"),
+        patchset.open_patches(tmp_path / "set", "test", "malignant_mass"),
         strict=True,
     ):
         row0, col0, row1, col1 = window(row)
@@ -632,7 +635,7 @@ def test_Q19_spacing_resamples_anisotropic_pixels(tmp_path):
         prepare([finding], tmp_path / "b", config)
     assert "no pixel spacing" in (tmp_path / "b" / "excluded.csv").read_text()
     with pytest.raises(ValueError, match="not finished"):
-        data.patch_config(tmp_path / "b")
+        patchset.patch_config(tmp_path / "b")
 
 
 def test_native_dicom_patches_agree_with_an_independent_reading(tmp_path):
@@ -654,7 +657,7 @@ def test_native_dicom_patches_agree_with_an_independent_reading(tmp_path):
     for split in ("train", "test"):
         for row, patch in zip(
             index(tmp_path / "set", f"{split}/normal"),
-            data.open_patches(tmp_path / "set", split, "normal"),
+            patchset.open_patches(tmp_path / "set", split, "normal"),
             strict=True,
         ):
             row0, col0, row1, col1 = window(row)
@@ -687,7 +690,7 @@ from pathlib import Path
 import data
 findings, config = pickle.loads(Path(sys.argv[1]).read_bytes())
 print("ready", flush=True)
-data.prepare(findings, Path(sys.argv[2]), config, workers=2)
+patchset.prepare(findings, Path(sys.argv[2]), config, workers=2)
 """
 
 
@@ -729,7 +732,9 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(patches, job):
 
 def test_damaged_work_is_noticed_and_done_again(patches, source, tmp_path, monkeypatch):
     out = tmp_path / "set"
-    monkeypatch.setattr(data._Run, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        patchset.PatchWriter, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         prepare(source, out, SMALL)
     monkeypatch.undo()
@@ -740,7 +745,7 @@ def test_damaged_work_is_noticed_and_done_again(patches, source, tmp_path, monke
     (out / "work/visits.jsonl").write_bytes(lines[:-40])
     os.truncate(out / "patches/test/normal.npy", 300)
     with pytest.raises(ValueError, match="not finished"):
-        data.open_patches(out, "train", "normal")
+        patchset.open_patches(out, "train", "normal")
     prepare(source, out, SMALL)
     assert digest(out) == digest(patches)
 
@@ -766,7 +771,7 @@ def test_interruption_ends_every_process_soon(job, number):
     while any(Path(f"/proc/{child}").exists() for child in children):
         assert time.monotonic() - began < 4  # two seconds when nothing else runs
         time.sleep(0.02)
-    with data.claim_folder(job[1], "prepare", data.read_json(job[1] / "config.json")["config"]):
+    with runs.claim_folder(job[1], "prepare", files.read_json(job[1] / "config.json")["config"]):
         pass  # the folder is free again
 
 
@@ -802,7 +807,7 @@ def test_a_class_that_is_not_there_is_skipped_or_an_error_when_asked_for(source,
     said = capsys.readouterr().err
     assert "test/benign_mass: the source holds none; 7 patches wanted: skipped" in said
     assert "patients: train 9, val 3, test 3\n" in said
-    facts = data.read_json(tmp_path / "a" / "config.json")
+    facts = files.read_json(tmp_path / "a" / "config.json")
     assert facts["skipped"] == {"test/benign_mass": "the source holds none"}
     with pytest.raises(ValueError, match="--count test/benign_mass: the source holds none"):
         prepare(source, tmp_path / "b", config.with_counts(["test/benign_mass=7"]))
@@ -834,7 +839,7 @@ def test_a_class_without_any_place_is_skipped_and_the_others_are_made(source, tm
     corner = (0, 250, 30, 280)  # air
     rows = [dataclasses.replace(r, bbox=corner, mask_path="") if r.bbox else r for r in source]
     prepare(rows, tmp_path / "set", SMALL, workers=2)
-    facts = data.read_json(tmp_path / "set" / "config.json")
+    facts = files.read_json(tmp_path / "set" / "config.json")
     assert set(facts["counts"]) == {"train/normal", "val/normal", "test/normal"}
     assert facts["skipped"]["train/malignant_mass"] == "no image has a place for it"
     assert not (tmp_path / "set/patches/train/malignant_mass.npy").exists()
@@ -853,10 +858,10 @@ def test_unusable_images_are_excluded_and_their_patches_drawn_elsewhere(source, 
         *source,
     ]
     prepare(rows, tmp_path / "set", SMALL, workers=2)
-    excluded = data.read_table(tmp_path / "set" / "excluded.csv", ("image_path", "reason"))
+    excluded = files.read_table(tmp_path / "set" / "excluded.csv", ("image_path", "reason"))
     reasons = dict(zip(excluded["image_path"].tolist(), excluded["reason"].tolist(), strict=True))
     assert "PNG" in reasons[str(bad)] and "no breast" in reasons[str(tmp_path / "black.png")]
-    assert len(data.open_patches(tmp_path / "set", "train", "normal")) == 60
+    assert len(patchset.open_patches(tmp_path / "set", "train", "normal")) == 60
 
 
 def test_leak_same_image_of_two_patients_is_refused_of_one_reported(source, tmp_path, capsys):
@@ -865,7 +870,7 @@ def test_leak_same_image_of_two_patients_is_refused_of_one_reported(source, tmp_
     same = dataclasses.replace(source[0], image_path=str(copy))
     prepare([*source, same], tmp_path / "a", SMALL, workers=2)
     assert "the same image under 2 names" in capsys.readouterr().err
-    assert data.read_json(tmp_path / "a" / "config.json")["duplicates"] == [
+    assert files.read_json(tmp_path / "a" / "config.json")["duplicates"] == [
         sorted([source[0].image_path, str(copy)])
     ]
     other = dataclasses.replace(same, patient_id="somebody else")
@@ -889,10 +894,10 @@ def test_leak_normal_patches_of_a_copy_with_a_lesion_are_refused(source, tmp_pat
 
 def test_pseudonymise_leaves_no_identity_in_any_file(source, tmp_path, monkeypatch):
     config = dataclasses.replace(SMALL, pseudonymise=True)
-    monkeypatch.delenv(data.PSEUDONYM_KEY, raising=False)
+    monkeypatch.delenv(patchset.PSEUDONYM_KEY, raising=False)
     with pytest.raises(ValueError, match="has 0 characters"):
         prepare(source, tmp_path / "set", config)
-    monkeypatch.setenv(data.PSEUDONYM_KEY, "0123456789abcdef")
+    monkeypatch.setenv(patchset.PSEUDONYM_KEY, "0123456789abcdef")
     bad = tmp_path / "Jane Doe.png"
     bad.write_bytes(b"no image")
     rows = [*source, Finding(str(bad), "Jane Doe", "L", "CC", "", "normal")]
@@ -901,9 +906,9 @@ def test_pseudonymise_leaves_no_identity_in_any_file(source, tmp_path, monkeypat
         content = path.read_bytes() if path.is_file() else b""
         for secret in (b"patient1", b"Jane Doe", b"'R'.png", bytes(tmp_path), b"0123456789abcdef"):
             assert secret not in content, path
-    splits = data.split_of(tmp_path / "set")
+    splits = patchset.split_of(tmp_path / "set")
     assert len(splits) == 16 and all(len(patient) == 16 for patient in splits)
-    monkeypatch.setenv(data.PSEUDONYM_KEY, "another key, same length")
+    monkeypatch.setenv(patchset.PSEUDONYM_KEY, "another key, same length")
     with pytest.raises(ValueError, match="made with other options"):
         prepare(rows, tmp_path / "set", config)
 
@@ -915,12 +920,12 @@ def test_every_pydicom_test_file_ends_as_patches_or_as_one_row(tmp_path, source)
         Finding(path, f"p{n}", "L", "CC", "", "normal", split="train")
         for n, path in enumerate(paths)
     ]
-    findings = list({data.sha256(Path(row.image_path)): row for row in findings}.values())
+    findings = list({files.sha256(Path(row.image_path)): row for row in findings}.values())
     config = PrepareConfig(patch_size=32, counts={"train/normal": 400})
     own = [dataclasses.replace(row, split="train") for row in source[::2]]
     prepare(findings + own, tmp_path / "set", config, workers=2)
-    out = data.read_table(tmp_path / "set" / "excluded.csv", ("image_path", "reason"))
-    used = data.read_table(tmp_path / "set" / "manifest.csv", ("image_path",))[
+    out = files.read_table(tmp_path / "set" / "excluded.csv", ("image_path", "reason"))
+    used = files.read_table(tmp_path / "set" / "manifest.csv", ("image_path",))[
         "image_path"
     ].tolist()
     names = [*out["image_path"].tolist(), *used]
@@ -945,14 +950,14 @@ def test_fingerprint_names_content_not_place(patches, source, tmp_path):
     import shutil
 
     shutil.copytree(patches, tmp_path / "copy")
-    assert data.fingerprint(tmp_path / "copy") == data.fingerprint(patches)
+    assert patchset.fingerprint(tmp_path / "copy") == patchset.fingerprint(patches)
     with open(tmp_path / "copy/patches/train/normal.csv", "a") as file:
         file.write("\n")
-    assert data.fingerprint(tmp_path / "copy") != data.fingerprint(patches)
+    assert patchset.fingerprint(tmp_path / "copy") != patchset.fingerprint(patches)
     config = dataclasses.replace(SMALL, seed=1)
     prepare(source, tmp_path / "other", config, workers=2)
-    assert data.fingerprint(tmp_path / "other") != data.fingerprint(patches)
-    assert data.patch_config(patches)["fingerprint"] == data.fingerprint(patches)
+    assert patchset.fingerprint(tmp_path / "other") != patchset.fingerprint(patches)
+    assert patchset.patch_config(patches)["fingerprint"] == patchset.fingerprint(patches)
 
 
 @pytest.mark.parametrize(
@@ -981,7 +986,7 @@ def test_damaged_patch_set_is_one_message(patches, tmp_path, damage, text):
     shutil.copytree(patches, tmp_path / "copy")
     damage(tmp_path / "copy")
     with pytest.raises(ValueError, match=text):
-        data.open_patches(tmp_path / "copy", "train", "normal")
+        patchset.open_patches(tmp_path / "copy", "train", "normal")
 
 
 def open_bracket(array: Path) -> None:
@@ -990,37 +995,37 @@ def open_bracket(array: Path) -> None:
 
 
 def edit(folder: Path, **facts: object) -> None:
-    data.write_json(folder / "config.json", data.read_json(folder / "config.json") | facts)
+    files.write_json(folder / "config.json", files.read_json(folder / "config.json") | facts)
 
 
 def test_a_class_that_is_missing_is_named(patches):
     with pytest.raises(ValueError, match=r"holds no val/benign_mass; found .*val/normal"):
-        data.open_patches(patches, "val", "benign_mass")
+        patchset.open_patches(patches, "val", "benign_mass")
 
 
 def write_synthetic(folder: Path, patches: Path, **changes: object) -> Path:
     """Two samples made from the first training patient's patches, as `synthesize` writes them."""
-    train = sorted(p for p, split in data.split_of(patches).items() if split == "train")
+    train = sorted(p for p, split in patchset.split_of(patches).items() if split == "train")
     own = next(row for row in index(patches, "train/normal") if row["patient_id"] == train[0])
-    facts = {"patient": train[0], "n": 2, "data": data.fingerprint(patches), "size": 32}
+    facts = {"patient": train[0], "n": 2, "data": patchset.fingerprint(patches), "size": 32}
     facts |= {"image": own["image_uid"]} | changes
     config = {"task": "mass", "control": "", "n": facts["n"], "patch_size": facts["size"]}
     config |= {"generator": "abc", "data": facts["data"]}
     shape = (2, facts["size"], facts["size"])
-    with data.claim_folder(folder, "synthesize", config):
+    with runs.claim_folder(folder, "synthesize", config):
         for name, kind in (("input", "u2"), ("combined", "u2"), ("lesion", "i4"), ("mask", "?")):
             np.save(folder / f"{name}.npy", np.zeros(shape, kind))
         rows = [(n, n, facts["image"], facts["patient"], 1, 5, 1, 1, 4, 4) for n in range(2)]
-        data.write_table(folder / "index.csv", data.SYNTHETIC_COLUMNS, rows)
-        data.finish_folder(folder, short=False)
+        files.write_table(folder / "index.csv", patchset.SYNTHETIC_COLUMNS, rows)
+        runs.finish_folder(folder, short=False)
     return folder
 
 
 def test_S1_S9_synthetic_set_is_read_and_belongs_to_its_patch_set(patches, tmp_path):
-    syn = data.open_synthetic(write_synthetic(tmp_path / "a", patches))
+    syn = patchset.open_synthetic(write_synthetic(tmp_path / "a", patches))
     assert (syn.task, syn.control, syn.label, syn.requested, syn.short) == ("mass", "", 1, 2, False)
     assert syn.lesion.dtype == np.int32 and syn.mask.dtype == bool and len(syn.combined) == 2
-    data.check_synthetic(syn, patches)
+    patchset.check_synthetic(syn, patches)
 
 
 @pytest.mark.parametrize(
@@ -1033,16 +1038,16 @@ def test_S1_S9_synthetic_set_is_read_and_belongs_to_its_patch_set(patches, tmp_p
     ],
 )
 def test_leak_synthetic_set_of_other_origin_is_refused(patches, tmp_path, changes, text):
-    syn = data.open_synthetic(write_synthetic(tmp_path / "a", patches, **changes))
+    syn = patchset.open_synthetic(write_synthetic(tmp_path / "a", patches, **changes))
     with pytest.raises(ValueError, match=text):
-        data.check_synthetic(syn, patches)
+        patchset.check_synthetic(syn, patches)
 
 
 def test_leak_synthetic_sample_of_a_test_patient_is_refused(patches, tmp_path):
-    patient = next(p for p, split in data.split_of(patches).items() if split == "test")
-    syn = data.open_synthetic(write_synthetic(tmp_path / "a", patches, patient=patient))
+    patient = next(p for p, split in patchset.split_of(patches).items() if split == "test")
+    syn = patchset.open_synthetic(write_synthetic(tmp_path / "a", patches, patient=patient))
     with pytest.raises(ValueError, match=rf"{patient} \(test\)"):
-        data.check_synthetic(syn, patches)
+        patchset.check_synthetic(syn, patches)
 
 
 @pytest.mark.parametrize(
@@ -1057,9 +1062,9 @@ def test_leak_synthetic_sample_of_a_test_patient_is_refused(patches, tmp_path):
 def test_damaged_synthetic_set_is_one_message(patches, tmp_path, damage, text):
     damage(write_synthetic(tmp_path / "a", patches))
     with pytest.raises(ValueError, match=text):
-        data.open_synthetic(tmp_path / "a")
+        patchset.open_synthetic(tmp_path / "a")
 
 
 def test_config_holds_no_time_host_or_output_path(patches):
-    text = json.dumps(data.read_json(patches / "config.json"))
+    text = json.dumps(files.read_json(patches / "config.json"))
     assert str(patches) not in text and os.uname().nodename not in text

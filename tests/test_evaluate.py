@@ -16,7 +16,8 @@ from scipy import ndimage, stats
 
 import data
 import evaluate
-import models
+import train
+from support import controls, figures, files, patchset, report, runs, sources
 
 Y = [1] * 5 + [0] * 6
 S1 = [0.9, 0.8, 0.7, 0.55, 0.3, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
@@ -439,7 +440,7 @@ SIDE = 32
 def write_data(folder: Path, counts: dict[str, int], patients: int = 12) -> Path:
     """A patch set: soft tissue, with a bright lump in every lesion patch."""
     rng, index = np.random.default_rng(0), {}
-    names = {s: [f"{s}-{i:02d}" for i in range(patients)] for s in data.SPLITS}
+    names = {s: [f"{s}-{i:02d}" for i in range(patients)] for s in sources.SPLITS}
     for key, n in counts.items():
         split, kind = key.split("/")
         (folder / "patches" / split).mkdir(parents=True, exist_ok=True)
@@ -451,12 +452,12 @@ def write_data(folder: Path, counts: dict[str, int], patients: int = 12) -> Path
         who = rng.integers(patients, size=n)
         index[key] = [(i, f"{split}{w}-{i % 2}", names[split][w]) for i, w in enumerate(who)]
         columns = ("patch", "image_uid", "patient_id")
-        data.write_table(folder / "patches" / f"{key}.csv", columns, index[key])
+        files.write_table(folder / "patches" / f"{key}.csv", columns, index[key])
     rows = [(name, split) for split, members in names.items() for name in members]
-    data.write_table(folder / "splits.csv", ("patient_id", "split"), rows)
+    files.write_table(folder / "splits.csv", ("patient_id", "split"), rows)
     config = {"patch_size": SIDE, "spacing_mm": 0.33, "seed": 0}
     facts = {"command": "prepare", "config": config, "counts": counts, "complete": True}
-    data.write_json(folder / "config.json", facts)
+    files.write_json(folder / "config.json", facts)
     return folder
 
 
@@ -466,7 +467,7 @@ def write_set(folder: Path, patches: Path, task: str, control: str = "", n: int 
     kind = "malignant_mass" if task == "removal" else "normal"
     source = np.load(patches / "patches" / "train" / f"{kind}.npy")[:n].astype(np.int32)
     columns = ("image_uid", "patient_id")
-    who = data.read_table(patches / "patches" / "train" / f"{kind}.csv", columns)
+    who = files.read_table(patches / "patches" / "train" / f"{kind}.csv", columns)
     lump = np.exp(-(((np.indices((SIDE, SIDE)) - 15) / 5) ** 2).sum(axis=0)) * 9000
     combined = np.clip(source + (-1 if task == "removal" else 1) * lump, 0, 65535)
     arrays = {"input": source.astype(np.uint16), "combined": combined.astype(np.uint16)}
@@ -476,13 +477,13 @@ def write_set(folder: Path, patches: Path, task: str, control: str = "", n: int 
         np.save(folder / f"{name}.npy", array)
     origin = zip(*(who[c][:n] for c in columns), strict=True)
     rows = [(i, i, *both, i, 80, 9, 9, 20, 20) for i, both in enumerate(origin)]
-    data.write_table(folder / "index.csv", data.SYNTHETIC_COLUMNS, rows)
+    files.write_table(folder / "index.csv", patchset.SYNTHETIC_COLUMNS, rows)
     config = {"task": task, "control": control, "patch_size": SIDE, "n": n, "generator": "g" * 64}
-    config |= {"data": data.fingerprint(patches), "seed": 0}
+    config |= {"data": patchset.fingerprint(patches), "seed": 0}
     facts = {"command": "synthesize", "config": config, "complete": True, "short": False}
     facts |= {"attempts": 3 * n, "acceptance": 1 / 3, "area_median": 0.12, "strength": 0.2}
     facts |= {"warnings": [], "gan": {"task": task, "seed": 7, "g_lr": 0.00012}}
-    data.write_json(folder / "config.json", facts)
+    files.write_json(folder / "config.json", facts)
     for name, value in (("figure1", 60), ("gan", 200)):
         Image.new("L", (8, 8), value).save(folder / f"{name}.png")
     return folder
@@ -492,7 +493,7 @@ def write_run(folder: Path, patches: Path, proportion: float, sets=(), seed: int
     """A classifier run with random, but scaled, weights."""
     folder.mkdir(parents=True)
     torch.manual_seed(1000 * seed + int(100 * proportion) + len(sets))
-    model = models.classifier(width=16, blocks=(1, 1, 1, 1), weights="none")
+    model = train.classifier(width=16, blocks=(1, 1, 1, 1), weights="none")
     x = torch.from_numpy(data.to_float(np.load(patches / "patches/train/malignant_mass.npy")[:20]))
     z = torch.from_numpy(data.to_float(np.load(patches / "patches/train/normal.npy")[:20]))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -504,15 +505,15 @@ def write_run(folder: Path, patches: Path, proportion: float, sets=(), seed: int
         optimizer.step()
     model.fc.bias.data += torch.tensor([0.0, float(len(sets))])  # so that some patches rise
     config = {"width": 16, "blocks": [1, 1, 1, 1], "decay": 0.9, "proportion": proportion}
-    config |= {"seed": seed, "data": data.fingerprint(patches)}
+    config |= {"seed": seed, "data": patchset.fingerprint(patches)}
     config["synthetic"] = [
         {"fingerprint": s.fingerprint, "task": s.task, "control": s.control}
-        for s in map(data.open_synthetic, sets)
+        for s in map(patchset.open_synthetic, sets)
     ]
     facts = {"command": "train-cls", "config": config, "complete": True}
-    data.write_json(folder / "config.json", facts)
+    files.write_json(folder / "config.json", facts)
     torch.save(
-        {"format": models.CHECKPOINT_FORMAT, "best": model.state_dict()}, folder / "checkpoint.pt"
+        {"format": runs.CHECKPOINT_FORMAT, "best": model.state_dict()}, folder / "checkpoint.pt"
     )
     return folder
 
@@ -555,10 +556,10 @@ def evaluated(tmp_path_factory):
     root = tmp_path_factory.mktemp("evaluate")
     world = fake_world(root)
     with pytest.MonkeyPatch.context() as patch:
-        quick = functools.partial(evaluate.network_detector, steps=3)
+        quick = functools.partial(controls.network_detector, steps=3)
         patch.setattr(evaluate, "network_detector", quick)
-        rows = evaluate.evaluate(**world, out=root / "out")
-        again = evaluate.evaluate(**world, out=root / "again")
+        rows = report.evaluate(**world, out=root / "out")
+        again = report.evaluate(**world, out=root / "again")
         assert rows == again
     return world, root / "out", rows
 
@@ -585,16 +586,16 @@ def test_table_is_what_the_models_score(evaluated):
     """The row of a regime from its checkpoints, by the public functions alone."""
     world, _, rows = evaluated
     kinds = ("normal", "malignant_mass", "malignant_calcification")
-    patches = np.concatenate([data.open_patches(world["patch_set"], "test", k) for k in kinds])
+    patches = np.concatenate([patchset.open_patches(world["patch_set"], "test", k) for k in kinds])
     folder = world["patch_set"] / "patches" / "test"
-    who = [data.read_table(folder / f"{k}.csv", ("patient_id",))["patient_id"] for k in kinds]
+    who = [files.read_table(folder / f"{k}.csv", ("patient_id",))["patient_id"] for k in kinds]
     y = np.arange(len(patches)) >= len(who[0])
     scores = {}
     for name in ("baseline", "aug-50"):
         runs = [world["baseline"].parent / name / f"seed-{k}" for k in range(2)]
-        loaded = [models.load_classifier(run, torch.device("cpu"))[0] for run in runs]
+        loaded = [train.load_classifier(run, torch.device("cpu"))[0] for run in runs]
         cpu = torch.device("cpu")
-        scores[name] = np.array([models.classifier_scores(m, patches, cpu) for m in loaded])
+        scores[name] = np.array([train.classifier_scores(m, patches, cpu) for m in loaded])
     aucs = [evaluate.auc_ci(y, s)[0] for s in scores["aug-50"]]
     assert rows[1]["auc"] == pytest.approx(np.mean(aucs))
     found = evaluate.compare(y, scores["aug-50"], scores["baseline"], np.concatenate(who))
@@ -632,7 +633,7 @@ def test_report_is_one_file_without_script(evaluated):
 
 def test_metrics_hold_what_the_report_says(evaluated):
     _, out, _ = evaluated
-    metrics = data.read_json(out / "metrics.json")
+    metrics = files.read_json(out / "metrics.json")
     assert set(metrics["conditions"]) == set(evaluate.CONDITIONS)
     for control in metrics["controls"]:
         assert 0 <= control["linear"][1] <= control["linear"][0] <= control["linear"][2] <= 1
@@ -668,14 +669,14 @@ class Page(HTMLParser):
 
 def test_names_from_files_are_escaped(evaluated, tmp_path):
     """Folder names, reasons and options are text to the report, whatever they hold."""
-    metrics = data.read_json(evaluated[1] / "metrics.json")
+    metrics = files.read_json(evaluated[1] / "metrics.json")
     evil = "<img src=x onerror=alert(1)>\"'&"
     metrics["data"]["name"] = metrics["controls"][0]["set"] = metrics["runs"][0]["run"] = evil
     metrics["controls"][0]["warnings"] = [evil]
     metrics["skipped"] = [[evil, evil]]
     metrics["runs"][0]["config"] = {"preset": evil, "synthetic": []}
     page = Page()
-    page.feed(evaluate.report(metrics, evaluated[1]))
+    page.feed(report.report(metrics, evaluated[1]))
     assert not page.handlers and not page.open and "script" not in page.tags
 
 
@@ -703,9 +704,9 @@ def test_E4_holm_corrects_the_rows(evaluated, tmp_path):
 def test_a_set_whose_facts_are_damaged_is_named(evaluated, tmp_path, change):
     world, _, _ = evaluated
     folder = shutil.copytree(world["synthetic"][0], tmp_path / "set")
-    data.write_json(folder / "config.json", data.read_json(folder / "config.json") | change)
+    files.write_json(folder / "config.json", files.read_json(folder / "config.json") | change)
     with pytest.raises(ValueError, match=r"set/config.json: damaged"):
-        evaluate.evaluate(**world | {"synthetic": [folder]}, out=tmp_path / "out")
+        report.evaluate(**world | {"synthetic": [folder]}, out=tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -721,11 +722,11 @@ def test_runs_that_do_not_fit_are_refused(evaluated, tmp_path, change, message):
     world, _, _ = evaluated
     run = tmp_path / "run"
     shutil.copytree(world["augmented"][0], run)
-    facts = data.read_json(run / "seed-1" / "config.json")
+    facts = files.read_json(run / "seed-1" / "config.json")
     config = facts["config"] | change.pop("config", {})
-    data.write_json(run / "seed-1" / "config.json", facts | change | {"config": config})
+    files.write_json(run / "seed-1" / "config.json", facts | change | {"config": config})
     with pytest.raises(ValueError, match=message):
-        evaluate.evaluate(**world | {"augmented": [run]}, out=tmp_path / "out")
+        report.evaluate(**world | {"augmented": [run]}, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -736,7 +737,7 @@ def test_C5_a_constant_share_is_not_called_decaying(evaluated, tmp_path):
         facts = json.loads(path.read_text())
         facts["config"]["decay"] = 1.0
         path.write_text(json.dumps(facts))
-    fingerprint = data.patch_config(world["patch_set"])["fingerprint"]
+    fingerprint = patchset.patch_config(world["patch_set"])["fingerprint"]
     assert evaluate.open_regime(run, fingerprint).name == "50% w/o decay"
 
 
@@ -747,7 +748,7 @@ def test_a_run_that_diverged_is_named(evaluated, tmp_path):
     state["best"]["fc.bias"][0] = math.nan
     torch.save(state, run / "seed-1" / "checkpoint.pt")
     with pytest.raises(ValueError, match="seed-1: scores are not numbers"):
-        evaluate.evaluate(**world | {"baseline": run, "augmented": []}, out=tmp_path / "out")
+        report.evaluate(**world | {"baseline": run, "augmented": []}, out=tmp_path / "out")
 
 
 def test_arguments_that_do_not_fit_are_refused(evaluated, tmp_path):
@@ -759,18 +760,18 @@ def test_arguments_that_do_not_fit_are_refused(evaluated, tmp_path):
         ({"out": out, "seed": 1}, "other options"),
     ):
         with pytest.raises(ValueError, match=message):
-            evaluate.evaluate(**{**world, "out": tmp_path / "out", **change})
+            report.evaluate(**{**world, "out": tmp_path / "out", **change})
 
 
 def test_baseline_alone_and_one_lesion_type(tmp_path):
     """The least there can be: one model, masses only, no set, no benign patches."""
     kinds = ("normal", "malignant_mass")
-    counts = {f"{split}/{kind}": 30 for split in data.SPLITS for kind in kinds}
+    counts = {f"{split}/{kind}": 30 for split in sources.SPLITS for kind in kinds}
     patches = write_data(tmp_path / "data", counts)
     run = write_run(tmp_path / "run", patches, 0.5)
-    (row,) = evaluate.evaluate(patches, run, [], [], tmp_path / "out")
+    (row,) = report.evaluate(patches, run, [], [], tmp_path / "out")
     assert row["regime"] == "Baseline" and row["seeds"] == 1
-    conditions = data.read_json(tmp_path / "out" / "metrics.json")["conditions"]
+    conditions = files.read_json(tmp_path / "out" / "metrics.json")["conditions"]
     assert "Masses against normal" not in conditions  # the whole test set again
     assert not conditions["Calcifications against normal"]
     html = (tmp_path / "out" / "report.html").read_text()
@@ -788,7 +789,7 @@ def test_kid_is_the_textbook_estimate_when_every_patch_has_its_own_patient():
     k = lambda a, b: (a @ b.T / 5 + 1) ** 3  # noqa: E731
     within = [(k(a, a).sum() - np.trace(k(a, a))) / (len(a) * (len(a) - 1)) for a in (x, y)]
     expected = sum(within) - 2 * k(x, y).mean()
-    value, low, high = evaluate.kid(x, y, np.arange(20), 100 + np.arange(15))
+    value, low, high = controls.kid(x, y, np.arange(20), 100 + np.arange(15))
     assert value == pytest.approx(expected) and low < value < high
 
 
@@ -798,35 +799,35 @@ def test_kid_is_unbiased_for_equal_distributions_even_with_patients():
     who = np.repeat(np.arange(12), 4)
     for _ in range(400):
         x, y = (rng.normal(size=(12, 6))[who] + rng.normal(size=(48, 6)) for _ in range(2))
-        values.append(evaluate.kid(x, y, who, who + 12))
+        values.append(controls.kid(x, y, who, who + 12))
     means = np.array(values)[:, 0]
     assert abs(means.mean()) < 3 * means.std() / 20
     covered = np.mean([low <= 0 <= high for _, low, high in values])
     assert 0.9 <= covered <= 1  # the jackknife is cautious where the distributions are equal
-    singles = [evaluate.kid(x, y, np.arange(48), np.arange(48, 96))[0]]
+    singles = [controls.kid(x, y, np.arange(48), np.arange(48, 96))[0]]
     assert singles[0] > 3 * means.std() / 20
 
 
 def test_kid_finds_a_shift():
     rng, who = np.random.default_rng(2), np.arange(60) // 3
     x, y = rng.normal(size=(60, 6)), rng.normal(0.5, 1, size=(60, 6))
-    assert evaluate.kid(x, y, who, who + 20)[1] > 0
+    assert controls.kid(x, y, who, who + 20)[1] > 0
 
 
 def test_detectors_tell_apart_what_differs_and_only_that():
     rng, who = np.random.default_rng(3), np.arange(120) // 4
     same, other = rng.normal(size=(120, 8)), rng.normal(size=(120, 8))
-    args = who, who + 30, evaluate.linear_detector
-    _, low, high = evaluate.detectability(same, other, *args)
+    args = who, who + 30, controls.linear_detector
+    _, low, high = controls.detectability(same, other, *args)
     assert low < 0.5 < high
-    assert evaluate.detectability(same, other + 2, *args)[1] > 0.9
+    assert controls.detectability(same, other + 2, *args)[1] > 0.9
     noise = data.to_uint16(0.3 * rng.normal(size=(2, 120, 32, 32)))
-    network = evaluate.network_detector(torch.device("cpu"), seed=0, steps=60)
+    network = controls.network_detector(torch.device("cpu"), seed=0, steps=60)
     args = who, who + 30, network, 2
-    _, low, high = evaluate.detectability(*noise, *args)
+    _, low, high = controls.detectability(*noise, *args)
     assert low < 0.5 < high
     smooth = data.to_uint16(ndimage.gaussian_filter(data.to_float(noise[1]), (0, 1, 1)))
-    assert evaluate.detectability(noise[0], smooth, *args)[1] > 0.9
+    assert controls.detectability(noise[0], smooth, *args)[1] > 0.9
 
 
 def test_a_detector_never_sees_the_patient_it_is_asked_about():
@@ -838,17 +839,17 @@ def test_a_detector_never_sees_the_patient_it_is_asked_about():
         seen.append(set(x[:, 0]) & set(held_out[:, 0]))
         return rng.normal(size=len(held_out))
 
-    evaluate.detectability(who[:, None], who[:, None], who, who, fit_predict)
+    controls.detectability(who[:, None], who[:, None], who, who, fit_predict)
     assert len(seen) == 5 and not any(seen)
 
 
 def test_copies_are_nearest_to_their_originals():
     rng = np.random.default_rng(5)
     training, held_out = rng.normal(size=(50, 8)), rng.normal(size=(200, 8))
-    at, distance, found = evaluate.nearest_training(training[[7, 3]] + 1e-3, training, held_out)
+    at, distance, found = controls.nearest_training(training[[7, 3]] + 1e-3, training, held_out)
     assert at.tolist() == [7, 3] and distance.max() < 0.01
     assert found["closer"] == 1.0
-    fresh = evaluate.nearest_training(rng.normal(size=(200, 8)), training, held_out)[2]
+    fresh = controls.nearest_training(rng.normal(size=(200, 8)), training, held_out)[2]
     assert fresh["closer"] < 0.05
 
 
@@ -857,10 +858,10 @@ def test_same_image_auc_by_hand():
     scores = np.array([0.9, 0.4, 0.5, 0.4, 0.2, 0.3, 0.99, 0.0])
     images = np.array(["a", "a", "a", "a", "b", "b", "c", "d"])
     # a: 0.9 beats both; 0.4 loses to 0.5, ties 0.4. b: loses. c and d hold one class only.
-    auc, low, high, number = evaluate.same_image_auc(y, scores, images, images)
+    auc, low, high, number = controls.same_image_auc(y, scores, images, images)
     assert (auc, number) == (pytest.approx(2.5 / 5), 2)
     assert low <= auc <= high
-    assert evaluate.same_image_auc(y[4:], scores[4:], images[4:], images[4:]) is None
+    assert controls.same_image_auc(y[4:], scores[4:], images[4:], images[4:]) is None
 
 
 def test_F5_rescued_patches_cross_one_half_largest_rise_first():
@@ -880,13 +881,13 @@ def test_roc_band_is_the_curve_whose_area_is_the_auc():
     rng = np.random.default_rng(9)
     clusters, y = patients(rng, number=120)
     a = correlated_scores(rng, y, clusters, 0.5)[:1]
-    mean, low, high = evaluate.roc_band(y, a, clusters, seed=0)
-    assert np.trapezoid(mean, evaluate.GRID) == pytest.approx(evaluate.auc_ci(y, a[0])[0], abs=0.01)
+    mean, low, high = figures.roc_band(y, a, clusters, seed=0)
+    assert np.trapezoid(mean, figures.GRID) == pytest.approx(evaluate.auc_ci(y, a[0])[0], abs=0.01)
     assert (low <= mean + 1e-9).all() and (mean <= high + 1e-9).all()
     for area, end in zip(
         evaluate.clustered_ci(y, a[0], clusters)[1:], (low, high), strict=True
     ):  # pointwise bands are wider than the band of the area
-        assert np.trapezoid(end, evaluate.GRID) == pytest.approx(area, abs=0.05)
+        assert np.trapezoid(end, figures.GRID) == pytest.approx(area, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -912,23 +913,23 @@ def test_E3_found_needs_holm_and_a_difference_to_the_blob_control(
         ends = {"delta_low": delta - 0.02, "delta_high": delta + 0.02}
         row["against_blob"] = {"delta": delta, "p_clustered": p, **ends}
         rows.append({"regime": "Blob control"})
-    assert evaluate.verdict(row, rows).startswith(expected)
+    assert report.verdict(row, rows).startswith(expected)
     if expected.startswith("found"):  # a single training says nothing about the next
         rows[0]["seeds"] = 1
-        assert "for these models, but not found" in evaluate.verdict(row, rows)
+        assert "for these models, but not found" in report.verdict(row, rows)
 
 
 def test_E3_the_report_says_in_one_sentence_whether_synthetic_lesions_help(evaluated):
-    metrics = data.read_json(evaluated[1] / "metrics.json")
+    metrics = files.read_json(evaluated[1] / "metrics.json")
     rows = metrics["conditions"][evaluate.MAIN]["rows"]
     for row in rows[1:]:
         row |= {"delta": 0.01, "p_clustered_raw": 0.3, "p_clustered_holm": 0.3}
-    assert "No evidence here that synthetic lesions help." in evaluate.report(metrics, evaluated[1])
+    assert "No evidence here that synthetic lesions help." in report.report(metrics, evaluated[1])
     rows[2] |= {"p_clustered_raw": 0.001, "p_clustered_holm": 0.002}
     rows[2]["against_blob"] |= {"delta": 0.01, "p_clustered": 0.01}
-    assert "lesions helped: 100% w/ decay." in evaluate.report(metrics, evaluated[1])
+    assert "lesions helped: 100% w/ decay." in report.report(metrics, evaluated[1])
     rows[2]["against_blob"]["p_clustered"] = 0.5
-    assert "No evidence here that synthetic lesions help." in evaluate.report(metrics, evaluated[1])
+    assert "No evidence here that synthetic lesions help." in report.report(metrics, evaluated[1])
 
 
 def test_lesion_or_image_tells_a_model_of_lesions_from_one_that_recognises_images():
@@ -938,7 +939,7 @@ def test_lesion_or_image_tells_a_model_of_lesions_from_one_that_recognises_image
     test = evaluate.Patches({}, kind, image, image)
     lesion, cancer = np.char.endswith(kind, "mass"), np.tile([1, 1, 0, 0], n)
     of_lesions, of_images = (
-        evaluate.lesion_or_image(test, (2 * seen + rng.normal(size=4 * n))[None]).values()
+        controls.lesion_or_image(test, (2 * seen + rng.normal(size=4 * n))[None]).values()
         for seen in (lesion, cancer)
     )
     low, high = 1, 2

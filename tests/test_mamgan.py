@@ -17,8 +17,8 @@ from click.testing import CliRunner
 
 import data
 import mamgan
-import phantom
-from mammogram import write_png16
+from support import files, patchset, phantom, sources
+from support.mammogram import write_png16
 
 ROOT = Path(mamgan.__file__).parent
 HEAR = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # not so behind a "&"
@@ -163,9 +163,9 @@ def test_ctrl_c_stops_soon_says_how_to_go_on_and_the_same_command_does(manifest,
     _, text = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "stopped; the same command goes on from here" in text
-    assert data.read_json(tmp_path / "out" / "config.json")["complete"] is False
+    assert files.read_json(tmp_path / "out" / "config.json")["complete"] is False
     with pytest.raises(ValueError, match="not finished"):
-        data.patch_config(tmp_path / "out")
+        patchset.patch_config(tmp_path / "out")
     assert run(*line[2:]).exit_code == 0
 
 
@@ -202,9 +202,9 @@ def test_file_names_with_spaces_quotes_newlines_and_leading_dashes_work(tmp_path
     write_png16(folder / name, (np.clip(display, 0, 1) * 65535).astype(np.uint16))
     with open(folder / "manifest.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(data.MANIFEST_COLUMNS)
+        writer.writerow(sources.MANIFEST_COLUMNS)
         writer.writerow([name, "P1", "L", "CC", "", "normal", "", "", "", ""])
-    found = data.read_manifest(folder / "manifest.csv")
+    found = sources.read_manifest(folder / "manifest.csv")
     assert os.path.samefile(found[0].image_path, folder / name)
 
 

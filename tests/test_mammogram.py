@@ -16,9 +16,8 @@ from PIL import Image
 from pydicom import Dataset, uid
 from pydicom.dataset import FileDataset, FileMetaDataset
 
-import mammogram
-import phantom
-from mammogram import NotUsable, coco, read_mammogram, rle, write_derived_dicom, write_png16
+from support import mammogram, phantom
+from support.mammogram import NotUsable, coco, read_mammogram, rle, write_derived_dicom, write_png16
 
 SYNTAXES = (
     uid.ImplicitVRLittleEndian,

@@ -17,8 +17,6 @@ from models import (
     Generator,
     PatchClassifier,
     SelfAttention,
-    classifier,
-    classifier_scores,
     crop_border,
     discriminator_loss,
     down2,
@@ -26,11 +24,12 @@ from models import (
     generator_loss,
     gradient_norm,
     gradient_penalty,
-    load_checkpoint,
     real_logit,
     up2,
-    weights_hash,
 )
+from support import runs
+from support.runs import load_checkpoint, weights_hash
+from train import classifier, classifier_scores
 
 
 def count(module: nn.Module) -> int:
@@ -590,7 +589,7 @@ def test_weights_hash_names_values_not_objects():
 def test_damaged_checkpoints_are_refused_naming_the_last_good_one(tmp_path):
     with pytest.raises(ValueError, match=r"checkpoint\.pt: no such file"):
         load_checkpoint(tmp_path)
-    good = {"format": models.CHECKPOINT_FORMAT, "step": 41, "w": torch.arange(9_999.0)}
+    good = {"format": runs.CHECKPOINT_FORMAT, "step": 41, "w": torch.arange(9_999.0)}
     torch.save(good, tmp_path / "checkpoint.pt")
     assert load_checkpoint(tmp_path)["step"] == 41
     whole = (tmp_path / "checkpoint.pt").read_bytes()
@@ -613,13 +612,13 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
         def __reduce__(self):
             return print, ("harm",)
 
-    torch.save({"format": models.CHECKPOINT_FORMAT, "x": Harm()}, tmp_path / "checkpoint.pt")
+    torch.save({"format": runs.CHECKPOINT_FORMAT, "x": Harm()}, tmp_path / "checkpoint.pt")
     with pytest.raises(ValueError, match="truncated or not a checkpoint"):
         load_checkpoint(tmp_path)
 
 
 def test_device_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert models.choose_device("auto") == models.choose_device("cpu") == torch.device("cpu")
+    assert runs.choose_device("auto") == runs.choose_device("cpu") == torch.device("cpu")
     with pytest.raises(ValueError, match="--device cuda: found no usable GPU"):
-        models.choose_device("cuda")
+        runs.choose_device("cuda")

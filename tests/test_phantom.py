@@ -20,7 +20,7 @@ from pydicom.pixels import apply_voi_lut
 from scipy import ndimage
 
 import data
-import phantom
+from support import phantom, sources
 
 PATIENTS = 8  # 32 images: all syntaxes, bits, windows and, by patient 5, all classes
 
@@ -198,13 +198,13 @@ def test_manifest_has_every_class_and_both_views(rows):
 def test_the_demo_tests_on_six_malignant_masses_and_four_clusters_at_least():
     """Of 72 patients: fewer would leave Table 1's patient-clustered intervals meaningless."""
     findings = [
-        data.Finding(f"{n}.dcm", f"P{n:04d}", "L", "CC", *phantom.CASES[n % len(phantom.CASES)])
+        sources.Finding(f"{n}.dcm", f"P{n:04d}", "L", "CC", *phantom.CASES[n % len(phantom.CASES)])
         for n in range(72)
     ]
     for seed in range(20):
         splits = data.split_patients(findings, seed)
         found = [(splits[f.patient_id], f.finding, f.pathology) for f in findings]
-        assert set(found) == {(s, *case) for s in data.SPLITS for case in phantom.CASES}
+        assert set(found) == {(s, *case) for s in sources.SPLITS for case in phantom.CASES}
         for case, least in ((phantom.MM, 6), (phantom.MC, 4), (phantom.BM, 2)):
             assert found.count(("test", *case)) >= least
 

@@ -20,22 +20,22 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from scipy import ndimage
 
-import phantom
 from benchmarks.bench_synthesize import plain_chain, square, write_patch_set, write_run
-from data import breast_mask, check_synthetic, open_synthetic, to_uint16
-from mammogram import read_mammogram
-from models import load_generator
+from data import breast_mask, to_uint16
 from postprocess import (
     IsolatedLesion,
     Synthesizer,
     _warnings,
     add_lesion,
     blob,
-    insert_lesions,
     isolate_lesion,
-    synthesize_images,
+    load_generator,
     synthesize_set,
 )
+from support import phantom
+from support.fullimage import insert_lesions, synthesize_images
+from support.mammogram import read_mammogram
+from support.patchset import check_synthetic, open_synthetic
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:pycocotools.*")
 

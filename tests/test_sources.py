@@ -16,10 +16,9 @@ from PIL import Image
 from pydicom import uid
 from pydicom.dataset import FileMetaDataset
 
-import data
-import sources
-from mammogram import image_size
-from sources import READERS
+from support import sources
+from support.mammogram import image_size
+from support.sources import READERS
 
 logger.disable("omidb")
 SHAPE = (60, 40)  # rows, columns of every made-up image
@@ -59,7 +58,7 @@ def write_csv(path: Path, rows: list[dict], delimiter: str = ",") -> None:
 def read(name: str, root: Path, birads: bool = False):
     """Findings that `prepare` accepts, and {sentence: count}."""
     findings, notes = READERS[name](root, birads)
-    assert data.check_findings(findings) == []
+    assert sources.check_findings(findings) == []
     assert all(Path(f.image_path).resolve().is_relative_to(root.resolve()) for f in findings)
     return findings, {s: int(n.rstrip(".")) for s, n in (note.rsplit(": ", 1) for note in notes)}
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import data
-import models
 import train
+from support import files, patchset, runs, sources
 from train import ClassifierBatches, ClassifierConfig, synthetic_proportion, train_classifier
 
 CPU = torch.device("cpu")
@@ -36,9 +36,9 @@ CODES = {"normal": 1, "malignant_mass": 2, "malignant_calcification": 3, "benign
 
 def write_patches(out: Path, n: int = 30) -> Path:
     """Normal patches are dark, malignant ones bright; pixel (0, 0) tells class and number."""
-    keys = [f"{s}/{c}" for s in data.SPLITS for c in CODES if s == "train" or "benign" not in c]
+    keys = [f"{s}/{c}" for s in sources.SPLITS for c in CODES if s == "train" or "benign" not in c]
     rng = np.random.default_rng(0)
-    with data.claim_folder(out, "prepare", {"patch_size": SIDE, "spacing_mm": 0.33, "n": n}):
+    with runs.claim_folder(out, "prepare", {"patch_size": SIDE, "spacing_mm": 0.33, "n": n}):
         for key in keys:
             code = CODES[key.partition("/")[2]]
             patches = rng.integers(0, 30_000, (n, SIDE, SIDE)) + 5_000 * (1 < code < 4)
@@ -46,10 +46,10 @@ def write_patches(out: Path, n: int = 30) -> Path:
             (out / "patches" / key).parent.mkdir(parents=True, exist_ok=True)
             np.save(out / "patches" / f"{key}.npy", patches.astype(np.uint16))
             origin = [("u", f"patient-{key.partition('/')[0]}")]
-            data.write_table(out / "patches" / f"{key}.csv", ("image_uid", "patient_id"), origin)
-        rows = [(f"patient-{s}", s) for s in data.SPLITS]
-        data.write_table(out / "splits.csv", ("patient_id", "split"), rows)
-        data.finish_folder(out, counts=dict.fromkeys(keys, n))
+            files.write_table(out / "patches" / f"{key}.csv", ("image_uid", "patient_id"), origin)
+        rows = [(f"patient-{s}", s) for s in sources.SPLITS]
+        files.write_table(out / "splits.csv", ("patient_id", "split"), rows)
+        runs.finish_folder(out, counts=dict.fromkeys(keys, n))
     return out
 
 
@@ -57,9 +57,9 @@ def write_synthetic(
     out: Path, patches: Path, task: str, n=20, patient="patient-train", control: str = ""
 ) -> Path:
     code = 7 if task == "removal" else 6
-    origin = data.patch_config(patches)["fingerprint"]
+    origin = patchset.patch_config(patches)["fingerprint"]
     config = {"task": task, "control": control, "n": n, "patch_size": SIDE, "generator": "g"}
-    with data.claim_folder(out, "synthesize", config | {"data": origin}):
+    with runs.claim_folder(out, "synthesize", config | {"data": origin}):
         combined = np.full((n, SIDE, SIDE), 1_000 * code, np.uint16)
         combined[:, 0, 0] += np.arange(n, dtype=np.uint16)
         np.save(out / "combined.npy", combined)
@@ -67,8 +67,8 @@ def write_synthetic(
         np.save(out / "lesion.npy", np.zeros(combined.shape, np.int32))
         np.save(out / "mask.npy", np.zeros(combined.shape, bool))
         rows = [(i, i, "u", patient, 0, 9, 0, 0, 3, 3) for i in range(n)]
-        data.write_table(out / "index.csv", data.SYNTHETIC_COLUMNS, rows)
-        data.finish_folder(out, short=False, written=n)
+        files.write_table(out / "index.csv", patchset.SYNTHETIC_COLUMNS, rows)
+        runs.finish_folder(out, short=False, written=n)
     return out
 
 
@@ -85,7 +85,7 @@ def sets(patches, tmp_path_factory) -> list[Path]:
 
 def drawn(config: ClassifierConfig, patches: Path, sets: list[Path]) -> tuple[np.ndarray, ...]:
     """Labels, codes (see write_patches), numbers and synthetic counts of every step."""
-    batches = ClassifierBatches(config, patches, [data.open_synthetic(s) for s in sets])
+    batches = ClassifierBatches(config, patches, [patchset.open_synthetic(s) for s in sets])
     steps = [batches.draw(i) for i in range(-(-config.samples // config.batch_size))]
     first = torch.cat([x[:, 0, 0, 0] for x, _, _ in steps]).numpy()
     values = data.to_uint16(first).astype(int)
@@ -198,9 +198,9 @@ def test_C7_weights_of_the_best_validation_auc_are_kept(finished, patches):
     rows = log_of(finished)
     assert [row["samples_seen"] for row in rows] == [80, 160, 240, 320, 400]
     best = max(rows, key=lambda row: row["val_auc"])
-    model, _ = models.load_classifier(finished, CPU)
+    model, _ = train.load_classifier(finished, CPU)
     assert train.validation_auc(model, patches, CPU) == best["val_auc"]
-    assert data.read_json(finished / "config.json")["best"] == {
+    assert files.read_json(finished / "config.json")["best"] == {
         k: best[k] for k in ("val_auc", "samples_seen")
     }
     assert best["val_auc"] > 0.6  # bright against dark: it learns
@@ -345,9 +345,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(p
         patch.setattr(train.F, "cross_entropy", sick)
         with pytest.raises(ValueError, match="the loss is nan"):
             train_classifier(good, patches, run, [], CPU)
-    assert models.load_checkpoint(run)["step"] == 10
+    assert runs.load_checkpoint(run)["step"] == 10
     train_classifier(good, patches, run, [], CPU)
-    assert data.read_json(run / "config.json")["complete"]
+    assert files.read_json(run / "config.json")["complete"]
 
 
 def test_reading_ahead_hides_the_time_of_drawing(patches):

@@ -21,8 +21,12 @@ from PIL import Image
 
 import data
 import models
+import postprocess
 import train
-from train import GAN_PRESETS, Batches, GanConfig, World, growth, train_gan
+from support import files, patchset, runs
+from support import watch as watching
+from support.runs import World
+from train import GAN_PRESETS, Batches, GanConfig, growth, train_gan
 
 CPU = torch.device("cpu")
 TINY = GanConfig(  # every stage of growth in seconds
@@ -50,7 +54,7 @@ def patch_set(out: Path, n: int = 40, leave_out: tuple[str, ...] = ()) -> Path:
         f"{split}/{c}" for split in ("train", "val") for c in data.CLASSES if c not in leave_out
     ]
     rng = np.random.default_rng(0)
-    with data.claim_folder(out, "prepare", {"patch_size": 64, "spacing_mm": 0.33}):
+    with runs.claim_folder(out, "prepare", {"patch_size": 64, "spacing_mm": 0.33}):
         for i, key in enumerate(keys):
             file = out / "patches" / f"{key}.npy"
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +62,7 @@ def patch_set(out: Path, n: int = 40, leave_out: tuple[str, ...] = ()) -> Path:
             patches[:, 0, 0] = 1_000 * i + np.arange(n)
             np.save(file, patches.astype(np.uint16))
         (out / "splits.csv").write_text("patient_id,split\n")
-        data.finish_folder(out, counts=dict.fromkeys(keys, n))
+        runs.finish_folder(out, counts=dict.fromkeys(keys, n))
     return out
 
 
@@ -139,7 +143,7 @@ def test_L1_to_L5_T1_to_T6_the_loop_against_the_formulas_written_out(patches, tm
         source, *shown, x, x_second = batches.draw(step)
         if side == 32:
             shown = [F.avg_pool2d(patch, 2) for patch in shown]
-        rng = torch.Generator().manual_seed(train.torch_seed(0, step, train.NOISE))
+        rng = torch.Generator().manual_seed(runs.torch_seed(0, step, train.NOISE))
         z = torch.empty(3, 2, 8).uniform_(-1, 1, generator=rng)
         delta = torch.empty(2, 1, side, side).uniform_(0, 1, generator=rng)
         if noise == "std":
@@ -170,7 +174,7 @@ def test_L1_to_L5_T1_to_T6_the_loop_against_the_formulas_written_out(patches, tm
         expected["gradient_norm"] = norm.mean()
         for name, value in expected.items():
             assert row[name] == pytest.approx(value.item(), rel=1e-3), (step, name)
-        for i, name in enumerate(train.RECORDED[4:]):  # accuracy of D on each class
+        for i, name in enumerate(watching.RECORDED[4:]):  # accuracy of D on each class
             right = (log_p[i].argmax(1) == i).float().mean()
             assert row[name] == pytest.approx(right.item()), (step, name)
 
@@ -192,7 +196,7 @@ def test_G14_Q14_classes_of_each_task(patches):
         for pool in batches.pools:
             name = pool.name.removeprefix("train/")
             kinds = (name,) if name in data.CLASSES else (f"{name}_mass", f"{name}_calcification")
-            stored = [data.open_patches(patches, "train", kind) for kind in kinds]
+            stored = [patchset.open_patches(patches, "train", kind) for kind in kinds]
             assert all(map(np.array_equal, pool.parts, stored)) and len(pool) == 40 * len(kinds)
 
 
@@ -217,7 +221,7 @@ def test_L2_Q10_sub_batches_are_equal_disjoint_and_fresh(patches):
 
 def test_real_patches_are_what_the_patch_set_holds(patches):
     batches = Batches(TINY, patches, pinned=False)
-    stored = data.open_patches(patches, "train", "malignant_mass")
+    stored = patchset.open_patches(patches, "train", "malignant_mass")
     real = batches.at(0)[1]
     numbers = [int(n) for n in data.to_uint16(real[:, 0, 0, 0].numpy()) - 1_000]
     np.testing.assert_array_equal(real[:, 0].numpy(), data.to_float(stored[numbers]))
@@ -227,9 +231,9 @@ def test_real_patches_are_what_the_patch_set_holds(patches):
 
 
 def test_run_folder_explains_itself(finished, patches):
-    config = data.read_json(finished / "config.json")
+    config = files.read_json(finished / "config.json")
     assert config["complete"] and config["command"] == "train-gan"
-    facts = {"data": data.fingerprint(patches), "spacing_mm": 0.33}
+    facts = {"data": patchset.fingerprint(patches), "spacing_mm": 0.33}
     assert config["config"] == dataclasses.asdict(TINY) | facts
     rows = log_of(finished)
     assert [row["step"] for row in rows] == [*range(7, 60, 7), 60]
@@ -248,8 +252,8 @@ def test_run_folder_explains_itself(finished, patches):
 
 def test_the_average_of_the_weights_is_what_is_used(finished):
     state = state_of(finished)
-    G, config, name = models.load_generator(finished, CPU)
-    assert name == data.read_json(finished / "config.json")["generator"]
+    G, config, name = postprocess.load_generator(finished, CPU)
+    assert name == files.read_json(finished / "config.json")["generator"]
     assert config["task"] == "mass" and not G.training
     key = "to_lesion.parametrizations.weight.original"
     assert torch.equal(G.state_dict()[key], state["chosen"][key])
@@ -275,7 +279,7 @@ def test_the_generator_is_chosen_by_how_many_validation_lesions_pass(
     patches, tmp_path, monkeypatch, accepted, last_chosen
 ):
     early = [0.99] * 5  # at half size and in the first half of the last stage: no candidates
-    look, script, seen = train.Watch.look, iter([*early, *accepted]), {}
+    look, script, seen = watching.Watch.look, iter([*early, *accepted]), {}
 
     def scripted(watch, G, size, alpha):
         figures, made = look(watch, G, size, alpha)
@@ -283,7 +287,7 @@ def test_the_generator_is_chosen_by_how_many_validation_lesions_pass(
         seen[len(seen) * 2] = {k: v.clone() for k, v in G.state_dict().items()}
         return figures, made
 
-    monkeypatch.setattr(train.Watch, "look", scripted)
+    monkeypatch.setattr(watching.Watch, "look", scripted)
     config = dataclasses.replace(TINY, iters_base=2, iters_fade=0, iters_final=16, log_every=2)
     config = dataclasses.replace(config, save_every=100, g_accepted=0.3)
     train_gan(config, patches, tmp_path / "run", CPU)
@@ -300,21 +304,21 @@ def test_an_optimisers_moments_must_fit_and_its_rates_are_the_configurations():
     optimizer.step()
     state = optimizer.state_dict()
     state["param_groups"][0] |= {"lr": "fast", "maximize": {}}
-    train.restore(optimizer, state)
+    runs.restore(optimizer, state)
     assert optimizer.param_groups[0]["lr"] == 1e-3 and not optimizer.param_groups[0]["maximize"]
     for name, value in (("exp_avg", torch.zeros(3)), ("step", torch.tensor(True))):
         damaged = {**state, "state": {0: state["state"][0] | {name: value}}}
         with pytest.raises(ValueError, match=f"{name} of parameter 0"):
-            train.restore(optimizer, damaged)
+            runs.restore(optimizer, damaged)
 
 
 def test_unfinished_and_foreign_runs_are_not_taken_for_generators(finished, patches, tmp_path):
-    with data.claim_folder(tmp_path / "run", "train-gan", {}):
+    with runs.claim_folder(tmp_path / "run", "train-gan", {}):
         pass
     with pytest.raises(ValueError, match="not finished; run the same train-gan command again"):
-        models.load_generator(tmp_path / "run", CPU)
+        postprocess.load_generator(tmp_path / "run", CPU)
     with pytest.raises(ValueError, match="'prepare'; expected a folder made by 'train-gan'"):
-        models.load_generator(patches, CPU)
+        postprocess.load_generator(patches, CPU)
     with pytest.raises(ValueError, match=r"made with other options \(g_lr: 0.001 there, 0.5 now"):
         train_gan(dataclasses.replace(TINY, g_lr=0.5), patches, finished, CPU)
 
@@ -349,7 +353,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(
     config = dataclasses.replace(TINY, g_updates_mass=1, log_every=5, save_every=5)
     with pytest.raises(ValueError, match=r"step 12: loss_g is nan; expected finite values"):
         train_gan(config, patches, tmp_path / "run", CPU)
-    state = models.load_checkpoint(tmp_path / "run")
+    state = runs.load_checkpoint(tmp_path / "run")
     assert state["step"] == 10
     assert all(v.isfinite().all() for v in state["G"].values())
     torch.save(state | {"G": state["D"]}, tmp_path / "run/checkpoint.pt")
@@ -369,7 +373,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(
     ],
 )
 def test_a_run_that_fails_says_so_in_words_once_it_lasts(patches, capsys, figures, sign):
-    watch = train.Watch(TINY, patches, CPU)
+    watch = watching.Watch(TINY, patches, CPU)
     good = {"real_right": 0.7, "fake_right": 0.7, "lesion_share": 0.1, "lesion_mean": 0.05}
     good |= {"spread_x": 0.05, "dead_units": 0.1, "side": 64, "alpha": 1.0}
     for step in range(10):
@@ -378,13 +382,13 @@ def test_a_run_that_fails_says_so_in_words_once_it_lasts(patches, capsys, figure
     assert said[:2] == [[], []]
     assert all(len(now) == 1 and now[0].startswith(sign) for now in said[2:])
     assert capsys.readouterr().err.count(sign) == 1
-    early = train.Watch(TINY, patches, CPU)
+    early = watching.Watch(TINY, patches, CPU)
     for step in range(5):  # at half size nothing is said yet
         assert early.warnings(good | figures | {"step": step, "side": 32}) == []
 
 
 def test_the_figures_of_the_watch_by_hand(patches):
-    watch = train.Watch(TINY, patches, CPU)
+    watch = watching.Watch(TINY, patches, CPU)
 
     class Constant(models.Generator):
         def forward(self, x, z=None, size=None, alpha=1.0):
@@ -410,14 +414,14 @@ def test_the_figures_of_the_watch_by_hand(patches):
     z = watch.z[:8, 0]
     assert figures["spread_z"] == pytest.approx(float((0.5 + 0.1 * z).std()) * inside, rel=1e-3)
     assert made.shape == (40, 3, 64, 64)
-    removal = train.Watch(dataclasses.replace(TINY, task="removal"), patches, CPU)
+    removal = watching.Watch(dataclasses.replace(TINY, task="removal"), patches, CPU)
     figures, _ = removal.look(G, 64, 1.0)
     assert figures["lesion_share"] == figures["acceptance"] == 0  # nothing below -0.1
 
 
 def test_sample_grids_show_patch_lesion_and_result_side_by_side(patches, tmp_path):
     made = torch.tensor([0.25, -1.0, -0.75])[None, :, None, None].expand(3, 3, 8, 8)
-    train.Watch(TINY, patches, CPU).grid(made, tmp_path / "grid.png")
+    watching.Watch(TINY, patches, CPU).grid(made, tmp_path / "grid.png")
     with Image.open(tmp_path / "grid.png") as picture:
         row = np.asarray(picture)[4, :, 0]
     values = [row[1 + 4], row[1 + 8 + 4], row[1 + 16 + 4]]  # before, lesion doubled, after
@@ -493,25 +497,25 @@ def test_stopping_saves_the_step_it_was_in(patches, tmp_path):
     process.join()
     assert time.monotonic() - asked < 2
     assert process.exitcode == 1
-    assert models.load_checkpoint(run)["step"] >= 14
+    assert runs.load_checkpoint(run)["step"] >= 14
 
 
 def test_log_keeps_what_the_checkpoint_knows_and_refuses_damage(tmp_path):
     log = tmp_path / "log.jsonl"
     rows = [{"step": step, "x": 1 / 3} for step in (5, 10, 15)]
     log.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 2')
-    with train.open_log(tmp_path, 10) as write:
+    with runs.open_log(tmp_path, 10) as write:
         write({"step": 15, "x": 2})
-    assert train.read_log(tmp_path) == [*rows[:2], {"step": 15, "x": 2}]
+    assert runs.read_log(tmp_path) == [*rows[:2], {"step": 15, "x": 2}]
     log.write_text('{"step": 5}\nrubbish\n{"step": 10}\n')
     with (
         pytest.raises(ValueError, match=r"log\.jsonl: line 2 is damaged"),
-        train.open_log(tmp_path, 10),
+        runs.open_log(tmp_path, 10),
     ):
         pass
     log.write_text('{"step": 5}\n{"step": 10}\n')
     with pytest.raises(ValueError, match=r"log\.jsonl: line 1 is damaged"):
-        train.plot_log(tmp_path)
+        watching.plot_log(tmp_path)
 
 
 def test_checkpoints_of_equal_values_are_equal_bytes_and_the_one_before_stays(tmp_path):
@@ -520,12 +524,12 @@ def test_checkpoints_of_equal_values_are_equal_bytes_and_the_one_before_stays(tm
 
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        train.save_checkpoint(tmp_path / name, state(1))
-        train.save_checkpoint(tmp_path / name, state(2))
-    loaded = models.load_checkpoint(tmp_path / "a")
+        runs.save_checkpoint(tmp_path / name, state(1))
+        runs.save_checkpoint(tmp_path / name, state(2))
+    loaded = runs.load_checkpoint(tmp_path / "a")
     assert loaded["step"] == 2
     again = {k: v for k, v in loaded.items() if k != "format"}
-    train.save_checkpoint(tmp_path / "b", again | {"w": torch.arange(9.0)[:3] * 2})
+    runs.save_checkpoint(tmp_path / "b", again | {"w": torch.arange(9.0)[:3] * 2})
     one, other = ((tmp_path / n / "checkpoint.pt").read_bytes() for n in ("a", "b"))
     assert one == other
     assert torch.load(tmp_path / "a/checkpoint-previous.pt", weights_only=True)["step"] == 1
@@ -558,7 +562,7 @@ def test_two_processes_with_half_the_batch_equal_one(patches, tmp_path):
     rows = list(zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True))
     assert len(rows) == 10
     for one, two in rows:
-        for name in train.RECORDED:
+        for name in watching.RECORDED:
             assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), (one["step"], name)
 
 

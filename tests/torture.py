@@ -48,12 +48,9 @@ from pydicom import Dataset, uid
 from pydicom.datadict import DicomDictionary
 from pydicom.encaps import encapsulate
 
-import data
 import mamgan
-import mammogram
-import models
-import phantom
 from benchmarks.bench_synthesize import square, write_run
+from support import files, mammogram, patchset, phantom, runs, sources
 
 # Limits of a command on a bad file: of processor time, on the clock, of memory
 SECONDS, CLOCK_SECONDS, MIB = 10, 60, 2048
@@ -246,8 +243,8 @@ def write_source(folder: Path) -> Path:
                 Image.fromarray(mask.astype(np.uint8) * 255).save(folder / f"{name}.png")
                 row[4:] = who.finding, who.pathology, *box, f"{name}.png"
             rows.append([*row, split])
-    columns = (*data.MANIFEST_COLUMNS, "mask_path", "split")
-    data.write_table(folder / "manifest.csv", columns, rows)
+    columns = (*sources.MANIFEST_COLUMNS, "mask_path", "split")
+    files.write_table(folder / "manifest.csv", columns, rows)
     return folder / "manifest.csv"
 
 
@@ -531,7 +528,7 @@ def private(world: World, scratch: Path) -> Findings:
     out = scratch / "pseudonyms"
     ended = call(
         [*world.line("patches", out), "--pseudonymise"],
-        before=partial(os.environ.update, {data.PSEUDONYM_KEY: "0123456789abcdef"}),
+        before=partial(os.environ.update, {patchset.PSEUDONYM_KEY: "0123456789abcdef"}),
     )
     result.check(ended.code, "prepare --pseudonymise", ended)
     for where, words in ((folders, SECRETS), ([out], (*SECRETS, PATIENT, PLACE))):
@@ -550,7 +547,7 @@ def table(path: Path) -> list[dict[str, str]]:
 
 
 def rewrite(path: Path, rows: list[dict[str, str]]) -> None:
-    data.write_table(path, tuple(rows[0]), (row.values() for row in rows))
+    files.write_table(path, tuple(rows[0]), (row.values() for row in rows))
 
 
 def swapped(line: list, old: Path, new: Path) -> list:
@@ -648,7 +645,7 @@ def pickled(world: World, scratch: Path, result: Findings) -> None:
     mark, out = scratch / "mark", scratch / "out"
     attack, files = Attack(mark), [io.BytesIO() for _ in range(4)]
     array = np.array([attack], dtype=object)
-    states = {"format": models.CHECKPOINT_FORMAT, "chosen": attack, "best": attack, "step": attack}
+    states = {"format": runs.CHECKPOINT_FORMAT, "chosen": attack, "best": attack, "step": attack}
     np.save(files[0], array)
     np.savez(files[1], samples=array, counts=array)
     torch.save(states, files[2])
@@ -699,7 +696,7 @@ def escaping(world: World, scratch: Path, result: Findings) -> None:
         shutil.copy(world.manifest.with_name(f"-xL{PLACE}.dcm"), path)
     row = (f"../../{inner.name}/../image.dcm", f"../../{EVIL}", "L", "CC", "", "normal", *[""] * 4)
     (scratch / inner.name).mkdir()
-    data.write_table(inner / "m.csv", data.MANIFEST_COLUMNS, [row])
+    files.write_table(inner / "m.csv", sources.MANIFEST_COLUMNS, [row])
 
     def state() -> dict[Path, int]:
         found = (path for path in scratch.rglob("*") if out not in (path, *path.parents))
@@ -724,9 +721,9 @@ def marked_up(world: World, scratch: Path, result: Findings) -> None:
     """HTML in the names of all folders and in the fields of a run is text in the report."""
     run, report = scratch / f"run{EVIL}", scratch / "report"
     shutil.copytree(world.at("cls50"), run)
-    facts = data.read_json(run / "config.json")
+    facts = files.read_json(run / "config.json")
     facts["config"] |= {"weights": EVIL, EVIL: EVIL}
-    data.write_json(run / "config.json", facts)
+    files.write_json(run / "config.json", facts)
     ended = call(swapped(world.line("report", report), world.at("cls50"), run))
     if result.check(fault(ended) or ended.code, "evaluate with HTML in a run", ended):
         page, text = Page(), (report / "report.html").read_text()
@@ -969,7 +966,7 @@ def image_commands(world: World, folder: Path, files: list[Path], rng: random.Ra
     for file in (*files, sound):
         what = ("mass", "malignant", 2, 2, 4, 4) if boxed else ("", "normal", *[""] * 4)
         rows.append((file, "one", "L", "CC", *what, "train"))
-    data.write_table(folder / "m.csv", (*data.MANIFEST_COLUMNS, "split"), rows)
+    files.write_table(folder / "m.csv", (*sources.MANIFEST_COLUMNS, "split"), rows)
     line = ["prepare", folder / "m.csv", "--preset", "tiny", "--spacing-mm", 0, "--workers", 1]
     line += ["--count=train/normal=4", "--count=train/malignant_mass=0"]
     return [*line, *(["--normals-from-annotated"] if boxed else []), "--out", folder / "out"]
@@ -1129,7 +1126,7 @@ def bad_manifest(world: World, folder: Path, rng: random.Random) -> list:
         what = ("mass", "malignant", 60, 30, 90, 60) if number % 2 else ("", "normal", *[""] * 4)
         rows.append([name, f"p{number}", "L", "CC", *what, "", 0.3, 0.3, "train"])
     path = folder / "m.csv"
-    data.write_table(path, (*data.MANIFEST_COLUMNS, *data.MANIFEST_OPTIONAL), rows)
+    files.write_table(path, (*sources.MANIFEST_COLUMNS, *sources.MANIFEST_OPTIONAL), rows)
     for _ in range(rng.randrange(1, 3)):
         with contextlib.suppress(UnicodeDecodeError, csv.Error, IndexError, ValueError):
             path.write_bytes(bad_table(path.read_bytes(), rng))

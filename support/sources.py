@@ -8,24 +8,23 @@ and no path in them may leave the data set's folder.
 """
 
 import ast
-import csv
 import functools
-import io
 import math
 import os
 import plistlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from xml.parsers.expat import ExpatError
 
 import numpy as np
 import pydicom
 
-from data import PATHOLOGIES, Finding, csv_rows, numbers, progress, read_json
-from mammogram import WORDS, Mammogram, NotUsable, image_size, read_header, read_mammogram
+from support.files import csv_rows, numbers, read_json
+from support.mammogram import WORDS, Mammogram, NotUsable, image_size, read_header, read_mammogram
+from support.runs import progress
 
 Traps = Counter  # sentence -> how often it was met
 Box = tuple[float, float, float, float]
@@ -45,6 +44,132 @@ BIRADS_USED = (
 BIRADS_UNUSED = (
     "Findings without pathology in the data set: no lesion patches without --birads-as-pathology"
 )
+
+
+# --- Manifest ---
+
+SPLITS = ("train", "val", "test")
+FINDINGS = ("mass", "calcification", "distortion", "asymmetry")
+PATHOLOGIES = ("", "normal", "benign", "malignant")  # from best to worst, "" = unknown
+MANIFEST_WORDS = {
+    "laterality": ("L", "R"),
+    "finding": ("", *FINDINGS),
+    "pathology": PATHOLOGIES,
+    "split": ("", *SPLITS),
+}
+BOX = ("row0", "col0", "row1", "col1")
+SPACING = ("spacing_row_mm", "spacing_col_mm")
+MANIFEST_COLUMNS = ("image_path", "patient_id", "laterality", "view", "finding", "pathology", *BOX)
+MANIFEST_OPTIONAL = ("mask_path", *SPACING, "split")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row of the manifest: a lesion, or an image without one (`finding` empty)."""
+
+    image_path: str  # absolute
+    patient_id: str
+    laterality: str  # L, R
+    view: str  # CC, MLO, ...
+    finding: str = ""  # mass, calcification, distortion, asymmetry
+    pathology: str = ""  # normal, benign, malignant; "" = unknown
+    bbox: tuple[float, float, float, float] | None = None  # row0, col0, row1, col1, stored pixels
+    mask_path: str = ""  # absolute
+    spacing_mm: tuple[float, float] | None = None  # (row, col); overrides the header
+    split: str = ""  # train, val, test; "" = prepare decides
+
+
+# --- Manifest ---
+
+
+def read_manifest(path: Path) -> list[Finding]:
+    """The rows of a manifest. Raises ValueError that lists what is wrong."""
+    path = Path(path)
+    if path.is_dir():
+        text = "expected a manifest (CSV); a public data set needs its --format"
+        raise ValueError(f"{path}: found a folder; {text}")
+    findings, problems = [], []
+    for line, row in csv_rows(path, MANIFEST_COLUMNS, MANIFEST_OPTIONAL):
+        try:
+            findings.append(_finding(row, path.parent.absolute()))
+        except ValueError as error:
+            problems.append(f"line {line}: {error}")
+    if not findings and not problems:
+        problems.append("no rows")
+    raise_all(f"{path}: found", problems or check_findings(findings), "correct the manifest")
+    return findings
+
+
+def _finding(row: dict[str, str], folder: Path) -> Finding:
+    row = {name: value.strip() for name, value in row.items()}
+    for name in ("image_path", "patient_id", "view"):
+        if not row[name]:
+            raise ValueError(f"{name} is empty")
+    words = {}
+    for name, allowed in MANIFEST_WORDS.items():
+        words[name] = row[name].upper() if name == "laterality" else row[name].lower()
+        if words[name] not in allowed:
+            wanted = "/".join(word or "empty" for word in allowed)
+            raise ValueError(f"{name} is {row[name][:40]!r}; expected {wanted}")
+    bbox, spacing = (
+        numbers(row, names) if any(row[name] for name in names) else None
+        for names in (BOX, SPACING)
+    )
+    if bbox and not (0 <= bbox[0] < bbox[2] and 0 <= bbox[1] < bbox[3]):
+        raise ValueError(f"box {bbox} is empty or negative; expected row0 < row1, col0 < col1")
+    if row["mask_path"] and not bbox:
+        raise ValueError(f"mask_path without {', '.join(BOX)}; expected the mask's box")
+    if spacing and not all(1e-3 < value < 10 for value in spacing):
+        raise ValueError(f"spacing is {spacing} mm; expected 0.001 to 10")
+    return Finding(
+        image_path=str(folder / row["image_path"]),
+        patient_id=row["patient_id"],
+        view=row["view"].upper(),
+        bbox=bbox,
+        mask_path=str(folder / row["mask_path"]) if row["mask_path"] else "",
+        spacing_mm=spacing,
+        **words,
+    )
+
+
+def check_findings(findings: list[Finding]) -> list[str]:
+    """What contradicts itself or the files, one line each."""
+    images, splits, problems = defaultdict(list), defaultdict(set), []
+    for row in findings:
+        images[row.image_path].append(row)
+        splits[row.patient_id].add(row.split)
+    for patient, found in sorted(splits.items()):
+        if len(found - {""}) > 1:
+            problems.append(f"patient {patient} in splits {', '.join(sorted(found - {''}))}")
+    for path, rows in images.items():
+        files = {path: 1} | {row.mask_path: 1 for row in rows if row.mask_path}
+        if missing := [file for file in files if not os.path.isfile(file)]:
+            problems.append(f"{missing[0]}: no such file")
+            continue
+        if odd := [file for file in files if file.encode(errors="replace").decode() != file]:
+            problems.append(f"{odd[0]}: its name is no UTF-8, so no table can hold it")
+            continue
+        for name in ("patient_id", "laterality", "view", "spacing_mm"):
+            if len({getattr(row, name) for row in rows}) > 1:
+                problems.append(f"{path}: rows differ in {name}")
+        if any(r.pathology == "normal" and (r.finding or r.bbox or len(rows) > 1) for r in rows):
+            problems.append(f"{path}: normal, and yet with a finding")
+        if len({(row.finding, row.bbox) for row in rows}) < len(rows):
+            problems.append(f"{path}: the same finding and box twice")
+        boxes = [row.bbox for row in rows if row.bbox]
+        height, width = (boxes and image_size(path)) or (math.inf, math.inf)
+        for box in boxes:
+            if box[2] > height or box[3] > width:
+                problems.append(f"{path}: box {box} outside the image of {height, width} pixels")
+    return problems
+
+
+def raise_all(what: str, problems: list[str], advice: str) -> None:
+    if problems:
+        more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
+        listed = "; ".join(problems[:10]) + more
+        found = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ValueError(f"{what} {found}: {listed}; {advice}")
 
 
 # --- What the readers share ---
@@ -73,25 +198,8 @@ def _table(
     path: Path, columns: tuple[str, ...], delimiter: str = ","
 ) -> Iterator[tuple[str, dict[str, str]]]:
     """Place and named columns of each row; blanks and newlines around values taken off."""
-    text = _spreadsheet(path, delimiter) if path.suffix.lower() == ".xls" else None
-    for line, row in csv_rows(path, columns, delimiter=delimiter, text=text):
+    for line, row in csv_rows(path, columns, delimiter=delimiter):
         yield f"{path} line {line}", {name: row[name].strip() for name in columns}
-
-
-def _spreadsheet(path: Path, delimiter: str) -> str:
-    """The first sheet of an Excel 97 file as CSV; whole numbers without their ".0"."""
-    import xlrd  # for this one file of INbreast
-
-    text = io.StringIO()
-    try:
-        sheet = xlrd.open_workbook(path, logfile=io.StringIO()).sheet_by_index(0)
-        for row in map(sheet.row_values, range(sheet.nrows)):
-            row = [int(v) if isinstance(v, float) and v.is_integer() else v for v in row]
-            csv.writer(text, delimiter=delimiter).writerow(row)
-    except Exception as error:  # damaged files make xlrd raise almost anything
-        name = type(error).__name__
-        raise ValueError(f"{path}: not readable as an Excel 97 spreadsheet ({name})") from None
-    return text.getvalue()
 
 
 def _known(table: dict[str, str], value: str, where: str) -> str:
@@ -510,15 +618,17 @@ def read_inbreast(root: Path, traps: Traps) -> list[Finding]:
     Access: "INbreast" of the Breast Research Group at INESC Porto, on request.
     Licence: the agreement signed with it; research only.
 
-    `INbreast.csv` (fields separated by ";") or else `INbreast.xls`, `AllXML/<file>.xml` with OsiriX
+    `INbreast.csv` (fields separated by ";"), `AllXML/<file>.xml` with OsiriX
     regions, `AllDICOMs/<file>_<patient hash>_MG_<side>_<view>_ANON.dcm`. BI-RADS is given per
     image, and all its regions take it.
     """
     files = _files(root)
     names = {path.name.lower(): path for path in files}
-    table = names.get("inbreast.csv") or names.get("inbreast.xls")
+    table = names.get("inbreast.csv")
     if table is None:
-        raise ValueError(f"{root}: found neither INbreast.csv nor INbreast.xls; put one there")
+        raise ValueError(
+            f"{root}: found no INbreast.csv; put it there (saved from INbreast.xls, fields parted by ;)"
+        )
     images = {p.name.split("_")[0]: p for p in files if p.suffix.lower() == ".dcm"}
     drawn = [p for p in files if p.parent.name.lower() == "allxml"]
     contours = {p.stem: p for p in drawn if p.suffix.lower() == ".xml"}

@@ -15,7 +15,7 @@ from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from scipy import fft, ndimage
 from scipy.interpolate import PchipInterpolator
 
-import data
+from support import files, runs, sources
 
 FORMAT = 3  # raised when the same seed gives other bytes
 IMAGES = (("L", "CC"), ("R", "CC"), ("L", "MLO"), ("R", "MLO"))  # of one patient
@@ -373,15 +373,15 @@ def write_phantoms(out: Path, patients: int = 72, seed: int = 0) -> Path:
     """
     rows = []
     with (
-        data.claim_folder(out, "phantoms", {"format": FORMAT, "patients": patients, "seed": seed}),
-        data.progress(patients * len(IMAGES), "phantoms") as advance,
+        runs.claim_folder(out, "phantoms", {"format": FORMAT, "patients": patients, "seed": seed}),
+        runs.progress(patients * len(IMAGES), "phantoms") as advance,
     ):
         for number in range(patients):
             for laterality, view in IMAGES:
                 rows.append(write_image(out, seed, number, laterality, view))
                 advance()
-        data.write_table(out / "manifest.csv", (*data.MANIFEST_COLUMNS, "mask_path"), rows)
-        data.finish_folder(out)
+        files.write_table(out / "manifest.csv", (*sources.MANIFEST_COLUMNS, "mask_path"), rows)
+        runs.finish_folder(out)
     return out / "manifest.csv"
 
 
@@ -394,9 +394,9 @@ def write_image(out: Path, seed: int, number: int, laterality: str, view: str) -
     if not (image.exists() and (mask.exists() or not has_lesion)):
         shade, lesion, _ = render(seed, number, laterality, view)
         if has_lesion:
-            with data.replace_file(mask) as file:
+            with files.replace_file(mask) as file:
                 Image.fromarray(lesion.astype(np.uint8) * 255).save(file, format="PNG")
-        with data.replace_file(image) as file:
+        with files.replace_file(image) as file:
             file.write(dicom(seed, number, laterality, view, shade, who.spacing))
     about = (image.name, f"P{number:04d}", laterality, view)
     if not has_lesion:

@@ -1,0 +1,213 @@
+"""Beyond the paper: same-image AUC, detectors, KID, nearest training patches."""
+
+import itertools
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import stats
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import pairwise_distances_argmin_min
+from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+
+import data
+from evaluate import Patches, Regime, clustered_ci, interval
+from support import files, patchset, sources
+from train import classifier_scores, load_classifier
+
+LESIONS = {"mass": "malignant_mass", "calcification": "malignant_calcification"}
+REAL_OF = LESIONS | {"removal": "normal"}  # the real class that a synthetic set imitates
+CONTROL_PATCHES = 1000  # a side, as many as the paper's validation set has of a class (P5)
+
+
+# --- Controls ---
+
+
+def same_image_auc(y, scores, images, clusters) -> tuple[float, float, float, int] | None:
+    """AUC over the pairs (positive, negative) of one image, its interval, images that hold both.
+
+    A model that recognises the image, not the lesion, has 0.5 here. Ratio of sums over patients.
+    """
+    pairs = {}
+    for image in np.unique(images):
+        at = images == image
+        x, z = scores[at & y][:, None], scores[at & ~y][None]
+        if x.size and z.size:
+            won = ((x > z) + (x == z) / 2).sum()
+            pairs.setdefault(clusters[at][0], []).append((won, x.size * z.size))
+    if len(pairs) < 2:
+        return None
+    won, number = np.array([np.sum(p, axis=0) for p in pairs.values()]).T
+    auc, i = float(won.sum() / number.sum()), len(pairs)
+    variance = i / (i - 1) * ((won - auc * number) ** 2).sum() / number.sum() ** 2
+    low, high, *_ = interval(auc, float(variance))
+    return auc, max(0.0, low), min(1.0, high), sum(map(len, pairs.values()))
+
+
+def lesion_or_image(test: "Patches", scores: np.ndarray) -> dict[str, Sequence | None]:
+    """Does a regime (K, N) see lesions or recognise images? AUC, interval, number of images."""
+    scores, found = scores.mean(axis=0), {}
+    malignant, benign, normal = (
+        np.char.startswith(test.kind, name) for name in ("malignant", "benign", "normal")
+    )
+    for name, lesion in (("Malignant", malignant), ("Benign", benign)):
+        at = lesion | normal
+        auc = same_image_auc(lesion[at], scores[at], test.image[at], test.patient[at])
+        found[f"{name} against normal, same image"] = auc
+    y, who = np.isin(test.image, test.image[malignant])[normal], test.patient[normal]
+    enough = min(len(set(who[y])), len(set(who[~y]))) > 1
+    auc = (*clustered_ci(y, scores[normal], who), len(set(test.image[normal]))) if enough else None
+    return found | {"Normal, images with cancer against others": auc}
+
+
+def kid(x, y, patients_x, patients_y) -> tuple[float, float, float]:
+    """Kernel inception distance between features (N, F) and (M, F), with its interval.
+
+    The unbiased estimate of the squared discrepancy under (x.y/F + 1)^3 (Binkowski 2018), here
+    over pairs of patches of *different* patients, so that likeness within a patient does not count
+    as distance; features brought to length sqrt(F), else a few outliers decide the cubes.
+    Interval: jackknife over patients.
+    """
+    f = np.concatenate([x, y]).astype(np.float64)
+    f *= math.sqrt(f.shape[1]) / np.linalg.norm(f, axis=1, keepdims=True).clip(1e-12)
+    ids, at = np.unique(np.concatenate([patients_x, patients_y]), return_inverse=True)
+    member = np.zeros((2, len(ids), len(f)))
+    member[np.r_[np.zeros(len(x), int), np.ones(len(y), int)], at, np.arange(len(f))] = 1
+    kernel = (f @ f.T / f.shape[1] + 1) ** 3
+
+    def mean(s: int, t: int) -> np.ndarray:  # of all pairs, then without each patient in turn
+        sums = member[s] @ kernel @ member[t].T
+        pairs = np.outer(member[s].sum(axis=1), member[t].sum(axis=1))
+        total = [
+            m.sum() - m.trace() - np.r_[0, m.sum(axis=0) + m.sum(axis=1) - 2 * m.diagonal()]
+            for m in (sums, pairs)
+        ]
+        return total[0] / total[1]
+
+    value, *without = (mean(0, 0) + mean(1, 1) - 2 * mean(0, 1)).tolist()
+    return value, *interval(value, (len(ids) - 1) * float(np.var(without)))[:2]
+
+
+def detectability(
+    real, fake, patients_real, patients_fake, fit_predict: Callable, folds: int = 5
+) -> tuple[float, float, float]:
+    """AUC at which real and synthetic patches can be told apart; 0.5 is chance.
+
+    Cross-validated, a patient in one fold only; ranks within the fold, since each has its own
+    model. fit_predict(x, y, x_held_out) -> scores. The interval is Obuchowski's.
+    """
+    x, y = np.concatenate([real, fake]), np.repeat([False, True], [len(real), len(fake)])
+    patients = np.concatenate([patients_real, patients_fake])
+    folds = min(folds, len(np.unique(patients_real)), len(np.unique(patients_fake)))
+    scores = np.empty(len(y))
+    for train, held_out in StratifiedGroupKFold(folds).split(x, y, patients):
+        predicted = fit_predict(x[train], y[train], x[held_out])
+        scores[held_out] = stats.rankdata(predicted) / len(held_out)
+    return clustered_ci(y, scores, patients)
+
+
+def linear_detector(x, y, x_held_out) -> np.ndarray:
+    """Logistic regression on frozen features (standardised)."""
+    return LogisticRegression(C=0.1, max_iter=1000).fit(x, y).decision_function(x_held_out)
+
+
+def network_detector(device: torch.device, seed: int, steps: int = 200, batch: int = 32):
+    """A small convolutional network on the pixels (uint16 patches), trained from scratch."""
+
+    def fit_predict(x, y, x_held_out) -> np.ndarray:
+        rng = np.random.default_rng(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            layers = []
+            for c_in, c_out in itertools.pairwise((1, 8, 16, 32, 64)):
+                layers += [nn.Conv2d(c_in, c_out, kernel_size=3, stride=2, padding=1)]
+                layers += [nn.GroupNorm(8, c_out), nn.ReLU()]
+            features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            net = nn.Sequential(OrderedDict(features=features, fc=nn.Linear(64, 2))).to(device)
+        optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+        for _ in range(steps):
+            at = rng.integers(len(x), size=batch)
+            flip = tuple(np.flatnonzero(rng.random(2) < 0.5) + 1)
+            images = np.flip(data.to_float(x[at]), flip).copy()[:, None]
+            target = torch.from_numpy(y[at].astype(np.int64)).to(device)
+            loss = F.cross_entropy(net(torch.from_numpy(images).to(device)), target)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        return classifier_scores(net, x_held_out, device)
+
+    return fit_predict
+
+
+def nearest_training(fake, training, held_out) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Nearest training patch of each synthetic one in feature space: where, how far, summary.
+
+    The yardstick is how far real held-out patches of the class lie from their nearest training
+    patch: copies would be closer than the closest 1% of those.
+    """
+    at, distance = pairwise_distances_argmin_min(fake, training)
+    reference = pairwise_distances_argmin_min(held_out, training)[1]
+    found = {"median": float(np.median(distance)), "reference": float(np.median(reference))}
+    found["closer"] = float((distance < np.percentile(reference, 1)).mean())
+    return at, distance, found
+
+
+def pooled_features(regime: Regime, device: torch.device) -> Callable[[np.ndarray], np.ndarray]:
+    """What gives the pooled features (N, F) of patches by the regime's first model."""
+    model, _ = load_classifier(regime.runs[0], device)
+    return lambda values: classifier_scores(model, values, device, features=True)[1]
+
+
+def control_of(
+    syn: patchset.SyntheticSet, splits: dict[str, Patches], features: Callable, device, seed: int
+) -> tuple[dict, list[np.ndarray]]:
+    """Controls of one synthetic set, and its three closest pairs: synthetic, training patch ...
+
+    On frozen features it is compared with validation patches, which the classifier has not seen,
+    and so are real training patches: that is the floor, with all that differs between the splits.
+    On pixels it is compared with training patches, which were flipped and resized as its sources.
+    """
+    kind, facts = REAL_OF[syn.task], files.read_json(syn.path / "config.json")
+    found = {"set": syn.path.name, "task": f"{syn.task} {syn.control}".strip()}
+    found |= {"samples": len(syn.combined), "requested": syn.requested}
+    found |= {"fingerprint": syn.fingerprint, "generator": syn.generator, "config": facts["config"]}
+    try:
+        found |= {key: float(facts[key]) for key in ("acceptance", "area_median", "strength")}
+        found |= {"warnings": list(map(str, facts["warnings"])), "gan": dict(facts.get("gan", {}))}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{syn.path}/config.json: damaged ({error}); synthesize it again"
+        ) from None
+    found["patients"] = len(set(syn.index["patient_id"]))
+    sides = {
+        s: (splits[s].values.get(kind, ()), splits[s].patients(kind)) for s in sources.SPLITS[:2]
+    }
+    sides["synthetic"] = syn.combined, syn.index["patient_id"]
+    if min(len(set(who)) for _, who in sides.values()) < 3:
+        return found | {"warnings": [f"Not compared: fewer than three patients with {kind}."]}, []
+    n = min(CONTROL_PATCHES, *(len(values) for values, _ in sides.values()))
+    rng, pixels, patients = np.random.default_rng(seed), {}, {}
+    for name, (values, who) in sides.items():
+        at = np.sort(rng.permutation(len(values))[:n])
+        pixels[name], patients[name] = values[at], who[at]
+    deep = {name: features(values) for name, values in pixels.items()}
+    scaler = StandardScaler().fit(deep["val"])
+    deep = {name: scaler.transform(values) for name, values in deep.items()}
+    for prefix, side in (("", "synthetic"), ("floor_", "train")):
+        pair = deep["val"], deep[side], patients["val"], patients[side]
+        found |= {f"{prefix}linear": detectability(*pair, linear_detector)}
+        found |= {f"{prefix}kid": [1000 * v for v in kid(*pair)]}
+    pair = (side[name] for side in (pixels, patients) for name in ("train", "synthetic"))
+    found["network"] = detectability(*pair, network_detector(device, seed), folds=3)
+    if syn.task not in LESIONS:
+        return found, []
+    held_out, training = sides["val"][0], sides["train"][0]
+    three = (features(values) for values in (syn.combined, training, held_out))
+    at, distance, found["nearest"] = nearest_training(*three)
+    closest = np.argsort(distance, kind="stable")[:3]
+    return found, [p for i in closest for p in (syn.combined[i], training[at[i]])]

@@ -1,0 +1,391 @@
+"""A run folder: claimed, resumed, whole or absent; checkpoint, log, stop, processes, progress.
+
+Nothing here is of the paper; the loops of train.py use `Run`, the other commands the folders.
+"""
+
+import contextlib
+import fcntl
+import io
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from support.files import read_json, reading, replace_file, sha256, write_json
+
+CHECKPOINT_FORMAT = "mamgan 2"
+LOCKS: set[int] = set()  # folder locks of this process, which forked workers must not keep
+
+
+# --- Random numbers: a step's batch and noise follow from (seed, step), whenever it is run ---
+
+BATCH, NOISE, WEIGHTS, FIXED_NOISE = range(4)  # streams that are independent of each other
+
+
+def numpy_rng(seed: int, step: int, stream: int) -> np.random.Generator:
+    return np.random.default_rng([seed, step, stream])
+
+
+def torch_rng(
+    seed: int, step: int, stream: int, device: torch.device | str = "cpu"
+) -> torch.Generator:
+    number = int(numpy_rng(seed, step, stream).integers(2**63))
+    return torch.Generator(device).manual_seed(number)
+
+
+# --- Folders that are whole or not finished ---
+
+
+@contextlib.contextmanager
+def claim_folder(out: Path, command: str, config: dict) -> Iterator[bool]:
+    """Own the output folder `out` of `command` while the block runs; yields True when it is whole.
+
+    The first call writes `out/config.json` ({"command", "config", ...}); a later one with the same
+    command and config goes on there. `config` holds JSON values and whatever decides the bytes
+    written, and nothing else (no workers, no device).
+
+    A block that fails before it wrote anything leaves an empty folder, free for other options.
+    Raises ValueError: another process works there, another command or other options made it, or
+    it holds files that are not ours.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path, config = out / "config.json", json.loads(json.dumps(config))
+    lock = os.open(out, os.O_RDONLY)  # the folder itself is locked: no file to leave behind
+    LOCKS.add(lock)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = "another process is writing there; wait for it or give another folder"
+            raise ValueError(f"{out}: {text}") from None
+        if path.exists():
+            existing = read_json(path)
+            _check_options(out, existing, {"command": command, "config": config})
+            complete = existing.get("complete") is True
+            if complete:
+                click.echo(f"{out}: complete already", err=True)
+        elif foreign := sorted(p.name for p in out.iterdir() if not p.name.endswith(".part")):
+            text = "but no config.json; give an empty or a new folder"
+            raise ValueError(f"{out}: holds {foreign[0]!r} {text}")
+        else:
+            complete = False
+            write_json(path, {"command": command, "config": config, "complete": False})
+        try:
+            yield complete
+        except Exception:  # nothing was written yet: other options may try in the same folder
+            if [p.name for p in out.iterdir()] == [path.name]:
+                path.unlink()
+            raise
+    finally:
+        LOCKS.discard(lock)
+        os.close(lock)
+
+
+def _check_options(out: Path, existing: dict, wanted: dict) -> None:
+    """Raises ValueError that names what differs between the folder's options and those given."""
+    if (other := existing.get("command")) != wanted["command"]:
+        text = f"made by {other!r}, not by {wanted['command']!r}; give another folder"
+        raise ValueError(f"{out}: {text}")
+    old, new = existing.get("config"), wanted["config"]
+    with reading(out / "config.json"):
+        differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    if differing:
+        text = "; ".join(
+            f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in differing
+        )
+        advice = "give the same options to go on, or another folder"
+        raise ValueError(f"{out}: made with other options ({text}); {advice}")
+
+
+def finish_folder(out: Path, **facts: object) -> None:
+    """Mark a claimed folder whole and add what is known only at the end."""
+    write_json(out / "config.json", read_json(out / "config.json") | facts | {"complete": True})
+
+
+def finished(path: Path, command: str) -> dict:
+    """config.json of a whole folder that `command` made. Raises ValueError."""
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such folder; expected one that {command} made")
+    existing = read_json(path / "config.json")
+    if (other := existing.get("command")) != command or not isinstance(existing["config"], dict):
+        raise ValueError(f"{path}: made by {other!r}; expected a folder made by {command!r}")
+    if existing.get("complete") is not True:
+        raise ValueError(f"{path}: not finished; run the same {command} command again")
+    return existing
+
+
+# --- Ctrl-C and SIGTERM, progress ---
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[Callable[[], bool]]:
+    """Yields `stopping()`: True once SIGINT or SIGTERM came. The second one interrupts at once."""
+    came = []
+
+    def note(number, frame):
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def progress(total: int, label: str, done: int = 0, every: float = 15.0) -> Iterator:
+    """Yields `advance(n, text="")`: rate and time left in a bar on a terminal, else in lines."""
+    start = last = time.monotonic()
+    count, terminal = done, sys.stderr.isatty()
+    with click.progressbar(
+        length=total,
+        label=label,
+        file=sys.stderr,
+        hidden=not terminal,
+        show_pos=True,
+        show_eta=False,  # click's counts what an earlier run has done
+        item_show_func=lambda text: text,
+    ) as bar:
+
+        def advance(n: int = 1, text: str = "") -> None:
+            nonlocal count, last
+            count, now = count + n, time.monotonic()
+            rate = (count - done) / max(now - start, 1e-9)
+            text = f"{rate:.1f}/s  {(total - count) / (rate or 1):.0f} s left  {text}".rstrip()
+            bar.update(n, current_item=text)
+            if not terminal and (now - last >= every or count == total):
+                last = now
+                click.echo(f"{label}: {count}/{total}  {text}", err=True)
+
+        bar.update(done)
+        yield advance
+
+
+# --- Devices, checkpoints ---
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """auto: the GPU when there is one. Under torchrun each process takes its own."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: found no usable GPU; give --device cpu or auto")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+@contextlib.contextmanager
+def checkpoint(run: Path) -> Iterator[dict]:
+    """Yields the state in `run/checkpoint.pt`: tensors and primitives.
+
+    Raises ValueError when it is missing, cut or foreign, or the block can make nothing of it.
+    """
+    path = run / "checkpoint.pt"
+    with reading(path, "delete the run and train again"):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state.get("format") != CHECKPOINT_FORMAT:
+            raise ValueError(f"expected a checkpoint of format {CHECKPOINT_FORMAT}")
+        yield state
+
+
+def weights_hash(module: nn.Module) -> str:
+    """sha256 over names, shapes and values of all weights and buffers: names a network."""
+    parts = []
+    for name, value in sorted(module.state_dict().items()):
+        parts += [f"{name} {tuple(value.shape)} {value.dtype}".encode()]
+        parts += [value.detach().cpu().contiguous().numpy().tobytes()]
+    return sha256(*parts)
+
+
+# --- One training ---
+
+
+class Run:
+    """The folder of one training, and the processes that share it (torchrun; else one).
+
+    Everything a stop or a kill must not lose goes through `resume`, `record` and `log`; a run that
+    was stopped and started again equals one that was not, bitwise on the CPU.
+    """
+
+    def __init__(self, folder: Path, command: str, facts: dict, device: torch.device, seed: int):
+        self.folder, self.command, self.facts = folder, command, facts
+        self.device, self.seed = device, seed
+        self.rank, self.processes = 0, 1
+        self.parts: dict = {}
+        self.done = 0  # steps that are whole
+        self.names: list[str] = []
+        self.recorded: list[Tensor] = []  # of each step since the last row of the log
+        self.since, self.text = time.time(), ""
+
+    def __enter__(self) -> "Run":
+        with contextlib.ExitStack() as stack:
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                if self.device.type == "cuda":
+                    torch.cuda.set_device(self.device)
+                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+                stack.callback(dist.destroy_process_group)
+                self.rank, self.processes = dist.get_rank(), dist.get_world_size()
+            if self.rank == 0:
+                stack.enter_context(claim_folder(self.folder, self.command, self.facts))
+            self._wait()
+            self.stopping = stack.enter_context(signals_held())
+            self.stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> bool | None:
+        return self.stack.__exit__(*error)
+
+    def resume(self, **parts: object) -> None:
+        """Take on what has a state_dict, and bring it to where an earlier run was saved."""
+        self.parts, log = parts, self.folder / "log.jsonl"
+        if (self.folder / "checkpoint.pt").exists():
+            with checkpoint(self.folder) as state:
+                for name, part in parts.items():
+                    part.load_state_dict(state[name])
+                self.done, self.names = state["step"], state["names"]
+                self.recorded = list(state["recorded"].to(self.device))
+        if self.rank == 0:
+            rows = read_log(self.folder, self.done) if log.exists() else []
+            with replace_file(log, "w") as file:  # later rows come again
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def steps(self, total: int, by: int = 1) -> Iterator[int]:
+        """The steps left, each of `by` units of `total`; saves and stops when asked to."""
+        self.total, self.by, advance = total, by, lambda n, text: None
+        if self.rank == 0:
+            done = min(self.done * by, total)
+            bar = progress(total, f"{self.command} {self.folder.name}", done)
+            advance = self.stack.enter_context(bar)
+        for step in range(self.done, math.ceil(total / by)):
+            self.done, self.saved = step + 1, False
+            yield step
+            advance(min(by, total - step * by), self.text)
+            if self._any(self.stopping()) and self.done * by < total:
+                if not self.saved:
+                    self.save()
+                raise KeyboardInterrupt
+
+    def due(self, every: int) -> bool:
+        """Whether this step passes a multiple of `every` units, or is the last."""
+        before, after = (self.done - 1) * self.by, self.done * self.by
+        return before // every < after // every or after >= self.total
+
+    def rng(self, step: int) -> torch.Generator:
+        """The noise of a step, on the device."""
+        return torch_rng(self.seed, step, NOISE, self.device)
+
+    def share(self, batch: np.ndarray | Tensor) -> np.ndarray | Tensor:
+        """This process's rows of what all processes draw alike."""
+        n = len(batch) // self.processes
+        return batch[self.rank * n : (self.rank + 1) * n]
+
+    def update(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+        """One step down the gradient of the whole batch."""
+        optimizer.zero_grad()
+        loss.backward()
+        weights = (p for group in optimizer.param_groups for p in group["params"])
+        self._average([p.grad for p in weights if p.grad is not None])
+        optimizer.step()
+
+    def record(self, **figures: Tensor) -> None:
+        """Keep figures of this step, on the device: nothing waits for it."""
+        self.names = list(figures)
+        self.recorded.append(torch.stack([value.detach().float() for value in figures.values()]))
+
+    def averages(self) -> dict[str, float]:
+        """Means of what was recorded since the last call, all finite (else ValueError)."""
+        values, self.recorded = self._checked().mean(0).tolist(), []
+        return dict(zip(self.names, values, strict=True))
+
+    def log(self, row: dict, text: str = "") -> None:
+        """A row of log.jsonl, on disk at once: a checkpoint never lacks a row before it."""
+        row = {"step": self.done} | row | {"seconds": round(time.time() - self.since, 3)}
+        self.since, self.text = time.time(), text
+        if self.rank == 0:
+            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(row, allow_nan=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+    def save(self) -> None:
+        """checkpoint.pt, whole or not at all. Raises ValueError when something is not finite."""
+        recorded = self._checked()
+        if self.rank == 0:
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            state |= {"format": CHECKPOINT_FORMAT, "step": self.done}
+            state |= {"names": self.names, "recorded": recorded}
+            buffer = io.BytesIO()  # torch would not say that the disk is full
+            torch.save(state, buffer)
+            with replace_file(self.folder / "checkpoint.pt") as file:
+                file.write(buffer.getbuffer())
+        self.saved = True
+        self._wait()
+
+    def finish(self, **facts: object) -> None:
+        """Mark the run whole."""
+        versions = {"torch": torch.__version__, "numpy": np.__version__}
+        if self.rank == 0:
+            finish_folder(self.folder, versions=versions, **facts)
+
+    def _checked(self) -> Tensor:
+        """What was recorded (steps, figures), the mean over processes; finite, as are all weights.
+
+        Raises ValueError naming figure and step.
+        """
+        values = torch.stack(self.recorded or [torch.zeros(len(self.names), device=self.device)])
+        self._average([values])
+        self.recorded = list(values) if self.recorded else []
+        problem = ""
+        if bad := (~values.isfinite()).nonzero().tolist():
+            step = self.done - len(values) + bad[0][0] + 1
+            problem = f"step {step}: {self.names[bad[0][1]]} is {values[*bad[0]].item()}"
+        networks = (part for part in self.parts.values() if isinstance(part, nn.Module))
+        if not all(p.isfinite().all() for network in networks for p in network.parameters()):
+            problem = problem or f"step {self.done}: a weight is not finite"
+        if problem:
+            text = "expected finite values; the checkpoint holds the last good state"
+            raise ValueError(f"{problem}; {text}; lower the learning rates")
+        return values[: len(self.recorded)]
+
+    def _average(self, tensors: list[Tensor]) -> None:
+        """Replace each by its mean over the processes."""
+        if self.processes > 1 and tensors:
+            flat = torch.cat([t.flatten() for t in tensors])
+            dist.all_reduce(flat)
+            flat /= self.processes
+            for t, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+                t.copy_(mean.view_as(t))
+
+    def _any(self, flag: bool) -> bool:
+        """True in every process when it is in one."""
+        if self.processes == 1:
+            return flag
+        value = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value)
+
+    def _wait(self) -> None:
+        if self.processes > 1:
+            dist.barrier()
+
+
+def read_log(run: Path, step: float = math.inf) -> list[dict]:
+    """The rows of `run/log.jsonl` up to `step`. Raises ValueError when one is damaged."""
+    path = run / "log.jsonl"
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    lines = [line for line in lines if line.endswith("\n")]  # the last one may be cut by a kill
+    with reading(path, "delete the run and train again"):
+        rows = [json.loads(line) for line in lines]
+        return [row for row in rows if row["step"] <= step]
