@@ -148,6 +148,11 @@ class GanBatches:
     def __init__(self, config: GanConfig, data: Path, run: Run):
         self.config, self.run, self.ahead = config, run, ReadAhead(self.draw)
         self.pools = [Patches.open(data, "train", name) for name in TASKS[config.task]]
+        if config.batch_size % run.processes:
+            raise ValueError(
+                f"--batch-size {config.batch_size}: found {run.processes} processes; expected a "
+                "batch that they share evenly"
+            )
         for name, pool in zip(TASKS[config.task], self.pools, strict=True):
             least = config.batch_size * (2 if name == TASKS[config.task].source else 1)
             if len(pool) < least:
@@ -185,10 +190,13 @@ def networks(config: GanConfig, device: torch.device) -> tuple[Generator, Discri
     return G.to(device, memory_format=layout), D.to(device, memory_format=layout)
 
 
-def penalty_noise(config: GanConfig, x_real: Tensor, rng: torch.Generator) -> Tensor:
-    """delta ~ U(0, 1) for every pixel of the whole batch (L4), as printed or scaled (Q15)."""
-    shape = (config.batch_size, *x_real.shape[1:])
-    return torch.empty(shape, device=rng.device).uniform_(0, 1, generator=rng)
+def penalty_noise(config: GanConfig, x_real: Tensor, rng: torch.Generator, run: Run) -> Tensor:
+    """delta ~ U(0, 1) for every pixel (L4), or that times half the patch's deviation (Q15)."""
+    u = torch.empty(config.batch_size, *x_real.shape[1:], device=rng.device)
+    delta = run.share(u.uniform_(0, 1, generator=rng))
+    if config.gp_noise == "std":
+        delta = delta * 0.5 * x_real.std(dim=(1, 2, 3), keepdim=True)
+    return delta
 
 
 def train_gan(config: GanConfig, data: Path, folder: Path, device: torch.device) -> None:
@@ -210,14 +218,12 @@ def train_gan(config: GanConfig, data: Path, folder: Path, device: torch.device)
         for step in run.steps(config.steps):
             size, alpha = growth(config, step)  # §2 Progressive growing
             batch, rng = batches.at(step, size), run.rng(step)
-            noise = [run.share(G.sample_noise(n, rng)) for _ in range(1 + len(batch.sources))]
-            delta = run.share(penalty_noise(config, batch.real, rng))
-            if config.gp_noise == "std":
-                delta *= 0.5 * batch.real.std(dim=(1, 2, 3), keepdim=True)
 
             # D: all four classes (L2, L3), the penalty on the real ones (L4)
+            z = run.share(G.sample_noise(n, rng))
             with torch.no_grad(), autocast:
-                fake = G(batch.source, noise[0], size, alpha)[:, 2:]
+                fake = G(batch.source, z, size, alpha)[:, 2:]
+            delta = penalty_noise(config, batch.real, rng, run)
             with autocast, parametrize.cached():  # one power iteration for both passes
                 x = torch.cat([batch.real, fake, batch.benign, batch.normal])
                 logits = D(x, size, alpha).chunk(4)
@@ -228,7 +234,8 @@ def train_gan(config: GanConfig, data: Path, folder: Path, device: torch.device)
 
             # G: "For masses, we train the generator twice" (T2), on fresh patches and noise (L5)
             D.requires_grad_(False)
-            for source, z in zip(batch.sources, noise[1:], strict=True):
+            for source in batch.sources:
+                z = run.share(G.sample_noise(n, rng))
                 with autocast:
                     fake = G(source, z, size, alpha)[:, 2:]
                     loss_G = generator_loss(D(fake, size, alpha))
@@ -420,10 +427,10 @@ def train_classifier(
 
             if run.due(config.evaluate_every):
                 seen = min((step + 1) * config.batch_size, config.samples)
-                val_auc = validation_auc(model, data, device)
-                best.keep(model, val_auc, seen)
-                row = {"samples_seen": seen, "val_auc": val_auc, **run.averages()}
+                row = {"samples_seen": seen, **run.averages()}
+                row["val_auc"] = val_auc = validation_auc(model, data, device)
                 row["seconds_waiting"] = round(batches.ahead.waited, 3)  # for data
+                best.keep(model, val_auc, seen)
                 run.log(row, f"validation AUC {val_auc:.3f}")
                 run.save()
         run.finish(best={"val_auc": best.val_auc, "samples_seen": best.samples_seen})
