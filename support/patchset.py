@@ -151,11 +151,11 @@ class PatchWriter:
             hint = ", but see --normals-from-annotated" if key.endswith("/normal") else ""
             self.skip(key, f"the source holds none{hint}")
         if not self.sources:
-            text = "expected normal images, or boxes with a pathology; see --normals-from-annotated"
-            raise ValueError(
-                f"the source: found no wanted class in {len(self.images)} images; {text} and "
-                "--birads-as-pathology"
+            text = (
+                f"the source: found no wanted class in {len(self.images)} images; expected normal"
             )
+            text += " images, or boxes with a pathology; see --normals-from-annotated"
+            raise ValueError(f"{text} and --birads-as-pathology")
         self.splits = {image.patient_id: image.split for image in self.images}
         self.patients = {split: list(self.splits.values()).count(split) for split in SPLITS}
         text = ", ".join(f"{split} {number}" for split, number in self.patients.items())
@@ -299,19 +299,13 @@ class PatchWriter:
         excluded = [(im.name, self.reason(i)) for i, im in enumerate(images) if i not in used]
         write_table(out / "excluded.csv", ("image_path", "reason"), excluded)
         write_table(out / "splits.csv", ("patient_id", "split"), sorted(self.splits.items()))
-        rows = (
-            (
-                *(image.name, image.patient_id, row.laterality, row.view, row.finding),
-                *(row.pathology, *(row.bbox or ("",) * 4)),
-                *(row.mask_path and self.hide(row.mask_path), *(row.spacing_mm or ("",) * 2)),
-                image.split,
-            )
-            for image in (images[index] for index in sorted(used))
-            for row in image.rows
-        )
-        write_table(
-            out / "manifest.csv", sources.MANIFEST_COLUMNS + sources.MANIFEST_OPTIONAL, rows
-        )
+        findings = []
+        for image in (images[index] for index in sorted(used)):
+            names = {"image_path": image.name, "patient_id": image.patient_id}
+            for row in image.rows:
+                mask = row.mask_path and self.hide(row.mask_path)
+                findings.append(replace(row, **names, mask_path=mask, split=image.split))
+        sources.write_manifest(out / "manifest.csv", findings)
         text = f"{len(used)} of {len(images)} images gave patches"
         click.echo(f"{text}{'; the others: excluded.csv' if excluded else ''}", err=True)
         if not used:

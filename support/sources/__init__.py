@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from support.files import csv_rows, numbers
+from support.files import csv_rows, numbers, write_table
 from support.mammogram import image_size
 from support.sources.cbis_ddsm import read_cbis_ddsm
 from support.sources.common import FINDINGS, PATHOLOGIES, SPLITS, Finding, Traps
@@ -79,6 +79,19 @@ def _finding(row: dict[str, str], folder: Path) -> Finding:
     paths = {name: str(folder / row[name]) for name in ("image_path", "mask_path") if row[name]}
     words = {name: row[name] for name in ("patient_id", "view", *MANIFEST_WORDS)}
     return Finding(**words, **paths, bbox=bbox, spacing_mm=spacing)
+
+
+def write_manifest(path: Path, findings: list[Finding]) -> None:
+    """What `read_manifest` reads."""
+    rows = (
+        (
+            *(row.image_path, row.patient_id, row.laterality, row.view, row.finding),
+            *(row.pathology, *(row.bbox or ("",) * 4)),
+            *(row.mask_path, *(row.spacing_mm or ("",) * 2), row.split),
+        )
+        for row in findings
+    )
+    write_table(path, MANIFEST_COLUMNS + MANIFEST_OPTIONAL, rows)
 
 
 def check_findings(findings: list[Finding]) -> list[str]:
