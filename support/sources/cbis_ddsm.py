@@ -25,8 +25,11 @@ COLUMNS = (
 WORDS = {
     "left or right breast": {"LEFT": "L", "RIGHT": "R"},
     "abnormality type": {"mass": "mass", "calcification": "calcification"},
-    "pathology": {"MALIGNANT": "malignant"}
-    | dict.fromkeys(("BENIGN", "BENIGN_WITHOUT_CALLBACK"), "benign"),
+    "pathology": {
+        "MALIGNANT": "malignant",
+        "BENIGN": "benign",
+        "BENIGN_WITHOUT_CALLBACK": "benign",
+    },
 }
 
 
