@@ -185,12 +185,12 @@ def bootstrap_ends(y, scores, baseline, clusters, seed: int = 0) -> dict[str, fl
     return {"delta_bootstrap_low": low, "delta_bootstrap_high": high}
 
 
-def roc_band(y, scores, patients, seed: int, draws: int = 300) -> np.ndarray:
+def roc_band(y, scores, clusters, seed: int, draws: int = 300) -> np.ndarray:
     """Sensitivity (3, 101) at 0, 1 ... 100% false positives: mean over seeds, 2.5%, 97.5%.
 
     The band is pointwise, over patients drawn with replacement.
     """
-    drawn = np.concatenate([np.ones((1, len(y)), int), patient_draws(patients, draws, seed)])
+    drawn = np.concatenate([np.ones((1, len(y)), int), patient_draws(clusters, draws, seed)])
     drawn = drawn[(drawn @ y > 0) & (drawn @ ~y > 0)]
     grid = np.linspace(0, 1, 101)
     curves = np.zeros((len(drawn), len(grid)))

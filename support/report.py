@@ -100,8 +100,8 @@ def evaluate(
         if not conditions[MAIN]:
             raise ValueError(f"{patch_set}: fewer than two test patients a class; prepare more")
         rows, at = conditions[MAIN]["rows"], tested[MAIN]
-        args = kind[at] != "normal", patients[at], seed
-        bands = {name: roc_band(s[:, at], *args) for name, s in scores.items()}
+        y, who_at = kind[at] != "normal", patients[at]
+        bands = {name: roc_band(y, s[:, at], who_at, seed) for name, s in scores.items()}
         save_figure(roc_figure(bands, rows), out / "roc.png")
         if len(rows) > 1:
             save_figure(difference_figure(rows), out / "difference.png")
