@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy import stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import pairwise_distances_argmin_min
@@ -139,7 +138,7 @@ def network_detector(device: torch.device, seed: int, steps: int = 200, batch: i
             flip = tuple(np.flatnonzero(rng.random(2) < 0.5) + 1)
             images = np.flip(data.to_float(x[at]), flip).copy()[:, None]
             target = torch.from_numpy(y[at].astype(np.int64)).to(device)
-            loss = F.cross_entropy(net(torch.from_numpy(images).to(device)), target)
+            loss = nn.functional.cross_entropy(net(torch.from_numpy(images).to(device)), target)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -195,8 +194,7 @@ def control_of(
         patches[split] = splits[split].parts.get(kind, ())
         patients[split] = splits[split].column("patient_id")[splits[split].kind == kind]
     if min(len(set(who)) for who in patients.values()) < 3:
-        text = f"Not compared: fewer than three patients with {kind}."
-        return control | {"warnings": [text]}, []
+        return control | {"warnings": [f"Not compared: fewer than three patients with {kind}."]}, []
     n = min(CONTROL_PATCHES, *map(len, patches.values()))
     rng, pixels = np.random.default_rng(seed), {}
     for name in ("train", "val", "synthetic"):

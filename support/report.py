@@ -91,7 +91,7 @@ def evaluate(
             scores[regime.name] = score(regime, splits["test"], device)
             advance(len(regime.runs), f"{regime.name} scored")
 
-        tested = {c: np.isin(kind, sum(classes, ())) for c, classes in CONDITIONS.items()}
+        tested = {c: np.isin(kind, [*pos, *neg]) for c, (pos, neg) in CONDITIONS.items()}
         conditions = {  # with one kind of lesion only, the whole test set is not shown again
             c: condition_table(kind, patients, scores, c, seed)
             for c, at in tested.items()
@@ -119,9 +119,7 @@ def evaluate(
             advance(1, f"{syn.path.name}: controls")
         if nearest:
             save_figure(patch_figure(nearest), out / "nearest.png")
-        metrics["feature_space"] = figures_4_to_6(
-            regimes, splits, patients, sets, scores, device, seed, out
-        )
+        metrics["feature_space"] = figures_4_to_6(regimes, splits, sets, scores, device, seed, out)
 
         metrics["data"]["patients"] = {
             f"{split}/{name}": len(set(who[split][patches.kind == name]))
@@ -154,7 +152,7 @@ def _keep_pictures(sets: list[patchset.SyntheticSet], k: int, out: Path) -> None
 
 
 def figures_4_to_6(
-    regimes: list[Regime], splits, patients, sets, scores, device, seed: int, out: Path
+    regimes: list[Regime], splits, sets, scores: dict[str, np.ndarray], device, seed: int, out: Path
 ) -> dict:
     """t-SNE of the baseline's features (F4); the patches that a regime rescues (F5, F6).
 
@@ -167,7 +165,8 @@ def figures_4_to_6(
         malignant = np.flatnonzero(np.char.startswith(test.kind, "malignant"))
         base, ours = (scores[name][0, malignant] for name in (BASELINE, chosen.name))
         best, facts = rescue(base, ours)
-        facts |= {"regime": chosen.name, "patients": len(set(patients[malignant[best]]))}
+        patients = test.column("patient_id")[malignant[best]]
+        facts |= {"regime": chosen.name, "patients": len(set(patients))}
         if len(best):
             models, rescued = [regimes[0], chosen], test[malignant[best]]
             titles = [f"{base[i]:.2f} to {ours[i]:.2f}" for i in best]

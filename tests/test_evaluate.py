@@ -18,7 +18,7 @@ import data
 import evaluate
 import models
 import train
-from support import controls, files, patchset, report, runs, sources
+from support import controls, figures, files, patchset, report, runs, sources
 
 Y = [1] * 5 + [0] * 6
 S1 = [0.9, 0.8, 0.7, 0.55, 0.3, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
@@ -798,7 +798,25 @@ def test_baseline_alone_and_one_lesion_type(tmp_path):
     assert "None was run" in html and "<figure><figcaption>" not in html
 
 
-# --- Controls ---
+def test_patches_stand_pixel_by_pixel_in_figures(tmp_path):
+    """Each pixel is a square of whole pixels of its own grey; the bar is as long as it says."""
+    line, gap, rng = figures.LINE_PX, figures.GAP_PX, np.random.default_rng(0)
+    small, large = rng.integers(65536, size=(2, 64, 64)).astype(np.uint16), np.full((256, 300), 0.5)
+    figure = figures.patch_figure([("a", small, ("x", "y")), ("b", [large], ())], mm=[0.33])
+    figures.save_figure(figure, tmp_path / "figure.png")
+    picture = np.asarray(Image.open(tmp_path / "figure.png"))[..., :3]
+    second = line + 256 + line + gap
+    for top, left, patch, zoom in (
+        (line, line, small[0], 4),
+        (line, line + 256 + gap, small[1], 4),
+        (second, line, data.to_uint16(large), 1),
+    ):
+        grey = np.kron(patch >> 8, np.ones((zoom, zoom), int))[..., None]
+        shown = picture[top : top + grey.shape[0], left : left + grey.shape[1]]
+        assert (shown == grey).all()
+    for bottom, length in ((line + 256, 5 / 0.33 * 4), (second + 256, 20 / 0.33)):
+        dark = picture[bottom + line // 2, line:, 0] < 128
+        assert np.argmin(dark) == pytest.approx(length, abs=2)
 
 
 def test_kid_is_the_textbook_estimate_when_every_patch_has_its_own_patient():
