@@ -104,7 +104,7 @@ def visit_image(
     except (ValueError, OSError) as error:  # an OSError would name the file
         reason = getattr(error, "strerror", None) or str(error)
         return visit | {"reason": " ".join(reason.split())}
-    visit |= {"uid": decoded.uid, "flipped": decoded.flipped()}
+    visit |= {"uid": decoded.uid, "flipped": _upside_down(decoded)}
     arrays = {}
     for key in sorted({key for key, _, _ in requests}):
         # Whether a class has any place here may not depend on which patches ask first.
@@ -122,6 +122,17 @@ def visit_image(
     for array in arrays.values():
         array.flush()
     return visit
+
+
+def _upside_down(decoded: DecodedImage) -> int:
+    """How many boxes in air have their mirror image (rows from the bottom) on tissue."""
+    count, height = 0, len(decoded.display)
+    boxes = {data.whole_box(row.bbox) for row in decoded.image.rows if row.bbox}
+    for row0, col0, row1, col1 in boxes:
+        size = row1 - row0, col1 - col0
+        given, mirrored = (decoded.tissue.share(row, col0, size) for row in (row0, height - row1))
+        count += int(given < 0.1 and mirrored > 0.9)
+    return count
 
 
 class PatchWriter:
