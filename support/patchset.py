@@ -350,8 +350,10 @@ def _processes(workers: int) -> Iterator[concurrent.futures.Executor]:
     fork = multiprocessing.get_context("fork")
     pool = concurrent.futures.ProcessPoolExecutor(workers, fork, initializer=_start_worker)
     try:
-        with signals_held():  # Python drops a KeyboardInterrupt that comes while it forks
+        with signals_held() as stopping:  # Python drops a KeyboardInterrupt that comes in a fork
             pool.submit(os.getpid).result()  # forks all workers
+        if stopping():
+            raise KeyboardInterrupt
         yield pool
     except BaseException:
         for process in multiprocessing.active_children():
