@@ -20,7 +20,7 @@ import data
 from models import BORDER_PX, Generator
 from support import derived, files, patchset, runs
 from support.figures import FIGURE_SAMPLES, grey, save_tiles
-from support.runs import finished_config, restoring, weights_hash
+from support.runs import checkpoint, finished, weights_hash
 
 LESION_THRESHOLD = 0.1  # §3 "applying a threshold of 0.1", S3; no rescaling, Q25
 MIN_AREA_FRAC = 0.10  # §3 "< 10% of the patch area", S5
@@ -186,7 +186,7 @@ class Synthesizer:
     @torch.inference_mode()
     def lesions(self, patches: np.ndarray, rngs: Sequence[np.random.Generator]) -> np.ndarray:
         """Lesion channels (S2) of patches (N, S, S) in [-1, 1], noise from one rng each."""
-        z = np.stack([rng.uniform(-1, 1, size=2 * self.G.blocks) for rng in rngs])
+        z = np.stack([rng.uniform(-1, 1, size=self.G.noise_size) for rng in rngs])
         device = next(self.G.parameters()).device
         x, z = (torch.from_numpy(a.astype(np.float32)).to(device) for a in (patches[:, None], z))
         lesions = self.G(x, z)[:, 0].float().cpu().numpy()  # (N, S, S)
@@ -404,8 +404,8 @@ def _warnings(facts: dict) -> list[str]:
 
 def load_generator(run: Path, device: torch.device) -> tuple[Generator, dict, str]:
     """The trained generator of a finished run: (G in eval mode, config, hash of its weights)."""
-    config = finished_config(run, "train-gan")
-    with restoring(run) as state:
+    config = finished(run, "train-gan")["config"]
+    with checkpoint(run) as state:
         G = Generator(config["patch_size"], config["g_base"], config["g_center"], config["sn_g"])
-        G.load_state_dict(state["chosen"])
+        G.load_state_dict(state["watch"]["chosen"])
     return G.to(device).eval(), config, weights_hash(G)
