@@ -832,16 +832,16 @@ def bad_raster(rng: random.Random) -> bytes:
 IMAGES_AT_ONCE = 20  # mutated images in one command; each must come out as a row of its own
 
 
-def image_commands(world: World, folder: Path, files: list[Path], rng: random.Random) -> list:
+def image_commands(world: World, folder: Path, paths: list[Path], rng: random.Random) -> list:
     """`prepare` on the files and a sound one; now and then `synthesize --image`."""
     if rng.random() < 0.15:
-        images = [f"--image={file}" for file in files]
+        images = [f"--image={file}" for file in paths]
         gan = ["--gan", world.at("bump"), "--device", "cpu", "--out", folder / "out"]
         return ["synthesize", *gan, *images]
     sound = folder / "sound.png"
     Image.fromarray(breast(2, False)).save(sound)
     boxed, rows = rng.random() < 0.2, []
-    for file in (*files, sound):
+    for file in (*paths, sound):
         what = ("mass", "malignant", 2, 2, 4, 4) if boxed else ("", "normal", *[""] * 4)
         rows.append((file, "one", "L", "CC", *what, "train"))
     files.write_table(folder / "m.csv", (*sources.MANIFEST_COLUMNS, "split"), rows)
@@ -850,19 +850,19 @@ def image_commands(world: World, folder: Path, files: list[Path], rng: random.Ra
     return [*line, *(["--normals-from-annotated"] if boxed else []), "--out", folder / "out"]
 
 
-def image_outcomes(files: list[Path], folder: Path, ended: Ended, outcomes: Counter) -> str:
+def image_outcomes(paths: list[Path], folder: Path, ended: Ended, outcomes: Counter) -> str:
     if (folder / "out" / "excluded.csv").exists() and not ended.code:
         rows = [r["image_path"] for r in table(folder / "out" / "excluded.csv")]
         used = {r["image_path"] for r in table(folder / "out" / "manifest.csv")}
         outcomes["excluded"] += len(rows)
         outcomes["used"] += len(used) - 1
-        if sorted([*rows, *used]) != sorted(map(str, [*files, folder / "sound.png"])):
+        if sorted([*rows, *used]) != sorted(map(str, [*paths, folder / "sound.png"])):
             return "not each image is a row of excluded.csv or manifest.csv"
         text = (folder / "out" / "excluded.csv").read_text()
         if any(s in text for s in SECRETS):
             return "a reason holds an identifier"
     else:
-        outcomes["used" if not ended.code else "one message"] += len(files)
+        outcomes["used" if not ended.code else "one message"] += len(paths)
     return ""
 
 
@@ -870,12 +870,12 @@ def images(make: Callable, world: World, scratch: Path, names: list[str], outcom
     """Run one command on the images of so many seeds; gives its fault."""
     folder = scratch / "case"
     folder.mkdir()
-    files = [folder / f"{i}" for i in range(len(names))]
-    for file, name in zip(files, names, strict=True):
+    paths = [folder / f"{i}" for i in range(len(names))]
+    for file, name in zip(paths, names, strict=True):
         file.write_bytes(make(random.Random(name)))
-    line = image_commands(world, folder, files, random.Random(names[0]))
+    line = image_commands(world, folder, paths, random.Random(names[0]))
     ended = call(line, CLOCK_SECONDS, guard_memory)
-    wrong = fault(ended, folder) or image_outcomes(files, folder, ended, outcomes)
+    wrong = fault(ended, folder) or image_outcomes(paths, folder, ended, outcomes)
     if wrong and len(names) == 1:
         print(f"{names[0]} {line[0]}: {ended.text.strip()[-1500:]}")
     shutil.rmtree(folder)
@@ -1058,55 +1058,41 @@ BAD_FOLDERS = {"manifest": bad_manifest, "patches": bad_patches, "run": bad_run,
 
 def bombs(world: World, scratch: Path) -> Findings:
     """Small files that are, or only claim to be, 110 megapixels: read or left out, in time."""
-    side, files = 10_500, {}
+    side, raw, result = 10_500, {}, Findings()
 
-    def save(name: str, image: Image.Image, **options: object) -> bytes:
+    def save(name: str, save_as: Callable, **options: object) -> None:
         file = io.BytesIO()
-        image.save(file, **options)
-        files[name] = file.getvalue()
-        return files[name]
+        save_as(file, **options)
+        raw[name] = file.getvalue()
 
-    for wide in (False, True):
-        flat = Image.fromarray(np.zeros((side, side), np.uint16 if wide else np.uint8))
-        save(f"png {wide}", flat, format="PNG", compress_level=1)
-        save(f"tiff {wide}", flat, format="TIFF", compression="tiff_adobe_deflate")
-    jpeg = save("jpeg", Image.new("L", (side, side)), format="JPEG")
-    save("progressive jpeg", Image.new("L", (side, side)), format="JPEG", progressive=True)
-    small = io.BytesIO()
-    Image.fromarray(breast(1, False)).save(small, format="JPEG")
-    small = bytearray(small.getvalue())
+    flat = Image.fromarray(np.zeros((side, side), np.uint8))
+    deep = Image.fromarray(np.zeros((side, side), np.uint16))
+    save("png", deep.save, format="PNG", compress_level=1)
+    save("tiff", deep.save, format="TIFF", compression="tiff_adobe_deflate")
+    save("jpeg", flat.save, format="JPEG")
+    save("progressive jpeg", flat.save, format="JPEG", progressive=True)
+    save("small", Image.fromarray(breast(1, False)).save, format="JPEG")
+    small = raw.pop("small")
     at = small.find(b"\xff\xc0") + 5
-    small[at : at + 4] = struct.pack(">2H", side, side)
-    files["jpeg forged"] = bytes(small)
-    files["jpeg forged, padded"] = bytes(small[:-2]) + bytes(900_000) + b"\xff\xd9"
+    small = forged(forged(small, at, ">H", side), at + 2, ">H", side)
     noise = np.random.default_rng(0).integers(1, 255, 900_000, dtype=np.uint8).tobytes()
-    files["jpeg forged, noise"] = bytes(small[:-2]) + noise + b"\xff\xd9"
-    ds = pydicom.dcmread(io.BytesIO(small_dicom(uid.JPEGBaseline8Bit, False)))
-    ds.Rows = ds.Columns = side
-    for name, stream in (("jpeg", jpeg), ("jpeg forged", bytes(small))):
-        ds.PixelData, file = encapsulate([stream]), io.BytesIO()
-        ds.save_as(file)
-        files[f"dicom {name}"] = file.getvalue()
-    for syntax in (uid.RLELossless, uid.JPEGLSLossless, uid.JPEG2000Lossless):
-        ds = pydicom.dcmread(io.BytesIO(small_dicom(uid.ExplicitVRLittleEndian)))
+    for name, padding in (("", b""), (", padded", bytes(900_000)), (", noise", noise)):
+        raw[f"jpeg forged{name}"] = small[:-2] + padding + b"\xff\xd9"
+    for syntax in (uid.JPEGBaseline8Bit, uid.RLELossless, uid.JPEGLSLossless, uid.JPEG2000Lossless):
+        ds = pydicom.dcmread(io.BytesIO(small_dicom(syntax, syntax != uid.JPEGBaseline8Bit)))
         ds.Rows = ds.Columns = side
-        if syntax == uid.JPEG2000Lossless:  # its encoder is slow: only the size is forged
-            ds = pydicom.dcmread(io.BytesIO(small_dicom(syntax)))
-            stream = bytearray(ds.PixelData)
-            at = stream.find(b"\xff\x4f\xff\x51") + 8
-            stream[at : at + 8] = struct.pack(">2I", side, side)
-            ds.PixelData, ds.Rows, ds.Columns = bytes(stream), side, side
+        if syntax == uid.JPEGBaseline8Bit:
+            ds.PixelData = encapsulate([raw["jpeg"]])
+        elif syntax == uid.JPEG2000Lossless:  # its encoder is slow: only the size is forged
+            at = ds.PixelData.find(b"\xff\x4f\xff\x51") + 8
+            ds.PixelData = forged(forged(ds.PixelData, at, ">I", side), at + 4, ">I", side)
         else:
-            ds.PixelData = bytes(2 * side * side)
-            ds.compress(syntax, generate_instance_uid=False)
-        file = io.BytesIO()
-        ds.save_as(file)
-        files[f"dicom {syntax.name}"] = file.getvalue()
-    result = Findings()
-    for name, raw in files.items():
+            ds.compress(syntax, np.asarray(deep), generate_instance_uid=False)
+        save(f"dicom {syntax.name}", ds.save_as)
+    for name, content in raw.items():
         outcomes = Counter()
-        wrong = images(lambda _, raw=raw: raw, world, scratch, [f"bomb {name}"], outcomes)
-        result.check(wrong, f"bomb {name} of {len(raw)} bytes")
+        wrong = images(lambda _, c=content: c, world, scratch, [f"bomb {name}"], outcomes)
+        result.check(wrong, f"bomb {name} of {len(content)} bytes")
         result.counts += outcomes + Counter(mutated=1)
     return result
 
