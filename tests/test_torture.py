@@ -20,7 +20,7 @@ LINES = (
 
 
 @pytest.fixture(scope="module")
-def said() -> dict[str, str]:
+def lines() -> dict[str, str]:
     """Part of the harness: its line, with findings before it."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-m", "tests.torture"]
@@ -44,38 +44,38 @@ def number(line: str, what: str) -> int:
     return int(re.search(rf"{what} (\d+)", line)[1])
 
 
-def test_nothing_is_found(said):
-    assert not said["findings"]
-    assert len(said) == 12 and all("findings 0" in line for line in [*said.values()][:-1])
+def test_nothing_is_found(lines):
+    assert not lines["findings"]
+    assert len(lines) == 12 and all("findings 0" in line for line in [*lines.values()][:-1])
 
 
-def test_killed_commands_go_on_to_the_same_bytes(said):
-    assert number(said["killed"], "killed") == 12 and number(said["killed"], "resumed") >= 6
+def test_killed_commands_go_on_to_the_same_bytes(lines):
+    assert number(lines["killed"], "killed") == 12 and number(lines["killed"], "resumed") >= 6
 
 
-def test_files_that_may_not_grow_or_a_second_process_is_one_message(said):
-    assert number(said["starved"], "files limited") >= 3
-    assert number(said["starved"], "second processes refused") == 1
+def test_files_that_may_not_grow_or_a_second_process_is_one_message(lines):
+    assert number(lines["starved"], "files limited") >= 3
+    assert number(lines["starved"], "second processes refused") == 1
 
 
 @pytest.mark.parametrize("kind", ["dicom", "raster", "manifest", "patches", "run", "set"])
-def test_bad_files_end_in_success_a_row_or_one_message(said, kind):
-    assert number(said[kind], "mutated") == (100 if kind in ("dicom", "raster") else 8)
+def test_bad_files_end_in_success_a_row_or_one_message(lines, kind):
+    assert number(lines[kind], "mutated") == (100 if kind in ("dicom", "raster") else 8)
 
 
-def test_no_file_holds_a_planted_identifier(said):
-    assert number(said["private"], "files searched") > 80
-    assert number(said["private"], "attributes planted in a file") > 5000
+def test_no_file_holds_a_planted_identifier(lines):
+    assert number(lines["private"], "files searched") > 80
+    assert number(lines["private"], "attributes planted in a file") > 5000
 
 
-def test_leak_forged_sets_are_refused(said):
-    assert number(said["parted"], "forged sets refused") == 4
-    assert number(said["parted"], "leaked") == 0
+def test_leak_forged_sets_are_refused(lines):
+    assert number(lines["parted"], "forged sets refused") == 4
+    assert number(lines["parted"], "leaked") == 0
 
 
-def test_nothing_that_is_loaded_runs_and_no_path_leads_out(said):
-    assert number(said["hostile"], "pickles refused") == 23
-    assert number(said["hostile"], "odd names written") == 8
+def test_nothing_that_is_loaded_runs_and_no_path_leads_out(lines):
+    assert number(lines["hostile"], "pickles refused") == 23
+    assert number(lines["hostile"], "odd names written") == 8
 
 
 def test_requirements_are_pinned_and_say_what_for():

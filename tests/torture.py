@@ -153,14 +153,13 @@ class Findings:
     """What went wrong, and how often what was done."""
 
     def __init__(self):
-        self.counts, self.found = Counter(), []
+        self.counts, self.found = Counter(), 0
 
-    def check(self, wrong: object, what: str, ended: Ended | None = None) -> bool:
+    def check(self, wrong: object, what: str, ended: Ended | None = None) -> None:
         if wrong:
-            said = f"\n    {ended.text.strip()[-1500:]}" if ended else ""
-            self.found.append(f"{what}: {wrong}")
-            print(f"FOUND {what}: {wrong}{said}", flush=True)
-        return not wrong
+            text = f"\n    {ended.text.strip()[-1500:]}" if ended else ""
+            self.found += 1
+            print(f"FOUND {what}: {wrong}{text}", flush=True)
 
 
 # --- Phantoms full of identifiers ---
@@ -266,7 +265,7 @@ class World:
         self.root, self.manifest = root, root / f"{PLACE}{EVIL}" / "manifest.csv"
         self.seconds: dict[str, float] = {}
         self.operations: dict[str, int] = {}  # on files
-        self.said = ""  # by all commands
+        self.printed = ""  # by all commands
 
     def at(self, name: str) -> Path:
         return self.root / f"{name}{EVIL}"
@@ -283,11 +282,15 @@ class World:
             "patches": [*patches, "--out", out],
             "gan": ["train-gan", "--task=mass", *data, *GAN.split(), "--run", out],
             "set": [*made, *data, "-n", 12],
-            "images": [*made, *(f"--image={source / f'{o}L{PLACE}.dcm'}" for o in ODD[:8])],
+            "images": self.reinsert([source / f"{o}L{PLACE}.dcm" for o in ODD[:8]], out),
             "cls": classifier,
             "cls50": [*classifier, "--synthetic", at("set")],
             "report": [*report, "--augmented", at("cls50"), "--synthetic", at("set"), "--out", out],
         }[name]
+
+    def reinsert(self, images: list[Path], out: Path) -> list:
+        line = ["synthesize", "--gan", self.at("bump"), *MADE.split(), "--out", out]
+        return [*line, *(f"--image={image}" for image in images)]
 
     def make(self) -> "World":
         """Run every command once, uninterrupted; the generator is one set by hand."""
@@ -302,7 +305,7 @@ class World:
             ended = call(self.line(name), before=partial(die_at, 0, self.at(name), counter))
             if ended.code:
                 raise SystemExit(f"{name} ends with {ended.code}\n{ended.text}")
-            self.seconds[name], self.said = ended.seconds, self.said + ended.text
+            self.seconds[name], self.printed = ended.seconds, self.printed + ended.text
             self.operations[name] = struct.unpack("q", counter)[0]
         return self
 
@@ -383,8 +386,7 @@ def killed(world: World, kills: int, rng: random.Random, scratch: Path) -> Findi
             else:
                 ended = call(world.line(name, out))
             result.counts["resumed"] += 1
-            if not result.check(ended.code, f"killed {name} {rounds}", ended):
-                shutil.copytree(out, scratch / f"kept-{name}-{rounds}")
+            result.check(ended.code, f"killed {name} {rounds}", ended)
             result.check(difference(out, world.at(name)), f"killed {name} {rounds} differs")
             shutil.rmtree(out)
     return result
@@ -403,9 +405,9 @@ def stopped(world: World, stops: int, rng: random.Random, scratch: Path) -> Find
             if ended.code:
                 result.counts["stopped"] += 1
                 slowest = max(slowest, ended.seconds - delay)
-                said = "stopped; the same command goes on from here" in ended.text
-                wrong = fault(ended) or ("" if said else "says something else")
-                result.check(wrong, f"stopped {name} {number}", ended)
+                result.check(fault(ended), f"stopped {name} {number}", ended)
+                advice = "stopped; the same command goes on from here"
+                result.check(advice not in ended.text, f"stopped {name}: other words", ended)
             else:
                 shutil.rmtree(out)
         if out.exists():
@@ -431,7 +433,7 @@ def starved(world: World, scratch: Path, commands: tuple[str, ...]) -> Findings:
             if not ended.code:
                 break
             result.counts["files limited"] += 1
-            wrong = fault(ended) or ("" if "File too large" in ended.text else "another message")
+            wrong = fault(ended) or ("File too large" not in ended.text and "another message")
             result.check(wrong, f"{name} with files of {size} bytes at most", ended)
         result.check(difference(out, reference), f"{name} differs after limits")
         out = scratch / f"two-{name}"
@@ -488,9 +490,8 @@ def private(world: World, scratch: Path) -> Findings:
     held = world.manifest.with_name(f"-xL{PLACE}.dcm").read_bytes()
     for word in SECRETS:  # each of them is really there to be found
         result.check(held.count(word.encode()) < 9, f"{word} is not planted")
-    result.counts["attributes planted in a file"] = len(
-        list(pydicom.dcmread(io.BytesIO(held)).iterall())
-    )
+    planted = pydicom.dcmread(io.BytesIO(held)).iterall()
+    result.counts["attributes planted in a file"] = sum(1 for _ in planted)
     folders = [world.at(name) for name in ("patches", "gan", "set", "images", "cls50", "report")]
     out = scratch / "pseudonyms"
     ended = call(
@@ -503,7 +504,7 @@ def private(world: World, scratch: Path) -> Findings:
         for name in leaked(where, words):
             result.counts["leaked"] += 1
             result.check("holds an identifier", name)
-    for text, words in ((world.said, SECRETS), (ended.text, (*SECRETS, PATIENT, PLACE))):
+    for text, words in ((world.printed, SECRETS), (ended.text, (*SECRETS, PATIENT, PLACE))):
         result.check(any(w in text for w in words), "printed lines hold an identifier")
     return result
 
@@ -511,10 +512,6 @@ def private(world: World, scratch: Path) -> Findings:
 def table(path: Path) -> list[dict[str, str]]:
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
-
-
-def rewrite(path: Path, rows: list[dict[str, str]]) -> None:
-    files.write_table(path, tuple(rows[0]), (row.values() for row in rows))
 
 
 def swapped(line: list, old: Path, new: Path) -> list:
@@ -536,7 +533,7 @@ def parted(world: World, scratch: Path) -> Findings:
         forged = shutil.copytree(world.at("set"), scratch / f"forged {column}")
         rows = table(forged / "index.csv")
         rows[3][column] = foreign[column]
-        rewrite(forged / "index.csv", rows)
+        files.write_table(forged / "index.csv", tuple(rows[0]), (row.values() for row in rows))
         for name in ("cls50", "report"):
             ended = call(swapped(world.line(name, scratch / name), world.at("set"), forged))
             refused = ended.code == 1 and "not in train" in ended.text
@@ -622,9 +619,8 @@ def escaping(world: World, scratch: Path, result: Findings) -> None:
 
     before = state()
     few = ["--preset", "tiny", "--count=train/normal=4", "--out", out / "patches"]
-    images = [f"--image={path}" for path in (inner / "m.csv", *odd)]
-    made = ["--gan", world.at("bump"), "--device", "cpu", "--out", out / "images"]
-    for line in (["prepare", inner / "m.csv", *few], ["synthesize", *images, *made]):
+    images = world.reinsert([inner / "m.csv", *odd], out / "images")
+    for line in (["prepare", inner / "m.csv", *few], images):
         ended = call(line)
         result.counts["escapes tried"] += 1
         wrong = ended.code or (state() != before and "files outside have changed")
@@ -681,16 +677,23 @@ VALUES_OF_JSON = [None, True, -1, 0, 10**30, 1e300, "", "x" * 1000, EVIL]
 VALUES_OF_JSON += [[], {}, [[]], {"": 0}, "\udcff"]
 
 
+OPTIMISERS = {"opt_G", "opt_D", "optimizer"}  # of a checkpoint: what they hold is trusted
+
+
 def changed(value: object, rng: random.Random) -> object:
-    """JSON with one value replaced, taken out or renamed, at any depth."""
+    """JSON or a checkpoint with one value replaced or taken out, at any depth."""
     if isinstance(value, dict | list) and value and rng.random() < 0.8:
         copy = value.copy()
-        at = rng.choice(sorted(copy)) if isinstance(copy, dict) else rng.randrange(len(copy))
+        keys = range(len(copy)) if isinstance(copy, list) else copy.keys() - OPTIMISERS
+        at = rng.choice(sorted(keys, key=str))
         if rng.random() < 0.2:
             del copy[at]
         else:
             copy[at] = changed(copy[at], rng)
         return copy
+    if isinstance(value, torch.Tensor) and rng.random() < 0.7:
+        odd = value.double(), value.bool(), value.new_empty(0), value[None], value * float("nan")
+        return rng.choice((*odd, torch.zeros(3), torch.tensor(1)))
     return rng.choice(VALUES_OF_JSON)
 
 
@@ -835,9 +838,7 @@ IMAGES_AT_ONCE = 20  # mutated images in one command; each must come out as a ro
 def image_commands(world: World, folder: Path, paths: list[Path], rng: random.Random) -> list:
     """`prepare` on the files and a sound one; now and then `synthesize --image`."""
     if rng.random() < 0.15:
-        images = [f"--image={file}" for file in paths]
-        gan = ["--gan", world.at("bump"), "--device", "cpu", "--out", folder / "out"]
-        return ["synthesize", *gan, *images]
+        return world.reinsert(paths, folder / "out")
     sound = folder / "sound.png"
     Image.fromarray(breast(2, False)).save(sound)
     boxed, rows = rng.random() < 0.2, []
@@ -910,29 +911,10 @@ def spoil(folder: Path, rng: random.Random, suffixes: tuple[str, ...]) -> None:
         types = array.astype(np.float64), array.astype("S2")
         np.save(file, rng.choice((array[:-1], array[..., :-1], array[0], *types)))
     elif file.suffix == ".pt" and kind < 7:
-        torch.save(other_state(torch.load(file, weights_only=True), rng), file)
+        with contextlib.suppress(UnicodeError):  # then the file ends early
+            torch.save(changed(torch.load(file, weights_only=True), rng), file)
     else:
         file.write_bytes(scrambled(file.read_bytes(), rng))
-
-
-OPTIMISERS = {"opt_G", "opt_D", "optimizer"}  # their moments are taken as they are
-
-
-def other_state(value: object, rng: random.Random) -> object:
-    """A checkpoint with one entry replaced, at any depth but not in an optimiser."""
-    if isinstance(value, dict | list) and value and rng.random() < 0.85:
-        copy = value.copy()
-        keys = range(len(copy)) if isinstance(copy, list) else list(copy.keys() - OPTIMISERS)
-        at = rng.choice(sorted(keys, key=str))
-        if rng.random() < 0.2:
-            del copy[at]
-        else:
-            copy[at] = other_state(copy[at], rng)
-        return copy
-    if isinstance(value, torch.Tensor) and rng.random() < 0.5:
-        odd = value.double(), value.bool(), value.new_empty(0), value[None], value * float("nan")
-        return rng.choice(odd)
-    return rng.choice((*VALUES_OF_JSON[:-1], torch.zeros(3), torch.tensor(1)))
 
 
 def bad_table(raw: bytes, rng: random.Random) -> bytes:
@@ -978,8 +960,7 @@ def bad_manifest(world: World, folder: Path, rng: random.Random) -> list:
         with contextlib.suppress(UnicodeDecodeError, csv.Error, IndexError, ValueError):
             path.write_bytes(bad_table(path.read_bytes(), rng))
     if rng.random() < 0.1:
-        gan = ["--gan", world.at("bump"), "--device", "cpu", "--out", folder / "out"]
-        return ["synthesize", *gan, "--image", path]
+        return world.reinsert([path], folder / "out")
     counts = ["--count=train/normal=2", "--count=train/malignant_mass=2"]
     return ["prepare", path, "--preset", "tiny", "--workers", 1, *counts, "--out", folder / "out"]
 
@@ -1135,11 +1116,11 @@ def main(only: tuple[str, ...], **options: object) -> None:
             PEAK.update(seconds=0.0, MiB=0)
             result = run_part(name, world, scratch, options)
             shutil.rmtree(scratch)
-            total, found = total + result.counts, found + len(result.found)
-            said = [f"{what} {n}" for what, n in result.counts.items()]
-            said += [f"at most {PEAK['seconds']:.1f} s and {PEAK['MiB']} MiB a command"]
-            said += [f"findings {len(result.found)}", f"{time.monotonic() - began:.0f} s"]
-            print(f"{name}: {', '.join(said)}", flush=True)
+            total, found = total + result.counts, found + result.found
+            line = [f"{what} {n}" for what, n in result.counts.items()]
+            line += [f"at most {PEAK['seconds']:.1f} s and {PEAK['MiB']} MiB a command"]
+            line += [f"findings {result.found}", f"{time.monotonic() - began:.0f} s"]
+            print(f"{name}: {', '.join(line)}", flush=True)
     counts = (f"{what}: {total[what]}" for what in ("killed", "resumed", "mutated", "leaked"))
     print(f"seed {options['seed']}; {', '.join(counts)}; findings: {found}")
     sys.exit(bool(found))
