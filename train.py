@@ -30,25 +30,10 @@ from models import (
     gradient_penalty,
     update_average,
 )
+from support import patchset, runs
 from support.files import reading, sha256
-from support.patchset import (
-    Patches,
-    SyntheticSet,
-    check_synthetic,
-    open_synthetic,
-    patch_config,
-)
-from support.runs import (
-    BATCH,
-    WEIGHTS,
-    ReadAhead,
-    Run,
-    checkpoint,
-    finished,
-    numpy_rng,
-    torch_rng,
-    weights_hash,
-)
+from support.patchset import Patches, SyntheticSet
+from support.runs import ReadAhead, Run
 from support.watch import Watch, accuracies
 
 # --- §2 Training details, Progressive growing ---
@@ -163,7 +148,7 @@ class GanBatches:
 
     def draw(self, step: int) -> list[Tensor]:
         """Source, real, benign and normal patches, then a source batch per G update (T2)."""
-        rng, n = numpy_rng(self.config.seed, step, BATCH), self.config.batch_size
+        rng, n = runs.numpy_rng(self.config.seed, step, runs.BATCH), self.config.batch_size
         pools = self.pools + self.pools[:1] * self.config.g_updates
         rows = [rng.choice(len(pool), n, replace=False) for pool in pools]
         # Fakes come from other patches than the normal sub-batch, which is of their class (Q10).
@@ -183,7 +168,7 @@ class GanBatches:
 def networks(config: GanConfig, device: torch.device) -> tuple[Generator, Discriminator]:
     """G and D with the first weights of this seed, the same on every device."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch_rng(config.seed, 0, WEIGHTS).initial_seed())
+        torch.manual_seed(runs.torch_rng(config.seed, 0, runs.WEIGHTS).initial_seed())
         G = Generator(config.patch_size, config.g_base, config.g_center, config.sn_g)
         D = Discriminator(config.patch_size, config.d_base, config.d_center, config.sn_d)
     layout = torch.channels_last
@@ -212,8 +197,7 @@ def train_gan(config: GanConfig, data: Path, folder: Path, device: torch.device)
         opt_D = torch.optim.Adam(D.parameters(), lr=config.d_lr, fused=True, **ADAM)
         watch = Watch(config, data, G_avg, run)
         run.resume(G=G, D=D, G_avg=G_avg, opt_G=opt_G, opt_D=opt_D, watch=watch)
-        bfloat16 = config.bfloat16 and device.type == "cuda"
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+        autocast = run.autocast(config.bfloat16)
 
         for step in run.steps(config.steps):
             size, alpha = growth(config, step)  # §2 Progressive growing
@@ -252,12 +236,12 @@ def train_gan(config: GanConfig, data: Path, folder: Path, device: torch.device)
             if run.due(config.save_every):
                 watch.draw(G_avg, size, alpha)
                 run.save()
-        run.finish(generator=weights_hash(watch.chosen))
+        run.finish(generator=runs.weights_hash(watch.chosen))
 
 
 def gan_facts(config: GanConfig, data: Path) -> dict:
     """What decides a GAN run, for its config.json. Raises ValueError when the data do not fit."""
-    patches = patch_config(data)
+    patches = patchset.patch_config(data)
     if patches["patch_size"] != config.patch_size:
         raise ValueError(
             f"{data}: holds patches of {patches['patch_size']} px, the preset trains on "
@@ -349,7 +333,7 @@ class ClassifierBatches:
         """
         config, first = self.config, step * self.config.batch_size
         n = min(config.batch_size, config.samples - first)
-        rng = numpy_rng(config.seed, step, BATCH)
+        rng = runs.numpy_rng(config.seed, step, runs.BATCH)
         labels, chance, place = rng.integers(2, size=n), rng.random(n), rng.random(n)
         seen = first + np.arange(n)
         p = synthetic_proportion(config.proportion, seen, config.decay, config.decay_every)
@@ -414,8 +398,7 @@ def train_classifier(
         )
         best, batches = Best(), ClassifierBatches(config, data, sets, device)
         run.resume(model=model, optimizer=optimizer, best=best)
-        bfloat16 = config.bfloat16 and device.type == "cuda"
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+        autocast = run.autocast(config.bfloat16)
 
         for step in run.steps(config.samples, by=config.batch_size):
             batch = batches.at(step)
@@ -438,9 +421,9 @@ def train_classifier(
 
 def usable_sets(config: ClassifierConfig, data: Path, paths: list[Path]) -> list[SyntheticSet]:
     """The synthetic sets to mix in. Raises ValueError when they do not fit data or proportion."""
-    sets = [open_synthetic(path) for path in paths]
+    sets = [patchset.open_synthetic(path) for path in paths]
     for s in sets:
-        check_synthetic(s, data)
+        patchset.check_synthetic(s, data)
     if len({s.control for s in sets}) > 1:
         found = ", ".join(f"{s.path} ({s.control or 'GAN'})" for s in sets)
         raise ValueError(f"--synthetic: found {found}; expected sets of GANs or of a control alone")
@@ -456,7 +439,7 @@ def usable_sets(config: ClassifierConfig, data: Path, paths: list[Path]) -> list
 
 def classifier_facts(config: ClassifierConfig, data: Path, sets: list[SyntheticSet]) -> dict:
     """What decides a classifier run, for its config.json."""
-    facts = asdict(config) | {"data": patch_config(data)["fingerprint"]}
+    facts = asdict(config) | {"data": patchset.patch_config(data)["fingerprint"]}
     facts["synthetic"] = [
         {"task": s.task, "control": s.control, "short": s.short, "samples": len(s.combined)}
         | {"generator": s.generator, "fingerprint": s.fingerprint}
@@ -473,7 +456,7 @@ def first_weights(config: ClassifierConfig) -> PatchClassifier:
     The head is always new. Raises ValueError when the weights cannot be had or do not fit.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch_rng(config.seed, 0, WEIGHTS).initial_seed())
+        torch.manual_seed(runs.torch_rng(config.seed, 0, runs.WEIGHTS).initial_seed())
         model = PatchClassifier(config.width, config.blocks)
     if config.weights == "none":
         warning = "WARNING: random first weights; the paper starts from ImageNet's (C1)"
@@ -481,10 +464,10 @@ def first_weights(config: ClassifierConfig) -> PatchClassifier:
         return model
     if config.weights == "imagenet":
         if (config.width, *config.blocks) != (64, 3, 4, 6, 3):
+            found = f"a ResNet of width {config.width} and blocks {config.blocks}"
             raise ValueError(
-                f"--weights imagenet: found a ResNet of width {config.width} and blocks "
-                f"{config.blocks}; the ImageNet weights fit ResNet-50 (presets paper, cbis) only; "
-                "give --weights none or a file"
+                f"--weights imagenet: found {found}; the ImageNet weights fit ResNet-50 (presets "
+                "paper, cbis) only; give --weights none or a file"
             )
         try:
             source = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
@@ -529,8 +512,8 @@ def classifier_scores(
 
 def load_classifier(run: Path, device: torch.device) -> tuple[PatchClassifier, dict]:
     """The classifier with its best weights (C7) of a finished run: (model in eval mode, config)."""
-    config = finished(run, "train-cls")["config"]
-    with checkpoint(run) as state:
+    config = runs.finished(run, "train-cls")["config"]
+    with runs.checkpoint(run) as state:
         model = PatchClassifier(config["width"], tuple(config["blocks"]))
         model.load_state_dict(state["best"]["weights"])
     return model.to(device).eval(), config
