@@ -386,7 +386,7 @@ def _check_stream(ds: Dataset, syntax: uid.UID) -> None:
     if marked and b"\xff\xd9" not in stream[-16:]:
         raise NotUsable("PixelData is cut off: no end of image")
     try:
-        rows, columns = _codestream_shape(stream, syntax) or (ds.Rows, ds.Columns)
+        rows, columns = _codestream_shape(stream[: 1 << 20], syntax) or (ds.Rows, ds.Columns)
     except (ValueError, IndexError, struct.error):
         raise NotUsable(f"PixelData holds no {syntax.name} image") from None
     if (rows, columns) != (ds.Rows, ds.Columns):
