@@ -651,6 +651,11 @@ def test_a_reason_never_quotes_what_a_damaged_element_swallowed(tmp_path):
         path.write_bytes(data)
         said = reason(path)
         assert "DOE" not in said and said.isprintable()
+    data = bytearray(whole)
+    at = data.index(b"\x28\0\0\1US") + 6
+    data[at : at + 2] = struct.pack("<H", 20)  # letters show in numbers, too
+    path.write_bytes(data)
+    assert reason(path).startswith("BitsAllocated is not a valid value")
 
 
 def test_a_sequence_of_another_type_is_left_out(tmp_path):
