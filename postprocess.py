@@ -18,7 +18,7 @@ from scipy import ndimage, optimize
 
 import data
 from models import BORDER_PX, Generator
-from support import files, mammogram, patchset, runs
+from support import derived, files, patchset, runs
 from support.figures import FIGURE_SAMPLES, grey, save_tiles
 from support.runs import checkpoint, finished, weights_hash
 
@@ -371,7 +371,7 @@ def _assemble(out: Path, parts: list[Path], config: dict, sources: TrainingPatch
                 file.write((lesion if name == "lesion" else samples[name]).tobytes())
     source = {c: values[rows["source"]].tolist() for c, values in sources.columns.items()}
     masks = np.load(out / "mask.npy", mmap_mode="r")
-    runs = (" ".join(map(str, mammogram.rle(mask)["counts"])) for mask in masks)  # COCO's
+    runs = (" ".join(map(str, derived.rle(mask)["counts"])) for mask in masks)  # COCO's
     columns = [range(len(rows)), source["source_patch"], source["image_uid"], source["patient_id"]]
     columns += [rows["seed"], rows["area"], *rows["bbox"].T, source["source_class"]]
     columns += [rows["strength"].round(6), runs]

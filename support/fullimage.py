@@ -15,7 +15,7 @@ import data
 from data import resize
 from models import BORDER_PX
 from postprocess import IsolatedLesion, Synthesizer, draw
-from support import files, mammogram, runs, sources
+from support import derived, files, mammogram, runs, sources
 from support.figures import grey, save_tiles
 
 # --- Reinsertion into full mammograms (§4 "As a future step", F7; Figure 3) ---
@@ -84,7 +84,7 @@ def synthesize_images(
             (out / "config.json").unlink()
         else:
             annotations = [a for record in records for a in record["annotations"]]
-            found = mammogram.coco([record["image"] for record in records], annotations)
+            found = derived.coco([record["image"] for record in records], annotations)
             files.write_json(out / "annotations.json", found)
             runs.finish_folder(out, failed=failed)
         shutil.rmtree(parts)
@@ -154,7 +154,7 @@ def insert_lesions(
             mask = np.zeros(display.shape, bool)
             mask[window] = resize(isolated.mask, shape) >= 0.5
             around = [*corner, *(edge.stop for edge in window)]
-            placed.append({"window": around, "bbox": bbox, "segmentation": mammogram.rle(mask)})
+            placed.append({"window": around, "bbox": bbox, "segmentation": derived.rle(mask)})
             if boxes:
                 box = [int(v) for v in (*np.floor(boxes[k][:2]), *np.ceil(boxes[k][2:]))]
                 placed[-1] |= {"annotated": box, "covered": round(float(cut(mask, box).mean()), 3)}
@@ -254,11 +254,11 @@ def _write_image(
         display = m.table.apply(stored)  # what a viewer makes of the new stored values
         if m.ds is not None:
             whole = io.BytesIO()  # pydicom would hide why a file cannot be written
-            mammogram.write_derived_dicom(m, stored, whole, *made)
+            derived.write_derived_dicom(m, stored, whole, *made)
             with files.replace_file(Path(f"{stem}_synthetic.dcm")) as file:
                 file.write(whole.getvalue())
     with files.replace_file(Path(f"{stem}_synthetic.png")) as file:
-        mammogram.write_png16(file, data.to_uint16(display))
+        derived.write_png16(file, data.to_uint16(display))
     _before_after(Path(f"{stem}_before_after.png"), m.display, display, placed, m.spacing_mm)
     if strip > 1:  # Figure 3: before above after, or beside it
         whole = (*placed[0]["window"][:2], *placed[-1]["window"][2:])

@@ -5,6 +5,7 @@ No anatomy is copied from anybody. Lengths are in mm, `shade` is the displayed b
 """
 
 import io
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +13,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 from pydicom import uid
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.sr.codedict import Code
 from scipy import fft, ndimage
 from scipy.interpolate import PchipInterpolator
 
-from support import files, runs, sources
+from support import derived, files, runs, sources
 
 FORMAT = 3  # raised when the same seed gives other bytes
 IMAGES = (("L", "CC"), ("R", "CC"), ("L", "MLO"), ("R", "MLO"))  # of one patient
@@ -33,7 +35,11 @@ LOSSLESS = (uid.JPEG2000Lossless, uid.JPEGLSLossless, uid.RLELossless)
 SYNTAXES = (uid.ExplicitVRLittleEndian, *LOSSLESS, uid.ImplicitVRLittleEndian)
 BITS = (12, 14, 16)
 VOIS = ("LINEAR", "LUT", "LINEAR_EXACT", "SIGMOID")
-VIEWS = {"CC": ("R-10242", "cranio-caudal"), "MLO": ("R-10226", "medio-lateral oblique")}
+BREAST = Code("T-04000", "SRT", "Breast")
+VIEWS = {
+    "CC": Code("R-10242", "SRT", "cranio-caudal"),
+    "MLO": Code("R-10226", "SRT", "medio-lateral oblique"),
+}
 
 
 @dataclass(frozen=True)
@@ -326,12 +332,8 @@ def dicom(seed: int, number: int, laterality: str, view: str, shade, spacing) ->
 
     index = len(IMAGES) * number + IMAGES.index((laterality, view)) + seed
     ds = FileDataset("", {}, preamble=bytes(128), file_meta=FileMetaDataset())
-    for keyword in (
-        *("StudyDate", "StudyTime", "ContentDate", "ContentTime", "AccessionNumber", "StudyID"),
-        *("ReferringPhysicianName", "PatientBirthDate", "PatientSex", "DetectorType"),
-        "AcquisitionContextSequence",
-    ):
-        setattr(ds, keyword, None)  # required, may be empty
+    for keyword in (*derived.EMPTY, "DetectorType", "AcquisitionContextSequence"):
+        setattr(ds, keyword, None)
     ds.SpecificCharacterSet, ds.ImageType = "ISO_IR 100", ["DERIVED", "PRIMARY"]
     ds.SOPClassUID = uid.DigitalMammographyXRayImageStorageForPresentation
     ds.SOPInstanceUID = new_uid(number, laterality, view)
@@ -340,11 +342,8 @@ def dicom(seed: int, number: int, laterality: str, view: str, shade, spacing) ->
     ds.Modality, ds.PresentationIntentType, ds.Manufacturer = "MG", "FOR PRESENTATION", "Phantom"
     ds.SeriesNumber, ds.InstanceNumber = 1, IMAGES.index((laterality, view)) + 1
     ds.ImageLaterality, ds.BodyPartExamined, ds.OrganExposed = laterality, "BREAST", "BREAST"
-    breast = ("AnatomicRegionSequence", "T-04000", "Breast")
-    for sequence, *coded in (breast, ("ViewCodeSequence", *VIEWS[view])):
-        item = Dataset()
-        item.CodeValue, item.CodeMeaning, item.CodingSchemeDesignator = *coded, "SRT"
-        setattr(ds, sequence, [item])
+    ds.AnatomicRegionSequence = [derived.code_item(BREAST)]
+    ds.ViewCodeSequence = [derived.code_item(VIEWS[view])]
     ds.ViewCodeSequence[0].ViewModifierCodeSequence = []
     medial = "RL"[laterality == "R"]  # columns run down, to the other breast
     ds.PatientOrientation = ["PA"[laterality == "L"], ("F" if view == "MLO" else "") + medial]
@@ -369,38 +368,33 @@ def dicom(seed: int, number: int, laterality: str, view: str, shade, spacing) ->
 def write_phantoms(out: Path, patients: int = 72, seed: int = 0) -> Path:
     """Four DICOM files a patient, lesion masks (PNG) and `manifest.csv`, whose path is returned.
 
-    Called again after an interruption it goes on: a file that is there is whole and is kept.
+    Called again after an interruption it writes the same bytes again; a whole set it leaves alone.
     """
-    rows = []
-    with (
-        runs.claim_folder(out, "phantoms", {"format": FORMAT, "patients": patients, "seed": seed}),
-        runs.progress(patients * len(IMAGES), "phantoms") as advance,
-    ):
-        for number in range(patients):
-            for laterality, view in IMAGES:
-                rows.append(write_image(out, seed, number, laterality, view))
+    manifest, rows = out / "manifest.csv", []
+    options = {"format": FORMAT, "patients": patients, "seed": seed}
+    with runs.claim_folder(out, "phantoms", options) as complete:
+        if complete:
+            return manifest
+        with runs.progress(patients * len(IMAGES), "phantoms") as advance:
+            for number, image in itertools.product(range(patients), IMAGES):
+                rows.append(write_image(out, seed, number, *image))
                 advance()
-        files.write_table(out / "manifest.csv", (*sources.MANIFEST_COLUMNS, "mask_path"), rows)
+        files.write_table(manifest, (*sources.MANIFEST_COLUMNS, "mask_path"), rows)
         runs.finish_folder(out)
-    return out / "manifest.csv"
+    return manifest
 
 
 def write_image(out: Path, seed: int, number: int, laterality: str, view: str) -> tuple:
-    """One image and its row of the manifest. The mask comes first: the DICOM file seals both."""
-    name = f"P{number:04d}_{laterality}_{view}"
-    image, mask = out / f"{name}.dcm", out / f"{name}_mask.png"
-    who = patient(seed, number)
-    has_lesion = bool(who.finding) and who.laterality == laterality
-    if not (image.exists() and (mask.exists() or not has_lesion)):
-        shade, lesion, _ = render(seed, number, laterality, view)
-        if has_lesion:
-            with files.replace_file(mask) as file:
-                Image.fromarray(lesion.astype(np.uint8) * 255).save(file, format="PNG")
-        with files.replace_file(image) as file:
-            file.write(dicom(seed, number, laterality, view, shade, who.spacing))
-    about = (image.name, f"P{number:04d}", laterality, view)
-    if not has_lesion:
+    """One image, the mask of its lesion if it has one, and its row of the manifest."""
+    who, name = patient(seed, number), f"P{number:04d}_{laterality}_{view}"
+    shade, lesion, _ = render(seed, number, laterality, view)
+    content = dicom(seed, number, laterality, view, shade, who.spacing)
+    (out / f"{name}.dcm").write_bytes(content)
+    about = f"{name}.dcm", f"P{number:04d}", laterality, view
+    if not lesion.any():
         return (*about, "", "normal", "", "", "", "", "")
-    row, col = ndimage.find_objects(np.asarray(Image.open(mask)) // 255)[0]
+    mask = lesion.astype(np.uint8)
+    Image.fromarray(mask * 255).save(out / f"{name}_mask.png")
+    row, col = ndimage.find_objects(mask)[0]
     box = row.start, col.start, row.stop, col.stop
-    return (*about, who.finding, who.pathology, *box, mask.name)
+    return (*about, who.finding, who.pathology, *box, f"{name}_mask.png")

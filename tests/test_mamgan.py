@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 import mamgan
 from support import files, patchset, phantom, sources
-from support.mammogram import write_png16
+from support.derived import write_png16
 
 ROOT = Path(mamgan.__file__).parent
 HEAR = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # not so behind a "&"

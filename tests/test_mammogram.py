@@ -17,7 +17,8 @@ from pydicom import Dataset, uid
 from pydicom.dataset import FileDataset, FileMetaDataset
 
 from support import mammogram, phantom
-from support.mammogram import NotUsable, coco, read_mammogram, rle, write_derived_dicom, write_png16
+from support.derived import coco, rle, write_derived_dicom, write_png16
+from support.mammogram import NotUsable, read_mammogram
 
 SYNTAXES = (
     uid.ImplicitVRLittleEndian,
@@ -331,7 +332,7 @@ def test_a_missing_or_failing_decoder_names_syntax_and_package(tmp_path, monkeyp
     assert "JPEG 2000" in said and "pylibjpeg-openjpeg" in said
     monkeypatch.setitem(mammogram.DECODERS, uid.JPEG2000Lossless, ("gdcm", "python-gdcm"))
     said = reason(path)
-    assert "JPEG 2000" in said and "pip install python-gdcm" in said
+    assert "JPEG 2000" in said and "by python-gdcm (RuntimeError: Unable to decompress" in said
 
 
 @pytest.mark.parametrize("syntax", [uid.DeflatedExplicitVRLittleEndian, uid.MPEG2MPML, "1.2.3.4.5"])
@@ -438,8 +439,8 @@ def coded(value: str) -> Dataset:
         ({"SpecimenDescriptionSequence": [Dataset()]}, "SpecimenDescriptionSequence"),
         ({"Rows": None}, "Rows is absent"),
         ({"Rows": 0}, "0 x 4"),
-        ({"Rows": 20_000, "Columns": 20_000}, "200 megapixels"),
-        ({"Rows": 5}, "cut off"),
+        ({"Rows": 20_000, "Columns": 20_000}, "120 megapixels"),
+        ({"Rows": 5}, "less than expected"),
         ({"BitsAllocated": 32}, "BitsAllocated is 32"),
         ({"BitsStored": 17}, "BitsStored is 17"),
         ({"BitsStored": 12, "HighBit": 15}, "HighBit is 15"),
@@ -473,7 +474,7 @@ def test_a_DICOM_object_without_pixels_is_left_out(tmp_path):
     ds = pydicom.dcmread(path)
     del ds.PixelData
     ds.save_as(path)
-    assert reason(path) == "PixelData is absent"
+    assert reason(path) == "PixelData is absent or cut off"
 
 
 def test_a_missing_file_is_an_OSError(tmp_path):
@@ -573,8 +574,8 @@ def test_colour_and_several_pages_are_left_out(tmp_path):
     assert "neither DICOM nor PNG, PGM, TIFF or JPEG" in reason(tmp_path / "x.png")
 
 
-@pytest.mark.parametrize("side", [15_000, 60_000])
-def test_images_that_claim_more_than_200_megapixels_are_not_decoded(tmp_path, side):
+@pytest.mark.parametrize("side", [12_000, 60_000])
+def test_images_that_claim_more_than_120_megapixels_are_not_decoded(tmp_path, side):
     small = io.BytesIO()
     Image.new("L", (8, 8)).save(small, format="JPEG")
     jpeg = bytearray(small.getvalue())
@@ -592,7 +593,8 @@ def test_images_that_claim_more_than_200_megapixels_are_not_decoded(tmp_path, si
     png += struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", 0x35AF061E)
     for data in (jpeg, tiff, png, b"P5 %d %d 255\n" % (side, side)):
         (tmp_path / "x").write_bytes(data)
-        assert "200 megapixels" in reason(tmp_path / "x")
+        said = reason(tmp_path / "x")
+        assert "120 megapixels" in said or "decompression bomb" in said
 
 
 def test_size_of_a_deflated_file_is_not_asked_for(tmp_path):
@@ -605,22 +607,20 @@ def test_size_of_a_deflated_file_is_not_asked_for(tmp_path):
     assert mammogram.image_size(str(tmp_path / "deflated.dcm")) is None
 
 
-def test_a_small_file_that_claims_196_megapixels_is_not_decoded(tmp_path):
+def test_a_small_file_that_claims_100_megapixels_is_not_decoded(tmp_path):
     """Decoders make up what is not there: seconds of work and gigabytes for a few bytes."""
     whole = io.BytesIO()
     Image.new("L", (8, 8)).save(whole, format="JPEG", progressive=True)
     jpeg = bytearray(whole.getvalue())
     at = jpeg.index(b"\xff\xc2") + 5
-    jpeg[at : at + 4] = struct.pack(">HH", 14_000, 14_000)
+    jpeg[at : at + 4] = struct.pack(">HH", 10_000, 10_000)
     (tmp_path / "x").write_bytes(jpeg)
-    assert f"14000 x 14000 pixels in a file of {len(jpeg)} bytes" in reason(tmp_path / "x")
+    assert f"10000 x 10000 pixels in a file of {len(jpeg)} bytes" in reason(tmp_path / "x")
     path = write_dicom(tmp_path / "x.dcm", np.zeros((90, 80), np.uint16), uid.JPEG2000Lossless)
     ds = pydicom.dcmread(path)
-    ds.Rows = ds.Columns = 14_000
-    for padding, text in ((0, "pixels in a file of"), (400_000, "more than 100 megapixels")):
-        ds.add_new("EncapsulatedDocument", "OB", bytes(padding))
-        ds.save_as(path)
-        assert text in reason(path)
+    ds.Rows = ds.Columns = 10_000
+    ds.save_as(path)
+    assert "pixels in a file of" in reason(path)
 
 
 def test_a_codestream_larger_than_rows_and_columns_is_not_decoded(tmp_path):
@@ -651,6 +651,11 @@ def test_a_reason_never_quotes_what_a_damaged_element_swallowed(tmp_path):
         path.write_bytes(data)
         said = reason(path)
         assert "DOE" not in said and said.isprintable()
+    data = bytearray(whole)
+    at = data.index(b"\x28\0\0\1US") + 6
+    data[at : at + 2] = struct.pack("<H", 20)  # letters show in numbers, too
+    path.write_bytes(data)
+    assert reason(path).startswith("BitsAllocated is not a valid value")
 
 
 def test_a_sequence_of_another_type_is_left_out(tmp_path):

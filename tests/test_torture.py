@@ -13,15 +13,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # Two processes for two cores. What other tests show already stays out: kills and repetitions of
 # each command, and what takes minutes.
 LINES = (
-    "--only private --only parted --only hostile --only pinned --only dicom --only raster "
-    "--mutations 100",
+    "--only private --only parted --only hostile --only dicom --only raster --mutations 100",
     "--only killed --kills 2 --only starved --starve gan --only manifest --only patches --only run "
     "--only set --mutations 8",
 )
 
 
 @pytest.fixture(scope="module")
-def said() -> dict[str, str]:
+def lines() -> dict[str, str]:
     """Part of the harness: its line, with findings before it."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-m", "tests.torture"]
@@ -45,39 +44,44 @@ def number(line: str, what: str) -> int:
     return int(re.search(rf"{what} (\d+)", line)[1])
 
 
-def test_nothing_is_found(said):
-    assert not said["findings"]
-    assert len(said) == 13 and all("findings 0" in line for line in [*said.values()][:-1])
+def test_nothing_is_found(lines):
+    assert not lines["findings"]
+    assert len(lines) == 12 and all("findings 0" in line for line in [*lines.values()][:-1])
 
 
-def test_killed_commands_go_on_to_the_same_bytes(said):
-    assert number(said["killed"], "killed") == 12 and number(said["killed"], "resumed") >= 6
+def test_killed_commands_go_on_to_the_same_bytes(lines):
+    assert number(lines["killed"], "killed") == 12 and number(lines["killed"], "resumed") >= 6
 
 
-def test_a_full_disk_or_a_second_process_is_one_message(said):
-    assert number(said["starved"], "files limited") >= 3
-    assert number(said["starved"], "second processes refused") == 1
+def test_files_that_may_not_grow_or_a_second_process_is_one_message(lines):
+    assert number(lines["starved"], "files limited") >= 3
+    assert number(lines["starved"], "second processes refused") == 1
 
 
 @pytest.mark.parametrize("kind", ["dicom", "raster", "manifest", "patches", "run", "set"])
-def test_bad_files_end_in_success_a_row_or_one_message(said, kind):
-    assert number(said[kind], "mutated") == (100 if kind in ("dicom", "raster") else 8)
+def test_bad_files_end_in_success_a_row_or_one_message(lines, kind):
+    assert number(lines[kind], "mutated") == (100 if kind in ("dicom", "raster") else 8)
 
 
-def test_no_file_holds_a_planted_identifier(said):
-    assert number(said["private"], "files searched") > 80
-    assert number(said["private"], "attributes planted in a file") > 5000
+def test_no_file_holds_a_planted_identifier(lines):
+    assert number(lines["private"], "files searched") > 80
+    assert number(lines["private"], "attributes planted in a file") > 5000
 
 
-def test_leak_forged_sets_are_refused_and_copies_found(said):
-    assert number(said["parted"], "forged sets refused") == 4
-    assert number(said["parted"], "copies found") == 2 and number(said["parted"], "leaked") == 0
+def test_leak_forged_sets_are_refused(lines):
+    assert number(lines["parted"], "forged sets refused") == 4
+    assert number(lines["parted"], "leaked") == 0
 
 
-def test_nothing_that_is_loaded_runs_and_no_path_leads_out(said):
-    assert number(said["hostile"], "pickles refused") == 23
-    assert number(said["hostile"], "odd names written") == 8
+def test_nothing_that_is_loaded_runs_and_no_path_leads_out(lines):
+    assert number(lines["hostile"], "pickles refused") == 23
+    assert number(lines["hostile"], "odd names written") == 8
 
 
-def test_requirements_are_pinned_and_say_what_for(said):
-    assert number(said["pinned"], "requirements pinned") >= 15
+def test_requirements_are_pinned_and_say_what_for():
+    names = ("requirements.txt", "requirements-dev.txt")
+    lines = [line for name in names for line in (ROOT / name).read_text().splitlines()]
+    lines = [line for line in lines if line and not line.startswith(("#", "-r "))]
+    assert len(lines) >= 15
+    for line in lines:
+        assert re.fullmatch(r"[a-z0-9-]+==[0-9][0-9.]*\s+# \S.+", line)
