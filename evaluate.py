@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 
 import data
 from support import files, patchset
-from support.runs import finished_config, weights_hash
+from support.runs import finished, weights_hash
 from train import classifier_scores, load_classifier
 
 ALPHA = 0.05  # Q37: two-sided; the paper calls no other level significant
@@ -306,7 +306,7 @@ def open_regime(folder: Path, fingerprint: str) -> Regime:
     """A run of train-cls, or a folder of seed-0, seed-1 ...; `fingerprint` is the patch set's."""
     found = {int(p.name[5:]): p for p in folder.glob("seed-*") if p.name[5:].isdecimal()}
     runs = [found[k] for k in sorted(found)] or [folder]
-    configs = [finished_config(run, "train-cls") for run in runs]
+    configs = [finished(run, "train-cls")["config"] for run in runs]
     seeds = [config.pop("seed") for config in configs]
     for run, config in zip(runs, configs, strict=True):
         if config["data"] != fingerprint:

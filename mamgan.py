@@ -5,15 +5,13 @@ After "Synthesizing lesions using contextual GANs improves breast cancer classif
 mammograms" (Wu, Wu, Lotter 2020). Research only; not for clinical use.
 """
 
-import os
 import signal
 
-if __name__ == "__main__":  # the libraries take seconds to load; Commands then listens itself
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda *_: os.write(2, b"Error: stopped\n") and os._exit(1))
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the libraries load
 
 import dataclasses
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -33,21 +31,13 @@ class Commands(click.Group):
     """Turns what can go wrong with files into one message, and Ctrl-C into how to go on."""
 
     def invoke(self, ctx: click.Context) -> object:
-        came = []
-
-        def stop(number, frame):
-            came.append(number)
-            raise KeyboardInterrupt
-
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, stop)
+                signal.signal(number, signal.default_int_handler)
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
         try:
             return super().invoke(ctx)
-        except (KeyboardInterrupt, click.Abort, ImportError) as error:
-            if isinstance(error, ImportError) and not came:
-                raise  # else a compiled module was being loaded, which ends so
+        except (KeyboardInterrupt, click.Abort):
             raise click.ClickException("stopped; the same command goes on from here") from None
         except torch.OutOfMemoryError as error:
             text = str(error).partition("\n")[0]
@@ -223,7 +213,6 @@ def prepare(
         "gp_noise": "Noise of the gradient penalty: uniform as printed, or std (L4, Q15).",
         "g_average": "Decay of the average of the generator's weights; 0 uses the last (Q11).",
         "bfloat16": "Autocast on a GPU; the CPU always computes in float32.",
-        "channels_last": "Memory layout of images and weights.",
         "log_every": "Steps between rows of log.jsonl.",
         "save_every": "Steps between checkpoints and sample grids.",
     },
@@ -412,10 +401,9 @@ def print_table(rows: list[dict], out: Path) -> None:
 @click.option("--augmented", type=FOLDER, multiple=True, help="Run of another regime. Repeat.")
 @click.option("--synthetic", type=FOLDER, multiple=True, help="Set for the controls. Repeat.")
 @click.option("--out", type=FOLDER, required=True, help="Folder for table1.csv, report.html ...")
-@click.option("--holm", is_flag=True, help="Holm's correction over the regimes (the paper: none).")
 @seed_option
 @device_option
-def evaluate(patches, baseline, augmented, synthetic, out, holm, seed, device):
+def evaluate(patches, baseline, augmented, synthetic, out, seed, device):
     """Table 1 with patient-clustered statistics, controls, figures and one report (E1 to E4)."""
     rows = report.evaluate(
         patches,
@@ -423,7 +411,6 @@ def evaluate(patches, baseline, augmented, synthetic, out, holm, seed, device):
         list(augmented),
         list(synthetic),
         out,
-        holm=holm,
         seed=seed,
         device=runs.choose_device(device),
     )

@@ -4,7 +4,6 @@ Images are (N, 1, H, W) in [-1, 1]. A patch of side S passes through log2(S / 4)
 paper's 256 px; smaller presets drop blocks and keep everything else.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -74,12 +73,12 @@ class SelfAttention(nn.Module):
         return self.gamma * (h @ attention).view_as(x) + x
 
 
-def block_count(patch_size: int) -> int:
-    """Blocks that halve `patch_size` down to 4 px: six at 256 px (Q1)."""
-    blocks = int(math.log2(patch_size / 4)) if patch_size >= 64 else 0
-    if not blocks or 4 * 2**blocks != patch_size:
+def sides_down(patch_size: int) -> list[int]:
+    """Sides of the maps that the encoder's blocks give: 128, 64, 32, 16, 8, 4 at 256 px (Q1)."""
+    sides = [patch_size // 2**i for i in range(1, patch_size.bit_length() - 2)]
+    if patch_size < 64 or 4 * 2 ** len(sides) != patch_size:
         raise ValueError(f"patch size: found {patch_size}; expected 64, 128, 256 or 512")
-    return blocks
+    return sides
 
 
 # --- §2 Generator ---
@@ -93,42 +92,50 @@ class Generator(nn.Module):
     center: channels of the 4 x 4 centre, reached by a 1 x 1 convolution that the text does not
         name but its "4x4x2048" needs; None leaves that layer out. Deviation: Q1.
     sn: spectral normalisation of every convolution (G16)
+
+    Blocks are keyed by the side of the map that they give.
     """
 
     def __init__(
         self, patch_size: int = 256, base: int = 16, center: int | None = 2048, sn: bool = True
     ):
         super().__init__()
-        self.patch_size, self.blocks = patch_size, block_count(patch_size)
-        widths = [base * 2**i for i in range(self.blocks)]  # 16 ... 512
-        outs = [*widths[-2::-1], base]  # 256, 128, 64, 32, 16, 16: the mirror image; Q6
-        before = [4 + widths[-1], *(2 * w for w in outs[:-1])]  # with the skip, without the noise
-        self.encoder = nn.ModuleList(
-            conv(c_in + 1, c_out, kernel=3, stride=2, pad=1, sn=sn)
-            for c_in, c_out in zip([1, *widths[:-1]], widths, strict=True)
-        )
-        self.encoder_attention = SelfAttention(widths[2], sn)  # at S / 8
-        self.widen = conv(widths[-1], center, kernel=1, sn=sn) if center else None
-        self.compress = conv(center or widths[-1], 4, kernel=4, sn=sn)
-        self.decoder = nn.ModuleList(
-            nn.ModuleList(
+        self.patch_size, self.sides = patch_size, sides_down(patch_size)
+        width = {side: base * 2**i for i, side in enumerate(self.sides)}  # 16 at 128 ... 512 at 4
+        self.encoder, channels = nn.ModuleDict(), 1
+        for side in self.sides:
+            self.encoder[str(side)] = conv(
+                channels + 1, width[side], kernel=3, stride=2, pad=1, sn=sn
+            )
+            channels = width[side]
+        self.encoder_attention = SelfAttention(width[patch_size // 8], sn)
+        self.widen = conv(channels, center, kernel=1, sn=sn) if center else None
+        self.compress = conv(center or channels, 4, kernel=4, sn=sn)
+        self.decoder, channels = nn.ModuleDict(), 4
+        for side in self.sides[::-1]:  # the encoder's widths mirrored: 256 ... 16, then 16; Q6
+            c_in, c_out = channels + width[side] + 1, width.get(2 * side, base)
+            self.decoder[str(2 * side)] = nn.ModuleList(
                 [
-                    conv(c_in + 1, c_out, kernel=3, pad=1, sn=sn),
+                    conv(c_in, c_out, kernel=3, pad=1, sn=sn),
                     conv(c_out, c_out, kernel=3, pad=1, sn=sn),
                 ]
             )
-            for c_in, c_out in zip(before, outs, strict=True)
-        )
-        self.decoder_attention = SelfAttention(outs[self.blocks - 4], sn)  # at S / 8
-        self.to_lesion_half = conv(outs[-2], 1, kernel=1, sn=sn)  # §2 "Progressive growing"
-        self.to_lesion = conv(outs[-1], 1, kernel=1, sn=sn)
+            channels = c_out
+        self.decoder_attention = SelfAttention(width[patch_size // 8], sn)
+        self.to_lesion_half = conv(width[patch_size // 2], 1, kernel=1, sn=sn)  # T3
+        self.to_lesion = conv(base, 1, kernel=1, sn=sn)
+        self.noise_size = len(self.encoder) + len(self.decoder)  # one scalar per block (Q2)
+
+    def sample_noise(self, n: int, rng: torch.Generator) -> Tensor:
+        """(n, noise_size) "drawn uniformly from [-1,1]" (G5), on the device of `rng`."""
+        return torch.empty(n, self.noise_size, device=rng.device).uniform_(-1, 1, generator=rng)
 
     def forward(
         self, x: Tensor, z: Tensor | None = None, size: int | None = None, alpha: float = 1.0
     ) -> Tensor:
-        """(N, 1, S, S), noise scalars (N, 2 * blocks) -> (N, 3, s, s) lesion, input, combined.
+        """(N, 1, S, S), noise (N, noise_size) -> (N, 3, s, s) lesion, input, combined.
 
-        z: uniform in [-1, 1], one scalar per block (G5, Q2); drawn when None
+        z: see `sample_noise`; drawn when None
         size: current side s of the output, S or S / 2 (None = S)
         alpha: weight of the new S layer while it fades in (T4)
         """
@@ -136,41 +143,43 @@ class Generator(nn.Module):
         assert x.shape[1:] == (1, self.patch_size, self.patch_size), x.shape
         assert size in (self.patch_size, self.patch_size // 2), size
         if z is None:
-            z = torch.empty(len(x), 2 * self.blocks, device=x.device).uniform_(-1, 1)
-        noise = iter(z[:, :, None, None, None].unbind(1))  # each (N, 1, 1, 1)
+            z = torch.empty(len(x), self.noise_size, device=x.device).uniform_(-1, 1)
+        scalars = iter(z.unbind(1))  # (N,) each
 
         def with_noise(*maps: Tensor) -> Tensor:  # constant over space, own value per sample (G4)
-            plane = next(noise).to(maps[0]).expand(-1, -1, *maps[0].shape[2:])
+            scalar = next(scalars).to(maps[0])[:, None, None, None]
+            plane = scalar.expand(-1, -1, *maps[0].shape[2:])
             # In this layout the maps keep theirs; otherwise each block would copy them back.
             return torch.cat([*maps, plane.contiguous(memory_format=torch.channels_last)], dim=1)
 
-        h, skips = x, []
-        for i, layer in enumerate(self.encoder):
-            h = leaky_relu(layer(with_noise(h)))  # (N, base * 2**i, S / 2**(i + 1), ...)
-            if i == 2:
+        h, skips, attention_side = x, {}, self.patch_size // 8
+        for side in self.sides:
+            h = leaky_relu(self.encoder[str(side)](with_noise(h)))  # (N, base * 2**i, side, side)
+            if side == attention_side:
                 h = self.encoder_attention(h)
-            skips.append(h)
+            skips[side] = h
         if self.widen is not None:
             h = leaky_relu(self.widen(h))  # (N, center, 4, 4)
         h = self.compress(h)  # (N, 4, 1, 1): the embedding of G8
-        h = F.interpolate(h, size=skips[-1].shape[2:], mode="nearest")  # Q5
+        h = F.interpolate(h, size=skips[4].shape[2:], mode="nearest")  # Q5
         half = None
-        for i, (first, second) in enumerate(self.decoder):
-            if i == self.blocks - 1:  # the layer appended for S; its input ends the S / 2 stage
+        for side in self.sides[::-1]:
+            if 2 * side == self.patch_size:  # the layer appended for S: here the S / 2 stage ends
                 if alpha < 1 or size < self.patch_size:
                     half = self.to_lesion_half(h)  # (N, 1, S / 2, S / 2)
                 if size < self.patch_size:
                     break
-            h = up2(with_noise(h, skips[-1 - i]))
+            first, second = self.decoder[str(2 * side)]
+            h = up2(with_noise(h, skips[side]))
             h = F.relu(second(F.relu(first(h))))
-            if i == self.blocks - 4:
+            if 2 * side == attention_side:
                 h = self.decoder_attention(h)
         if size < self.patch_size:
             y, x = half, down2(x)
         else:
             y = self.to_lesion(h)  # (N, 1, S, S)
             if half is not None:
-                y = torch.lerp(up2(half), y, alpha)
+                y = torch.lerp(up2(half), y, alpha)  # T4
         lesion = crop_border(y.float()).clamp(-1, 1)  # G11; blend -> crop -> clamp, Q8
         combined = (x + lesion).clamp(-1, 1)  # G12; Q9
         return torch.cat([lesion, x, combined], dim=1)  # G13
@@ -195,31 +204,32 @@ class Discriminator(nn.Module):
         self, patch_size: int = 256, base: int = 128, center: int | None = 16384, sn: bool = True
     ):
         super().__init__()
-        self.patch_size, self.blocks = patch_size, block_count(patch_size)
-        widths = [base * 2**i for i in range(self.blocks)]  # 128 ... 4096
-        self.encoder = nn.ModuleList(
-            conv(c_in, c_out, kernel=3, pad=1, sn=sn)
-            for c_in, c_out in zip([1, *widths[:-1]], widths, strict=True)
-        )
-        self.attention = SelfAttention(widths[2], sn)  # at S / 8
-        self.widen = conv(widths[-1], center, kernel=1, sn=sn) if center else None
-        self.head = conv(center or widths[-1], 4, kernel=4, sn=sn)
-        self.from_image_half = conv(1, widths[0], kernel=1, sn=sn)  # §2 "Progressive growing"
+        self.patch_size, self.sides = patch_size, sides_down(patch_size)
+        self.encoder, channels = nn.ModuleDict(), 1
+        for i, side in enumerate(self.sides):  # 128 filters at 128 px ... 4096 at 4 px
+            self.encoder[str(side)] = conv(channels, base * 2**i, kernel=3, pad=1, sn=sn)
+            channels = base * 2**i
+        self.attention = SelfAttention(base * 2 ** self.sides.index(patch_size // 8), sn)
+        self.widen = conv(channels, center, kernel=1, sn=sn) if center else None
+        self.head = conv(center or channels, 4, kernel=4, sn=sn)
+        self.from_image_half = conv(1, base, kernel=1, sn=sn)  # §2 "Progressive growing"
 
     def forward(self, x: Tensor, size: int | None = None, alpha: float = 1.0) -> Tensor:
         """(N, 1, s, s) -> (N, 4) logits, float32; size and alpha as in the generator (T6)."""
         size = size or self.patch_size
         assert x.shape[1:] == (1, size, size), (x.shape, size)
         assert size in (self.patch_size, self.patch_size // 2), size
-        for i, layer in enumerate(self.encoder):
-            if i == 0 and size < self.patch_size:
+        h = x
+        for side in self.sides:
+            new = 2 * side == self.patch_size  # the layer appended for S
+            if new and size < self.patch_size:
                 h = leaky_relu(self.from_image_half(x))  # (N, base, S / 2, S / 2)
                 continue
             # Pooling before LeakyReLU equals after it, and keeps less for the backward pass (Q4).
-            h = leaky_relu(F.max_pool2d(layer(x if i == 0 else h), kernel_size=2))
-            if i == 0 and alpha < 1:
+            h = leaky_relu(F.max_pool2d(self.encoder[str(side)](h), kernel_size=2))
+            if new and alpha < 1:
                 h = torch.lerp(leaky_relu(self.from_image_half(down2(x))), h, alpha)
-            if i == 2:
+            if side == self.patch_size // 8:
                 h = self.attention(h)
         if self.widen is not None:
             h = leaky_relu(self.widen(h))  # (N, center, 4, 4)
@@ -269,12 +279,7 @@ def gradient_penalty(
 
     delta: (N, 1, H, W) noise to use instead of a fresh draw
     """
-    return norm_penalty(gradient_norm(D, x_real, delta), lam, k)
-
-
-def norm_penalty(norm: Tensor, lam: float = LAMBDA, k: float = K) -> Tensor:
-    """The same from the norms (N,), which the training loop also logs."""
-    return lam * (norm - k).square().mean()
+    return lam * (gradient_norm(D, x_real, delta) - k).square().mean()
 
 
 def gradient_norm(

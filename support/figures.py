@@ -56,9 +56,9 @@ COLOURS, BLUE = {BASELINE: "#555555", BLOB: "#c2500a"}, "#0b62a8"
 # --- Figures ---
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path, dpi: int = 160) -> None:
     with files.replace_file(path) as file:
-        figure.savefig(file, format="png", dpi=160, metadata={"Software": None})
+        figure.savefig(file, format="png", dpi=dpi, metadata={"Software": None})
 
 
 def roc_figure(bands: dict[str, np.ndarray], rows: list[dict]) -> Figure:

@@ -13,7 +13,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -210,6 +212,22 @@ def weights_hash(module: nn.Module) -> str:
 
 
 # --- One training ---
+
+
+class ReadAhead:
+    """`draw(step)` in a thread, the next step's while one is computed."""
+
+    def __init__(self, draw: Callable[[int], Any]):
+        self.draw, self.reader = draw, ThreadPoolExecutor(1)
+        self.ahead: dict[int, Future] = {}
+        self.waited = 0.0  # seconds that training stood still for data
+
+    def at(self, step: int) -> Any:
+        start = time.perf_counter()
+        drawn = (self.ahead.pop(step, None) or self.reader.submit(self.draw, step)).result()
+        self.ahead = {step + 1: self.reader.submit(self.draw, step + 1)}
+        self.waited += time.perf_counter() - start
+        return drawn
 
 
 class Run:

@@ -1,5 +1,6 @@
-"""What tells GAN collapse early: figures of the log, sample grids, gan.png."""
+"""What tells GAN collapse early: figures of the log, sample grids, gan.png; which G is used."""
 
+import copy
 from pathlib import Path
 
 import click
@@ -9,71 +10,123 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.utils import save_image
 
-from data import TASKS
-from models import Generator, block_count
+from data import TASKS, to_float
+from models import Discriminator, Generator, gradient_norm
 from postprocess import LESION_THRESHOLD, isolate_lesion
+from support.figures import save_figure
 from support.files import replace_file
-from support.patchset import Pool
-from support.runs import FIXED_NOISE, read_log, torch_seed
+from support.patchset import Patches
+from support.runs import FIXED_NOISE, Run, read_log, torch_rng
 
-RECORDED = (
-    *("loss_d", "penalty", "gradient_norm", "loss_g"),
-    *("real_right", "fake_right", "benign_right", "normal_right"),  # accuracy of D per class
-)
 FIXED = 64  # validation patches that the log and the grids look at
 FIXED_Z = 8  # noise vectors for the spread over z
 LASTING = 3  # rows of the log after which a sign of failure is said
-GAMMA = ("in G's encoder", "in G's decoder", "in D")  # order of the log's gamma of attention
+CLASSES_OF_D = ("real", "fake", "benign", "normal")
+GAMMAS = ("in G's encoder", "in G's decoder", "in D")  # order of the log's gamma of attention
+PANELS = {  # of gan.png
+    "losses": ("loss_d", "loss_g"),
+    "accuracy of D": tuple(f"{name}_right" for name in CLASSES_OF_D),
+    "gradient penalty": ("penalty", "gradient_norm"),
+    "lesion": ("lesion_mean", "lesion_std", "lesion_share", "acceptance"),
+    "collapse": ("spread_x", "spread_z", "dead_units"),
+    "gamma of attention": GAMMAS,
+}
+
+
+def accuracies(logits: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Share of each of D's four sub-batches that it puts into the right class."""
+    return {
+        f"{name}_right": (x.argmax(dim=1) == target).float().mean()
+        for target, (name, x) in enumerate(zip(CLASSES_OF_D, logits, strict=True))
+    }
 
 
 class Watch:
-    """Fixed validation patches and noise: figures that tell collapse early, and sample grids."""
+    """Fixed validation patches and noise, and what the average of G (in eval mode) makes of them.
 
-    def __init__(self, config, data: Path, device: torch.device):
-        pool = Pool.open(data, "val", TASKS[config.task][0])
+    chosen: the generator to use. Of the second half of the last stage it is the last one of which
+    config.g_accepted of the fixed lesions pass S3 to S5, or else the one of which most do; before,
+    coarse changes of the whole patch pass.
+    """
+
+    def __init__(self, config, data: Path, G: Generator, run: Run):
+        self.config, self.run, self.removal = config, run, config.task == "removal"
+        pool = Patches.open(data, "val", TASKS[config.task].source)
         rows = np.linspace(0, len(pool) - 1, num=min(FIXED, len(pool))).astype(int)
-        self.task, self.x = config.task, pool.take(rows).to(device)
-        rng = torch.Generator().manual_seed(torch_seed(config.seed, 0, FIXED_NOISE))
-        z = torch.rand(len(rows) + FIXED_Z, 2 * block_count(config.patch_size), generator=rng)
-        self.z = (2 * z - 1).to(device)
+        self.x = torch.from_numpy(to_float(pool[rows]))[:, None].to(run.device)
+        rng = torch_rng(config.seed, 0, FIXED_NOISE)
+        self.z = G.sample_noise(len(rows) + FIXED_Z, rng).to(run.device)
+        self.chosen, self.best = copy.deepcopy(G), 0.0
         self.lasting: dict[str, int] = {}  # rows of the log in a row that show a sign of failure
 
+    def state_dict(self) -> dict:
+        return {"chosen": self.chosen.state_dict(), "best": self.best, "lasting": self.lasting}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.chosen.load_state_dict(state["chosen"])
+        self.best, self.lasting = state["best"], state["lasting"]
+
+    def look(
+        self, G: Generator, D: Discriminator, x_real: Tensor, size: int, alpha: float
+    ) -> dict[str, object]:
+        """A row of the log: how the losses went, what the fixed patches become, what looks wrong.
+
+        x_real: real patches with the penalty's noise, at which the norm of D's gradient is taken
+        """
+        row = {"side": size, "alpha": alpha, **self.run.averages()}
+        D.eval()  # no power iteration: looking changes nothing
+        norm = gradient_norm(lambda x: D(x, size, alpha), x_real, torch.zeros_like(x_real))
+        D.train()
+        row["gradient_norm"] = norm.mean().item()
+        attention = (G.encoder_attention, G.decoder_attention, D.attention)
+        row["gamma"] = [a.gamma.item() for a in attention]
+        row |= self._lesions(G, size, alpha)
+        row["chosen"] = self._choose(G, row["acceptance"])
+        row["warnings"] = self._warnings(row)
+        return row
+
     @torch.no_grad()
-    def look(self, G: Generator, size: int, alpha: float) -> tuple[dict, Tensor]:
-        """(figures for the log, (N, 3, s, s) what G makes of the fixed patches)."""
-        alive, training = [], G.training
+    def _lesions(self, G: Generator, size: int, alpha: float) -> dict[str, float]:
+        alive = []
         hooks = [
             layer.register_forward_hook(lambda _, __, out: alive.append(out.amax((0, 2, 3)) > 0))
             for layer in G.decoder.modules()
             if isinstance(layer, torch.nn.Conv2d)
         ]
-        G.eval()
-        made = G(self.x, self.z[FIXED_Z:], size, alpha)
+        lesion = G(self.x, self.z[FIXED_Z:], size, alpha)[:, 0]  # (N, s, s)
         for hook in hooks:
             hook.remove()
-        one_patch = G(self.x[:1].expand(FIXED_Z, -1, -1, -1), self.z[:FIXED_Z], size, alpha)
-        G.train(training)
-        lesion, removal = made[:, 0], self.task == "removal"
-        component = "cluster" if self.task == "calcification" else "largest"  # Q27
-        kept = [isolate_lesion(x, removal, component=component) for x in lesion.cpu().numpy()]
+        one_patch = self.x[:1].expand(FIXED_Z, -1, -1, -1)
+        component = "cluster" if self.config.task == "calcification" else "largest"  # Q27
+        kept = [isolate_lesion(x, self.removal, component=component) for x in lesion.cpu().numpy()]
+        over = (-lesion if self.removal else lesion) > LESION_THRESHOLD
         figures = {
             "dead_units": 1 - torch.cat(alive).float().mean(),
             "lesion_mean": lesion.mean(),
             "lesion_std": lesion.std(),
-            "lesion_share": ((-lesion if removal else lesion) > LESION_THRESHOLD).float().mean(),
+            "lesion_share": over.float().mean(),
             "spread_x": lesion.std(0).mean(),
-            "spread_z": one_patch[:, 0].std(0).mean(),
+            "spread_z": G(one_patch, self.z[:FIXED_Z], size, alpha)[:, 0].std(0).mean(),
             "acceptance": np.mean([k is not None for k in kept]),
         }
-        return {name: float(value) for name, value in figures.items()}, made
+        return {name: float(value) for name, value in figures.items()}
 
-    def warnings(self, row: dict) -> list[str]:
+    def _choose(self, G: Generator, acceptance: float) -> bool:
+        late = self.run.done > self.config.steps - self.config.iters_final / 2
+        chosen = not late or acceptance >= min(self.best, self.config.g_accepted)
+        if chosen:
+            self.chosen.load_state_dict(G.state_dict())
+            self.best = max(self.best, acceptance) if late else 0.0
+        return chosen
+
+    def _warnings(self, row: dict) -> list[str]:
         """Signs of failure that last, in words; said when they are new. Before the last stage is
         reached each of them is usual."""
         share, flat = row["lesion_share"], 0.1 * abs(row["lesion_mean"])
-        won = min(row["real_right"], row["fake_right"]) > 0.98
         signs = {
-            "D wins outright; lower --d-lr or raise --g-lr": won,
+            "D wins outright; lower --d-lr or raise --g-lr": (
+                min(row["real_right"], row["fake_right"]) > 0.98
+            ),
             "the lesions vanish; train longer, raise --g-lr or lower --d-lr": share < 0.002,
             "the lesions cover the patch; lower --g-lr or raise --d-lr": share > 0.7,
             "the lesions ignore their input; lower --g-lr or start again with another --seed": (
@@ -84,36 +137,28 @@ class Watch:
         present = [sign for sign, shown in signs.items() if shown and grown]
         self.lasting = {sign: self.lasting.get(sign, 0) + 1 for sign in present}
         for sign, rows in self.lasting.items():
-            if rows == LASTING:
-                click.echo(f"step {row['step']}: {sign}", err=True)
+            if rows == LASTING and self.run.rank == 0:
+                click.echo(f"step {self.run.done}: {sign}", err=True)
         return [sign for sign, rows in self.lasting.items() if rows >= LASTING]
 
-    def grid(self, made: Tensor, path: Path) -> None:
-        """Patch, lesion (grey = no change) and result side by side, four samples a row."""
-        lesion, before, after = made[:16].unbind(1)  # (n, s, s) each
+    @torch.no_grad()
+    def draw(self, G: Generator, size: int, alpha: float) -> None:
+        """samples/STEP.png: patch, lesion (grey = no change) and result, four samples a row; and
+        gan.png, what the log holds, over steps."""
+        if self.run.rank > 0:
+            return
+        made = G(self.x[:16], self.z[FIXED_Z:][:16], size, alpha)
+        lesion, before, after = made.unbind(1)  # (n, s, s) each
         tiles = torch.cat([before, (2 * lesion).clamp(-1, 1), after], dim=2)[:, None]
+        path = self.run.folder / f"samples/{self.run.done:06d}.png"
         path.parent.mkdir(exist_ok=True)
         with replace_file(path) as file:
             save_image(tiles, file, "png", nrow=4, padding=1, normalize=True, value_range=(-1, 1))
-
-
-def plot_log(run: Path) -> None:
-    """`run/gan.png`: what the log holds, over steps. Raises ValueError for a damaged row."""
-    panels = {
-        "losses": ("loss_d", "loss_g"),
-        "accuracy of D": ("real_right", "fake_right", "benign_right", "normal_right"),
-        "gradient penalty": ("penalty", "gradient_norm"),
-        "lesion": ("lesion_mean", "lesion_std", "lesion_share", "acceptance"),
-        "collapse": ("spread_x", "spread_z", "dead_units"),
-    }
-    figures = ["step", "gamma", *(name for names in panels.values() for name in names)]
-    rows = [r | dict(zip(GAMMA, r["gamma"], strict=True)) for r in read_log(run, figures=figures)]
-    panels["gamma of attention"] = GAMMA
-    figure = Figure(figsize=(14, 7), layout="constrained")
-    for axes, (title, names) in zip(figure.subplots(2, 3).flat, panels.items(), strict=True):
-        for name in names:
-            axes.plot([r["step"] for r in rows], [r[name] for r in rows], label=name)
-        axes.set(title=title, xlabel="step")
-        axes.legend(fontsize="small")
-    with replace_file(run / "gan.png") as file:
-        figure.savefig(file, format="png", dpi=80, metadata={"Software": None})
+        rows = [r | dict(zip(GAMMAS, r["gamma"], strict=True)) for r in read_log(self.run.folder)]
+        figure = Figure(figsize=(14, 7), layout="constrained")
+        for axes, (title, names) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):
+            for name in names:
+                axes.plot([r["step"] for r in rows], [r[name] for r in rows], label=name)
+            axes.set(title=title, xlabel="step")
+            axes.legend(fontsize="small")
+        save_figure(figure, self.run.folder / "gan.png", dpi=80)
