@@ -1,6 +1,7 @@
-"""§3 Dataset details: mammograms with annotations -> breast mask, splits, 256 x 256 patches.
+"""§3 "Dataset details": mammograms with annotations -> splits, breast masks, 256 x 256 patches.
 
-Patches are (N, S, S) uint16 on disk, 0..65535 mapping linearly to [-1, 1].
+In the paper's order; its words head each part. Patches are (N, S, S) uint16 on disk, 0..65535
+mapping linearly to [-1, 1]. `support/patchset.py` writes and reads them with what stands here.
 """
 
 import math
@@ -18,6 +19,8 @@ from support.files import sha256
 from support.mammogram import NotUsable, read_mammogram
 from support.sources import PATHOLOGIES, SPLITS, Finding
 
+# --- Classes of patches, and the tasks that work on them ---
+
 CLASSES = (
     "normal",
     "malignant_mass",
@@ -25,6 +28,8 @@ CLASSES = (
     "malignant_calcification",
     "benign_calcification",
 )
+KEYS = tuple(f"{split}/{name}" for split in SPLITS for name in CLASSES)
+EVALUATED = (CLASSES[0], CLASSES[1], CLASSES[3])  # no benign in validation and test, P5
 
 
 class Task(NamedTuple):
@@ -41,14 +46,6 @@ TASKS = {
     "calcification": Task("normal", "malignant_calcification", "benign_calcification", "normal"),
     "removal": Task("malignant", "normal", "benign", "malignant"),  # of both lesion types
 }
-KEYS = tuple(f"{split}/{name}" for split in SPLITS for name in CLASSES)
-EVALUATED = (CLASSES[0], CLASSES[1], CLASSES[3])  # no benign in validation and test, P5
-SPLIT_SHARES = {"train": 60, "val": 20, "test": 20}  # %, P2
-TRIES = 50  # scales and lesion pixels tried in an image before another is drawn, Q21
-DRAWS = 16  # corners drawn at once among those that can be valid; nine in ten are
-MASK_CELLS = 200  # cells along the longer side of a breast mask: about 1 mm
-BURNT_OUT = 249  # of 255; what touches the border above it is film frame, not tissue
-SKIN_LEVEL = 0.35  # of the way from air to Otsu's threshold; set by eye on CBIS-DDSM
 
 
 # --- Patch values ---
@@ -64,7 +61,146 @@ def to_uint16(patch: np.ndarray) -> np.ndarray:
     return np.rint((np.clip(patch, -1, 1).astype(np.float64) + 1) * 32767.5).astype(np.uint16)
 
 
-# --- §3 "breast tissue" ---
+# --- §3 "The data is split into 60%/20%/20% training/validation/testing splits", P2 ---
+
+SPLIT_SHARES = {"train": 60, "val": 20, "test": 20}  # %
+
+
+def split_patients(findings: list[Finding], seed: int) -> dict[str, str]:
+    """Patient -> split, stratified by worst pathology (Q20).
+
+    Within a pathology, patients with the same findings are dealt out in turn: whatever the seed,
+    a class of five patients comes into every split, where chance would leave small sets without.
+    Published splits stay. When only some patients carry one, the others are divided over the
+    splits that nobody carries, in the proportion of P2 (CBIS-DDSM: test is published).
+    """
+    worst, splits, kinds = {}, {}, {}
+    for row in findings:
+        kinds.setdefault(row.patient_id, set()).add(row.finding)
+        level = PATHOLOGIES.index(row.pathology)
+        worst[row.patient_id] = max(worst.get(row.patient_id, 0), level)
+        if row.split:
+            splits[row.patient_id] = row.split
+    open_splits = [s for s in SPLITS if s not in splits.values()] or list(SPLITS)
+    shares = np.array([SPLIT_SHARES[s] for s in open_splits])
+    open_patients = sorted(worst.keys() - splits.keys())
+    for level in range(len(PATHOLOGIES)):
+        patients = [p for p in open_patients if worst[p] == level]
+        order = np.random.default_rng((seed, level)).permutation(len(patients))
+        dealt = np.zeros_like(shares)
+        for place, at in enumerate(sorted(order, key=lambda at: sorted(kinds[patients[at]]))):
+            owed = (shares * (place + 1) - shares.sum() * dealt).argmax()
+            splits[patients[at]] = open_splits[owed]
+            dealt[owed] += 1
+    return splits
+
+
+# --- §3 "From these full images, we generated patches according to the following quantities" ---
+
+
+def _counts(train: tuple[int, ...], other: int) -> dict[str, int]:
+    """Patches of each class for training, and of each class that is evaluated (P5: no benign)."""
+    evaluated = {f"{split}/{name}": other for split in ("val", "test") for name in EVALUATED}
+    return {f"train/{name}": n for name, n in zip(CLASSES, train, strict=True)} | evaluated
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Everything that decides the bytes of a patch set, beside the manifest."""
+
+    patch_size: int = 256  # px, P9
+    spacing_mm: float | None = None  # resample to this; None = native pixels, as the paper, Q19
+    counts: dict[str, int] = field(  # "split/class": patches, P4, P5
+        default_factory=lambda: _counts((400_000, 42_280, 3_500, 24_100, 6_580), 1_000)
+    )
+    required: tuple[str, ...] = ()  # counts the user asked for: an error when there is no source
+    seed: int = 0
+    min_tissue: float = 0.9  # of the window before resizing, P6, Q21
+    scale: tuple[float, float] = (0.8, 1.2)  # uniform, training patches only, P7, Q22
+    normals_from_annotated: bool = False  # normal patches away from boxes, too; the paper: none
+    normal_margin: float = 0.125  # of the window side, between a normal patch and any box; ours
+    pseudonymise: bool = False  # keyed hashes in place of patient ids and paths
+
+    def with_counts(self, texts: Sequence[str]) -> "PrepareConfig":
+        """Override counts by "split/class=N", which are then required. Raises ValueError."""
+        counts = dict(self.counts)
+        for text in texts:
+            key, _, number = text.partition("=")
+            if key not in KEYS or not number.isdecimal() or len(number) > 8:
+                raise ValueError(
+                    f"--count {text[:80]}: expected SPLIT/CLASS=N with N of at most 8 digits and "
+                    f"one of {', '.join(KEYS)}"
+                )
+            counts[key] = int(number)
+        required = {t.partition("=")[0] for t in texts} | set(self.required)
+        return replace(self, counts=counts, required=tuple(sorted(required)))
+
+
+PREPARE_PRESETS = {
+    "paper": PrepareConfig(),
+    # As many train patches as an hour of training draws, in the paper's order of frequency.
+    "cbis": PrepareConfig(
+        patch_size=128,
+        spacing_mm=0.166,
+        counts=_counts((40_000, 10_000, 5_000, 10_000, 5_000), 1_000) | {"test/benign_mass": 1_000},
+    ),
+    # 5 to 10 patches a lesion on about 1,000 images; validation and test give AUC +-0.03.
+    "tiny": PrepareConfig(
+        patch_size=64,
+        spacing_mm=0.33,
+        counts=_counts((4_000, 2_000, 1_000, 1_000, 1_000), 300) | {"test/benign_mass": 300},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class SourceImage:
+    """An image of the manifest and the findings that each of its classes is cut from."""
+
+    name: str  # of the outputs: the path or its pseudonym
+    patient_id: str  # the same
+    split: str
+    rows: tuple[Finding, ...]
+    classes: dict[str, tuple[Finding, ...]]  # "split/class": lesions, or boxes to keep away from
+
+
+def source_images(
+    findings: list[Finding], config: PrepareConfig, hide: Callable
+) -> list[SourceImage]:
+    by_path, splits, images = defaultdict(list), split_patients(findings, config.seed), []
+    for row in findings:
+        by_path[row.image_path].append(row)
+    for path in sorted(by_path):
+        rows = tuple(sorted(by_path[path], key=repr))
+        split, classes = splits[rows[0].patient_id], {}
+        for name in CLASSES[1:]:
+            lesions = tuple(r for r in rows if f"{r.pathology}_{r.finding}" == name and r.bbox)
+            if lesions:
+                classes[f"{split}/{name}"] = lesions
+        if all(row.pathology == "normal" for row in rows):
+            classes[f"{split}/normal"] = ()
+        elif config.normals_from_annotated and all(row.bbox for row in rows):
+            classes[f"{split}/normal"] = rows
+        images.append(SourceImage(hide(path), hide(rows[0].patient_id), split, rows, classes))
+    return images
+
+
+# --- §3 "a random location is picked ... that contains at least 90% breast tissue", P6 ---
+
+MASK_CELLS = 200  # cells along the longer side of a breast mask: about 1 mm
+BURNT_OUT = 249  # of 255; what touches the border above it is film frame, not tissue
+SKIN_LEVEL = 0.35  # of the way from air to Otsu's threshold; set by eye on CBIS-DDSM
+DRAWS = 16  # corners drawn at once among those that can be valid; nine in ten are
+
+
+def patch_seed(seed: int, key: str, patch: int, attempt: int = 0) -> int:
+    """60 random bits: all that decides patch i of key "split/class"; column `seed` of its index."""
+    return int(sha256(f"{seed}/{key}/{patch}/{attempt}".encode())[:15], 16)
+
+
+def random_image(images: Sequence[int], bits: int) -> int:
+    """The "random mammogram image" that `patch_seed` means, each equally likely."""
+    return images[bits * len(images) >> 60]
 
 
 def breast_cells(display: np.ndarray) -> tuple[np.ndarray, int]:
@@ -80,7 +216,10 @@ def breast_cells(display: np.ndarray) -> tuple[np.ndarray, int]:
     fine = display[:rows:step, :cols:step]
     grey = fine[::2, ::2] + fine[1::2, ::2] + fine[::2, 1::2] + fine[1::2, 1::2]
     grey = ((grey + 4) * (255 / 8)).astype(np.uint8)
-    frame = ndimage.maximum_filter(_touching_border(grey > BURNT_OUT), size=5)
+    border = np.pad(np.zeros((grey.shape[0] - 2, grey.shape[1] - 2), bool), 1, constant_values=True)
+    burnt = grey > BURNT_OUT
+    frame = ndimage.binary_propagation(burnt & border, mask=burnt)  # its objects at the border
+    frame = ndimage.maximum_filter(frame, size=5)
     # Otsu's threshold parts air from tissue; the skin line lies nearer to air.
     counts = np.bincount(grey[~frame], minlength=256)
     below, moment = counts.cumsum(), (counts * np.arange(256)).cumsum()
@@ -93,8 +232,7 @@ def breast_cells(display: np.ndarray) -> tuple[np.ndarray, int]:
     if not objects:
         raise NotUsable("no breast found: nothing large is brighter than air")
     core = core == 1 + np.bincount(core.ravel())[1:].argmax()
-    breast = ndimage.maximum_filter(core, size=9) & tissue
-    breast |= ~(breast | _touching_border(~breast))  # holes filled
+    breast = ndimage.binary_fill_holes(ndimage.maximum_filter(core, size=9) & tissue)
     share, contrast = breast.mean(), (np.median(grey[breast]) - air) / 255
     box = breast[np.ix_(breast.any(axis=1), breast.any(axis=0))].mean()
     if not (0.02 < share < 0.97 and contrast > 0.05 and box > 0.35):
@@ -105,32 +243,11 @@ def breast_cells(display: np.ndarray) -> tuple[np.ndarray, int]:
     return breast, 2 * step
 
 
-def _touching_border(mask: np.ndarray) -> np.ndarray:
-    """The objects of a bool mask that touch the image border."""
-    labels, objects = ndimage.label(mask)
-    keep = np.zeros(objects + 1, bool)
-    for line in (labels[0], labels[-1], labels[:, 0], labels[:, -1]):
-        keep[line] = True
-    keep[0] = False
-    return keep[labels]
-
-
 def breast_mask(display: np.ndarray) -> np.ndarray:
     """Bool (H, W): the largest object that is tissue, holes filled. Raises NotUsable."""
     cells, f = breast_cells(display)
-    whole = np.zeros(display.shape, bool)
-    whole[: f * len(cells), : f * cells.shape[1]] = cells.repeat(f, axis=0).repeat(f, axis=1)
-    return whole
-
-
-def tissue_windows(
-    mask: np.ndarray, side: int | tuple[int, int], min_tissue: float = 0.9
-) -> np.ndarray:
-    """Bool (H - h + 1, W - w + 1): top-left corners whose window is >= 90% tissue (P6, Q21)."""
-    h, w = np.broadcast_to(side, 2).tolist()
-    table = np.pad(mask, ((1, 0), (1, 0))).cumsum(0, np.int32).cumsum(1, np.int32)  # summed areas
-    rows = table[h:] - table[:-h]
-    return rows[:, w:] - rows[:, :-w] >= min_tissue * h * w - 1e-6
+    whole = cells.repeat(f, axis=0).repeat(f, axis=1)
+    return np.pad(whole, [(0, n - m) for n, m in zip(display.shape, whole.shape, strict=True)])
 
 
 class Tissue:
@@ -141,9 +258,14 @@ class Tissue:
     valid ones equally likely; should a few draws all miss, every corner of the blocks is checked.
     """
 
-    def __init__(self, cells: np.ndarray, f: int, shape: tuple[int, int], min_tissue: float):
+    def __init__(self, cells: np.ndarray, f: int, shape: tuple[int, int], min_tissue: float = 0.9):
         self.f, self.shape, self.min_tissue = f, shape, min_tissue
         self.table = np.pad(cells, ((1, 3), (1, 3))).cumsum(0, np.int32).cumsum(1, np.int32)
+
+    @classmethod
+    def of(cls, display: np.ndarray, min_tissue: float = 0.9) -> "Tissue":
+        """The breast in a display image (H, W) in [-1, 1]. Raises NotUsable."""
+        return cls(*breast_cells(display), display.shape, min_tissue)
 
     def before(self, row: np.ndarray, col: np.ndarray) -> np.ndarray:
         """Tissue pixels above and left of pixel corners: the table, linear between its nodes."""
@@ -202,163 +324,63 @@ class Tissue:
         return None
 
 
-# --- §3 "60%/20%/20%", P2 ---
+# --- §3 "randomly flipped (left/right), rotated (90, 180, or 270 degrees), and resized", P7 ---
 
 
-def split_patients(findings: list[Finding], seed: int) -> dict[str, str]:
-    """Patient -> split, stratified by worst pathology (Q20).
-
-    Within a pathology, patients with the same findings are dealt out in turn: whatever the seed,
-    a class of five patients comes into every split, where chance would leave small sets without.
-    Published splits stay. When only some patients carry one, the others are divided over the
-    splits that nobody carries, in the proportion of P2 (CBIS-DDSM: test is published).
-    """
-    worst, splits, kinds = {}, {}, {}
-    for row in findings:
-        kinds.setdefault(row.patient_id, set()).add(row.finding)
-        level = PATHOLOGIES.index(row.pathology)
-        worst[row.patient_id] = max(worst.get(row.patient_id, 0), level)
-        if row.split:
-            splits[row.patient_id] = row.split
-    open_splits = [s for s in SPLITS if s not in splits.values()] or list(SPLITS)
-    shares = np.array([SPLIT_SHARES[s] for s in open_splits])
-    open_patients = sorted(worst.keys() - splits.keys())
-    for level in range(len(PATHOLOGIES)):
-        patients = [p for p in open_patients if worst[p] == level]
-        order = np.random.default_rng((seed, level)).permutation(len(patients))
-        dealt = np.zeros_like(shares)
-        for place, at in enumerate(sorted(order, key=lambda at: sorted(kinds[patients[at]]))):
-            owed = (shares * (place + 1) - shares.sum() * dealt).argmax()
-            splits[patients[at]] = open_splits[owed]
-            dealt[owed] += 1
-    return splits
+def resize(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """(h, w) -> `shape` (rows, cols) float32, bilinear, anti-aliased when shrinking (Q22)."""
+    image = Image.fromarray(np.asarray(values, np.float32))
+    return np.asarray(image.resize(shape[::-1], Image.Resampling.BILINEAR))
 
 
-# --- §3 "we generated patches according to the following quantities" ---
+def flip_rotate(patch: np.ndarray, flip: int, rotation: int) -> np.ndarray:
+    """Flipped left/right or not, then rotated counter-clockwise by 0, 90, 180 or 270 degrees."""
+    return np.rot90(patch[:, ::-1] if flip else patch, rotation // 90)
 
 
-def _counts(train: tuple[int, ...], other: int) -> dict[str, int]:
-    """Patches of each class for training, and of each class that is evaluated (P5: no benign)."""
-    evaluated = {f"{split}/{name}": other for split in ("val", "test") for name in EVALUATED}
-    return {f"train/{name}": n for name, n in zip(CLASSES, train, strict=True)} | evaluated
+def flip_rotate_box(box: Sequence[int], size: int, flip: int, rotation: int) -> tuple[int, ...]:
+    """The same for a box (row0, col0, row1, col1) in a patch of side `size`."""
+    row0, col0, row1, col1 = box
+    if flip:
+        col0, col1 = size - col1, size - col0
+    for _ in range(rotation // 90):
+        row0, col0, row1, col1 = size - col1, row0, size - col0, row1
+    return row0, col0, row1, col1
 
 
-@dataclass(frozen=True)
-class PrepareConfig:
-    """Everything that decides the bytes of a patch set, beside the manifest."""
+# --- §3 "a random pixel on the lesion is chosen, and then a random x and y offset", P8 ---
 
-    patch_size: int = 256  # px, P9
-    spacing_mm: float | None = None  # resample to this; None = native pixels, as the paper, Q19
-    counts: dict[str, int] = field(  # "split/class": patches, P4, P5
-        default_factory=lambda: _counts((400_000, 42_280, 3_500, 24_100, 6_580), 1_000)
-    )
-    required: tuple[str, ...] = ()  # counts the user asked for: an error when there is no source
-    seed: int = 0
-    min_tissue: float = 0.9  # of the window before resizing, P6, Q21
-    scale: tuple[float, float] = (0.8, 1.2)  # uniform, training patches only, P7, Q22
-    normals_from_annotated: bool = False  # normal patches away from boxes, too; the paper: none
-    normal_margin: float = 0.125  # of the window side, between a normal patch and any box; ours
-    pseudonymise: bool = False  # keyed hashes in place of patient ids and paths
-
-    def with_counts(self, texts: Sequence[str]) -> "PrepareConfig":
-        """Override counts by "split/class=N", which are then required. Raises ValueError."""
-        counts = dict(self.counts)
-        for text in texts:
-            key, _, number = text.partition("=")
-            if key not in KEYS or not number.isdecimal() or len(number) > 8:
-                raise ValueError(
-                    f"--count {text[:80]}: expected SPLIT/CLASS=N with N of at most 8 digits and "
-                    f"one of {', '.join(KEYS)}"
-                )
-            counts[key] = int(number)
-        required = {t.partition("=")[0] for t in texts} | set(self.required)
-        return replace(self, counts=counts, required=tuple(sorted(required)))
+TRIES = 50  # scales and lesion pixels tried in an image before another is drawn, Q21
 
 
-PREPARE_PRESETS = {
-    "paper": PrepareConfig(),
-    # As many train patches as an hour of training draws, in the paper's order of frequency.
-    "cbis": PrepareConfig(
-        patch_size=128,
-        spacing_mm=0.166,
-        counts=_counts((40_000, 10_000, 5_000, 10_000, 5_000), 1_000) | {"test/benign_mass": 1_000},
-    ),
-    # 5 to 10 patches a lesion on about 1,000 images; validation and test give AUC +-0.03.
-    "tiny": PrepareConfig(
-        patch_size=64,
-        spacing_mm=0.33,
-        counts=_counts((4_000, 2_000, 1_000, 1_000, 1_000), 300) | {"test/benign_mass": 300},
-    ),
-}
+class Place(NamedTuple):
+    """Where a patch is cut, and how it is augmented."""
 
-
-# --- §3 "To create patches ..." ---
-
-
-@dataclass(frozen=True)
-class SourceImage:
-    """An image of the manifest and the findings that each of its classes is cut from."""
-
-    name: str  # of the outputs: the path or its pseudonym
-    patient_id: str  # the same
-    split: str
-    rows: tuple[Finding, ...]
-    classes: dict[str, tuple[Finding, ...]]  # "split/class": lesions, or boxes to keep away from
-
-
-def source_images(
-    findings: list[Finding], config: PrepareConfig, hide: Callable
-) -> list[SourceImage]:
-    by_path, splits, images = defaultdict(list), split_patients(findings, config.seed), []
-    for row in findings:
-        by_path[row.image_path].append(row)
-    for path in sorted(by_path):
-        rows = tuple(sorted(by_path[path], key=repr))
-        split, classes = splits[rows[0].patient_id], {}
-        for name in CLASSES[1:]:
-            lesions = tuple(r for r in rows if f"{r.pathology}_{r.finding}" == name and r.bbox)
-            if lesions:
-                classes[f"{split}/{name}"] = lesions
-        if all(row.pathology == "normal" for row in rows):
-            classes[f"{split}/normal"] = ()
-        elif config.normals_from_annotated and all(row.bbox for row in rows):
-            classes[f"{split}/normal"] = rows
-        images.append(SourceImage(hide(path), hide(rows[0].patient_id), split, rows, classes))
-    return images
-
-
-def patch_seed(seed: int, key: str, patch: int, attempt: int = 0) -> int:
-    """60 bits from which patch i of key "split/class" is drawn, its image first; index column."""
-    return int(sha256(f"{seed}/{key}/{patch}/{attempt}".encode())[:15], 16)
+    window: tuple[int, int, int, int]  # row0, col0, row1, col1 in stored pixels
+    tissue: float  # share of the window
+    scale: float
+    flip: int  # 0, 1
+    rotation: int  # degrees
+    lesion: Finding | None
 
 
 class DecodedImage:
-    """A decoded mammogram: where each class has its patches, and cutting them."""
+    """A decoded mammogram: where each class has its patches, and cutting them. Raises NotUsable."""
 
     def __init__(self, image: SourceImage, config: PrepareConfig):
         mammogram = read_mammogram(Path(image.rows[0].image_path))
         self.uid, self.display = mammogram.image_uid, mammogram.display
         self.image, self.config = image, config
-        self.tissue = Tissue(*breast_cells(self.display), self.display.shape, config.min_tissue)
+        self.tissue = Tissue.of(self.display, config.min_tissue)
         self.side = [config.patch_size] * 2  # of a window at scale 1, in stored pixels
         if config.spacing_mm:
             spacing = image.rows[0].spacing_mm or mammogram.spacing_mm
             if spacing is None:
                 raise NotUsable("no pixel spacing in manifest or header; --spacing-mm needs it")
             self.side = [config.patch_size * config.spacing_mm / mm for mm in spacing]
-        self.augment = image.split == "train"
         self.masks = {
             row: self.mask_pixels(row) for row in image.rows if row.mask_path and row.bbox
         }
-
-    def flipped(self) -> int:
-        """How many boxes in air have their mirror image (rows from the bottom) on tissue."""
-        count = 0
-        for row0, col0, row1, col1 in {whole_box(row.bbox) for row in self.image.rows if row.bbox}:
-            size, mirrored = (row1 - row0, col1 - col0), self.display.shape[0] - row1
-            given, other = (self.tissue.share(row, col0, size) for row in (row0, mirrored))
-            count += int(given < 0.1 and other > 0.9)
-        return count
 
     def mask_pixels(self, lesion: Finding) -> np.ndarray:
         """(n, 2) rows and columns of a lesion's mask within its box.
@@ -376,64 +398,76 @@ class DecodedImage:
             raise NotUsable("lesion mask: empty inside the lesion's box")
         return pixels
 
-    def place(self, key: str, rng: np.random.Generator) -> dict | None:
-        """Window, tissue, scale, flip, rotation and lesion; None when 50 tries find no place."""
-        lesions, lesion = self.image.classes[key], None
+    def place(self, key: str, rng: np.random.Generator) -> Place | None:
+        """A random place of class `key` ("split/class"); None when 50 tries find none."""
+        augment = self.image.split == "train"  # P7 is "for augmentation": not in val and test, Q22
         for _ in range(TRIES):
-            scale = rng.uniform(*self.config.scale) if self.augment else 1.0
-            h, w = (round(n / scale) for n in self.side)
+            scale = rng.uniform(*self.config.scale) if augment else 1.0
+            size = round(self.side[0] / scale), round(self.side[1] / scale)
             if key.endswith("/normal"):
-                down, across = (math.ceil(self.config.normal_margin * n) for n in (h, w))
-                away = [
-                    (r0 - down - h + 1, c0 - across - w + 1, r1 + down, c1 + across)
-                    for r0, c0, r1, c1 in (whole_box(row.bbox) for row in lesions)
-                ]
-                found = self.tissue.draw(rng, (h, w), forbidden=away)
-            else:  # P8: a pixel of the lesion, of its box without a mask; then an offset, Q23
-                lesion = lesions[int(rng.integers(len(lesions)))]
-                if lesion in self.masks:
-                    row, col = rng.choice(self.masks[lesion]).tolist()
-                else:
-                    row0, col0, row1, col1 = whole_box(lesion.bbox)
-                    row, col = int(rng.integers(row0, row1)), int(rng.integers(col0, col1))
-                found = self.tissue.draw(rng, (h, w), (row - h + 1, col - w + 1, row + 1, col + 1))
-            if found:
-                row, col, share = found
-                return {
-                    "window": (row, col, row + h, col + w),
-                    "tissue": share,
-                    "scale": scale,
-                    "flip": int(rng.integers(2)) if self.augment else 0,
-                    "rotation": 90 * int(rng.integers(4)) if self.augment else 0,
-                    "lesion": lesion,
-                }
+                lesion, drawn = None, self.normal_window(key, size, rng)
+            else:
+                lesion, drawn = self.lesion_window(key, size, rng)
+            if drawn:
+                row, col, tissue = drawn
+                return Place(
+                    window=(row, col, row + size[0], col + size[1]),
+                    tissue=tissue,
+                    scale=scale,
+                    flip=int(rng.integers(2)) if augment else 0,
+                    rotation=90 * int(rng.integers(4)) if augment else 0,
+                    lesion=lesion,
+                )
         return None
 
-    def cut(self, place: dict) -> tuple[np.ndarray, tuple[int, ...] | None]:
+    def normal_window(self, key: str, size: tuple[int, int], rng: np.random.Generator):
+        """P6: anywhere in the breast, off the boxes of an image that has some."""
+        h, w = size
+        down, across = (math.ceil(self.config.normal_margin * n) for n in size)
+        boxes = (whole_box(row.bbox) for row in self.image.classes[key])
+        forbidden = [
+            (row0 - down - h + 1, col0 - across - w + 1, row1 + down, col1 + across)
+            for row0, col0, row1, col1 in boxes
+        ]
+        return self.tissue.draw(rng, size, forbidden=forbidden)
+
+    def lesion_window(self, key: str, size: tuple[int, int], rng: np.random.Generator):
+        """P8: a pixel of the lesion, of its box without a mask; a window around it (Q23).
+
+        "Between 0 to 128 pixels in either direction": the pixel lies anywhere in the window.
+        """
+        lesions, (h, w) = self.image.classes[key], size
+        lesion = lesions[int(rng.integers(len(lesions)))]
+        if lesion in self.masks:
+            row, col = rng.choice(self.masks[lesion]).tolist()
+        else:
+            row0, col0, row1, col1 = whole_box(lesion.bbox)
+            row, col = int(rng.integers(row0, row1)), int(rng.integers(col0, col1))
+        return lesion, self.tissue.draw(rng, size, (row - h + 1, col - w + 1, row + 1, col + 1))
+
+    def cut(self, place: Place) -> tuple[np.ndarray, tuple[int, ...] | None]:
         """The patch (S, S) uint16, and the lesion's box in it."""
-        (row0, col0, row1, col1), turns = place["window"], place["rotation"] // 90
-        size, lesion = self.config.patch_size, place["lesion"]
+        (row0, col0, row1, col1), size = place.window, self.config.patch_size
         patch = resize(self.display[row0:row1, col0:col1], (size, size))
-        patch = np.rot90(patch[:, ::-1] if place["flip"] else patch, turns)
-        if lesion is None:
-            return to_uint16(patch), None
+        patch = to_uint16(flip_rotate(patch, place.flip, place.rotation))
+        if place.lesion is None:
+            return patch, None
         down, across = size / (row1 - row0), size / (col1 - col0)
-        box = (np.array(lesion.bbox) - (row0, col0, row0, col0)) * (down, across, down, across)
-        r0, c0, r1, c1 = (min(max(n, 0), size) for n in whole_box(box))
-        if place["flip"]:
-            c0, c1 = size - c1, size - c0
-        for _ in range(turns):  # counter-clockwise, as np.rot90
-            r0, c0, r1, c1 = size - c1, r0, size - c0, r1
-        return to_uint16(patch), (r0, c0, r1, c1)
+        box = np.array(place.lesion.bbox) - (row0, col0, row0, col0)
+        box = np.clip(whole_box(box * (down, across, down, across)), 0, size).tolist()
+        return patch, flip_rotate_box(box, size, place.flip, place.rotation)
+
+    def flipped(self) -> int:
+        """How many boxes in air have their mirror image (rows from the bottom) on tissue."""
+        count = 0
+        for row0, col0, row1, col1 in {whole_box(row.bbox) for row in self.image.rows if row.bbox}:
+            size, mirrored = (row1 - row0, col1 - col0), self.display.shape[0] - row1
+            given, other = (self.tissue.share(row, col0, size) for row in (row0, mirrored))
+            count += int(given < 0.1 and other > 0.9)
+        return count
 
 
 def whole_box(bbox: Iterable[float]) -> tuple[int, int, int, int]:
     """A box rounded outwards to whole pixels."""
     row0, col0, row1, col1 = bbox
     return math.floor(row0), math.floor(col0), math.ceil(row1), math.ceil(col1)
-
-
-def resize(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """(h, w) -> `shape` (rows, cols) float32, bilinear, anti-aliased when shrinking (Q22)."""
-    image = Image.fromarray(np.asarray(values, np.float32))
-    return np.asarray(image.resize(shape[::-1], Image.Resampling.BILINEAR))
