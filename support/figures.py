@@ -1,75 +1,96 @@
-"""Figures 1 to 6 and the pictures of the report."""
+"""Figures 1 to 6 and the pictures of the report: drawing alone, nothing is computed here."""
 
-import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
 
-import data
+from data import to_uint16
 from support import files
 
-# --- Figures 1, 2a, 3 and before/after ---
-
-FIGURE_SAMPLES = 4
+DPI = 160
+BLUE, COLOURS = "#0b62a8", {"Baseline": "#555555", "Blob control": "#c2500a"}
+PATCH_PX = 256  # a side of a patch in a picture, at least: smaller ones get larger pixels
+LINE_PX, GAP_PX = 28, 6  # of a picture: a line of text, the gap between patches
 BAR_MM = (1, 2, 5, 10, 20, 50)
 
 
-def grey(values: np.ndarray) -> np.ndarray:
-    """uint16 patches, or floats in [-1, 1], as uint8."""
-    return ((values if values.dtype == np.uint16 else data.to_uint16(values)) >> 8).astype(np.uint8)
-
-
-def save_tiles(
-    path: Path, rows: Sequence[Sequence[np.ndarray]], mm_per_px: Sequence[float | None]
-) -> None:
-    """Rows of uint8 images; below each a scale bar where the spacing of its column is known."""
-    rows = [[_barred(*cell) for cell in itertools.zip_longest(row, mm_per_px)] for row in rows]
-    rows = [np.hstack(row) for row in rows]
-    width = max(row.shape[1] for row in rows)
-    rows = [np.pad(r, ((0, 0), (0, width - r.shape[1]), (0, 0)), constant_values=255) for r in rows]
-    with files.replace_file(path) as file:
-        Image.fromarray(np.vstack(rows)).save(file, format="PNG")
-
-
-def _barred(values: np.ndarray, mm: float | None) -> np.ndarray:
-    """(H, W) or (H, W, 3) -> (H + 24, W + 4, 3) with white margins and a bar of so many mm."""
-    rows, cols = values.shape[:2]
-    canvas = Image.new("RGB", (cols + 4, rows + 24), "white")
-    canvas.paste(Image.fromarray(values), (4, 4))
-    if mm:
-        bar = max([b for b in BAR_MM if b / mm <= 0.35 * cols], default=BAR_MM[0])
-        pen, end, y = ImageDraw.Draw(canvas), 4 + bar / mm, rows + 13
-        pen.rectangle((4, y - 1, end, y + 1), fill="black")
-        font = ImageFont.load_default(size=12)
-        pen.text((end + 6, y), f"{bar} mm", fill="black", font=font, anchor="lm")
-    return np.asarray(canvas)
-
-
-BASELINE, BLOB = "Baseline", "Blob control"
-COLOURS, BLUE = {BASELINE: "#555555", BLOB: "#c2500a"}, "#0b62a8"
-
-
-# --- Figures ---
-
-
-def save_figure(figure: Figure, path: Path, dpi: int = 160) -> None:
+def save_figure(figure: Figure, path: Path, dpi: int = DPI) -> None:
+    """PNG, whole or absent; the same figure gives the same bytes."""
     with files.replace_file(path) as file:
         figure.savefig(file, format="png", dpi=dpi, metadata={"Software": None})
 
 
+# --- Figures 1, 2a, 3 and 6, nearest patches, before and after ---
+
+
+def grey(patch: np.ndarray) -> np.ndarray:
+    """uint16, or float in [-1, 1], as uint8."""
+    return ((patch if patch.dtype == np.uint16 else to_uint16(patch)) >> 8).astype(np.uint8)
+
+
+def patch_figure(
+    rows: Sequence[tuple[str, Sequence[np.ndarray], Sequence[str]]],
+    mm: Sequence[float | None] = (),
+) -> Figure:
+    """Rows of patches: label, patches (H, W) uint16 or float [-1, 1], titles (repeated in turn).
+
+    A pixel of a patch is a square of whole pixels in the picture, as large in all of a row. mm: how
+    wide the pixels of each column are; below those known stands a scale bar. `figure.axes` has one
+    axes for each patch, row by row, in the pixels of the patch.
+    """
+    figure, boxes, top, width = Figure(dpi=DPI), [], 0, 0
+    for label, patches, titles in rows:
+        zoom = math.ceil(PATCH_PX / min(patches[0].shape))
+        top += LINE_PX if any(titles) else GAP_PX
+        left = LINE_PX if any(row[0] for row in rows) else GAP_PX
+        for i, patch in enumerate(patches):
+            height, columns = zoom * np.array(patch.shape)
+            boxes.append((left, top + height, columns, height))
+            ax = figure.add_axes((0, 0, 1, 1), xticks=[], yticks=[], frame_on=False)
+            # as colours: matplotlib's own grey map is one level off here and there
+            ax.imshow(np.dstack(3 * [grey(patch)]), interpolation="nearest")
+            if titles:
+                ax.set_title(titles[i % len(titles)], fontsize=9, pad=3)
+            if i < len(mm) and mm[i]:
+                _scale_bar(ax, patch.shape, mm[i], zoom)
+            if i == 0:
+                ax.set_ylabel(label, fontsize=9, labelpad=3)
+            left += columns + GAP_PX
+        top += zoom * max(map(len, patches)) + (LINE_PX if any(mm) else 0)
+        width = max(width, left)
+    size = np.array([width, top + GAP_PX])
+    figure.set_size_inches(size / DPI)
+    for ax, (left, bottom, *extent) in zip(figure.axes, boxes, strict=True):
+        ax.set_position(np.array([left, size[1] - bottom, *extent]) / np.tile(size, 2))
+    return figure
+
+
+def _scale_bar(ax, shape: tuple[int, int], mm: float, zoom: int) -> None:
+    """A bar of so many mm below a patch, about a third of it at most."""
+    bar = max([b for b in BAR_MM if b / mm <= 0.35 * shape[1]], default=BAR_MM[0])
+    end, y = bar / mm - 0.5, shape[0] - 0.5 + LINE_PX / 2 / zoom
+    ax.plot(
+        [-0.5, end], [y, y], color="black", linewidth=1.5, clip_on=False, scalex=False, scaley=False
+    )
+    ax.text(end + 8 / zoom, y, f"{bar} mm", fontsize=9, verticalalignment="center")
+
+
+# --- Table 1 ---
+
+
 def roc_figure(bands: dict[str, np.ndarray], rows: list[dict]) -> Figure:
     """One panel a regime, the baseline behind each."""
-    names = [row["regime"] for row in rows[1:]] or [BASELINE]
+    baseline, *others = (row["regime"] for row in rows)
+    names = others or [baseline]
     aucs = {row["regime"]: f"{row['regime']}: {row['auc']:.3f}" for row in rows}
     down = math.ceil(len(names) / 2)
     figure = Figure(figsize=(6, 3 * down), layout="constrained")
     for i, name in enumerate(names):
         ax = figure.add_subplot(down, 2, i + 1, aspect="equal", xlim=(0, 1), ylim=(0, 1.01))
-        for key in dict.fromkeys((BASELINE, name)):
+        for key in dict.fromkeys((baseline, name)):
             (mean, low, high), colour = bands[key], COLOURS.get(key, BLUE)
             grid = np.linspace(0, 1, len(mean))  # of false positive rates
             ax.fill_between(grid, low, high, color=colour, alpha=0.18, linewidth=0)
@@ -96,19 +117,7 @@ def difference_figure(rows: list[dict]) -> Figure:
     return figure
 
 
-def patch_figure(rows: list[tuple[str, Sequence[np.ndarray], Sequence[str]]]) -> Figure:
-    """Rows of patches (uint16): label, patches, titles above them (repeated in turn)."""
-    columns = max(len(patches) for _, patches, _ in rows)
-    figure = Figure(figsize=(1.35 * columns, 1.6 * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), columns, squeeze=False)
-    for line, (label, patches, titles) in zip(grid, rows, strict=True):
-        for i, ax in enumerate(line):
-            ax.set(xticks=[], yticks=[], frame_on=False)
-            if i < len(patches):
-                ax.imshow(patches[i], cmap="gray", vmin=0, vmax=65535, interpolation="nearest")
-                ax.set_title(titles[i % len(titles)], fontsize=9)
-        line[0].set_ylabel(label, fontsize=9)
-    return figure
+# --- Figures 4 and 5 ---
 
 
 def embedding_figure(panels: dict[str, np.ndarray], groups: np.ndarray, embedded: dict) -> Figure:
