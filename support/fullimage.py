@@ -1,27 +1,41 @@
-"""Lesions in full mammograms: boxes, masks, before and after (§4 "As a future step", F3, F7)."""
+"""Lesions in full mammograms (§4 "As a future step", F7; Figure 3): boxes, masks, pictures."""
 
 import io
 import itertools
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar
 
 import data
-from data import resize, whole_box
 from models import BORDER_PX
 from postprocess import IsolatedLesion, Synthesizer, draw
 from support import figures, files, mammogram, runs, sources
 
 TRIES_PER_LESION, STRIP_MIN_AREA_FRAC = 100, 0.01  # ours
-STRIP_DRAWS = 100  # places for a strip looked at before a column is tried, or it is given up
+STRIP_DRAWS = 100  # places for a row of windows that are looked at before a column is taken
 CATEGORY = {"mass": "synthetic mass", "calcification": "synthetic calcification"}
-Window = tuple[int, int, int, int]  # row0, col0, row1, col1, half-open, stored pixels
+CATEGORY |= {"removal": "removed lesion"}
+Window = tuple[int, int, int, int]  # row0, col0, row1, col1 in stored pixels, half-open
+
+
+class Source(NamedTuple):
+    """An image to work on, and what its manifest says of it."""
+
+    path: str
+    spacing_mm: tuple[float, float] | None
+    boxes: list[tuple[float, ...]] | None  # None: it was not asked for them
+
+
+# --- The command ---
 
 
 def synthesize_images(
@@ -46,29 +60,332 @@ def synthesize_images(
     synth = Synthesizer(gan, device, "", {"component": component, **options})
     if strip > 1:  # Figure 3 shows a lesion on every patch, so smaller ones are taken too
         synth.options["min_area_frac"] = options.get("min_area_frac") or STRIP_MIN_AREA_FRAC
-    images, failed, parts = _named(paths), [], out / "parts"
     marked = synth.task == "removal" and not at and strip == lesions == 1
-    shown = {name: [mm, boxes if marked else []] for name, (_, mm, boxes) in images.items()}
-    config = {"images": shown, "at": at, "lesions": lesions, "strip": strip}
-    config |= {"seed": seed, **synth.config}
-    with runs.claim_folder(out, "synthesize", config) as complete:
+    images, parts, failed = _named(paths, marked), out / "parts", []
+    places = {"at": at, "lesions": lesions, "strip": strip, "seed": seed}
+    config = {"images": {name: [s.spacing_mm, s.boxes] for name, s in images.items()}}
+    with runs.claim_folder(out, "synthesize", config | places | synth.config) as complete:
         if not complete:
             parts.mkdir(exist_ok=True)  # a record per whole image: a killed run does the others
             with runs.progress(len(images), "images") as advance:
-                for number, (name, (file, *_)) in enumerate(images.items(), start=1):
-                    if not (part := parts / f"{number:08d}.json").exists():
-                        try:
-                            m, (spacing_mm, boxes) = mammogram.read_mammogram(file), shown[name]
-                            m.spacing_mm = spacing_mm or m.spacing_mm
-                            inserted = insert_lesions(synth, m, at, lesions, strip, seed, boxes)
-                        except (ValueError, OSError) as error:
-                            reason = getattr(error, "strerror", None) or str(error)
-                            failed.append((str(file), reason.removeprefix(f"{file}: ")))
-                            click.echo(f"{file}: failed: {failed[-1][1]}", err=True)
-                        else:
-                            note = " at random, no box was given" if marked and not boxes else ""
-                            record = _write_image(out / name, m, *inserted, synth, seed, note)
-                            record["image"]["id"] = number
-                            files.write_json(part, record)
+                for number, (name, source) in enumerate(images.items(), start=1):
+                    part = parts / f"{number:08d}.json"
+                    if not part.exists() and (
+                        why := _make(synth, source, out / name, part, places)
+                    ):
+                        failed.append((source.path, why))
+                        click.echo(f"{source.path}: failed: {why}", err=True)
                     advance()
-            _finish(out, parts, failed)
+            _finish(out, sorted(parts.glob("*.json")), failed)
+        if not failed:
+            shutil.rmtree(parts, ignore_errors=True)
+    return failed
+
+
+def _named(paths: Iterable[Path], marked: bool) -> dict[str, Source]:
+    """Images by the names of their outputs: file stems, made unique. With boxes when `marked`."""
+    images, named = {}, {}
+    for path in map(Path, paths):
+        rows = sources.read_manifest(path) if path.suffix.lower() == ".csv" else []
+        known = {row.image_path: row.spacing_mm for row in rows} if rows else {str(path): None}
+        for name, spacing_mm in known.items():
+            found = [row.bbox for row in rows if row.image_path == name and row.bbox]
+            boxes = list(dict.fromkeys(found))  # a lesion both mass and calcification has two rows
+            images[name] = Source(name, spacing_mm, boxes if marked else None)
+    for source in images.values():
+        stem = Path(source.path).stem
+        names = itertools.chain([stem], (f"{stem}_{k}" for k in itertools.count(2)))
+        named[next(name for name in names if name not in named)] = source
+    return named
+
+
+def _make(synth: Synthesizer, source: Source, stem: Path, part: Path, places: dict) -> str:
+    """Write everything of one image, its record last; or say why its lesions have no place."""
+    try:
+        m = mammogram.read_mammogram(source.path)
+        m.spacing_mm = source.spacing_mm or m.spacing_mm
+        display, placed = insert_lesions(synth, m, boxes=source.boxes or (), **places)
+    except (ValueError, OSError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        return reason.removeprefix(f"{source.path}: ")
+    display, note = _write_image(stem, m, display, synth, places["seed"])
+    picture = before_after(m.display, display, placed, m.spacing_mm)
+    figures.save_figure(picture, Path(f"{stem}_before_after.png"))
+    if places["strip"] > 1:
+        picture = figure3(m.display, display, placed, m.spacing_mm)
+        figures.save_figure(picture, Path(f"{stem}_figure3.png"))
+    note += " at random, no box was given" if source.boxes == [] else ""
+    shares = ", ".join(f"{lesion['covered']:.0%}" for lesion in placed if "covered" in lesion)
+    note += f" that covers {shares} of the annotated box" if shares else ""
+    click.echo(f"{source.path}: {len(placed)} x {CATEGORY[synth.task]}{note}")
+    number, (height, width) = int(part.stem), display.shape
+    image = {"id": number, "file_name": f"{stem.name}_synthetic.png"}
+    image |= {"height": height, "width": width}
+    label = {"image_id": number, "category": CATEGORY[synth.task]}
+    annotations = [label | lesion for lesion in placed]
+    files.write_json(part, {"image": image, "annotations": annotations})
+    return ""
+
+
+def _finish(out: Path, parts: list[Path], failed: list[tuple[str, str]]) -> None:
+    """annotations.json of all images (COCO); the folder is whole when none failed."""
+    records, config = [files.read_json(part) for part in parts], out / "config.json"
+    click.echo(f"{out}: {len(records)} images written, {len(failed)} failed")
+    if not records:  # nothing is there: other options may try in the same folder
+        (out / "parts").rmdir()
+        config.unlink()
+        return
+    annotations = [a for record in records for a in record["annotations"]]
+    coco = mammogram.coco([record["image"] for record in records], annotations)
+    files.write_json(out / "annotations.json", coco)
+    if failed:  # the same command tries them again
+        files.write_json(config, files.read_json(config) | {"failed": failed})
+    else:
+        runs.finish_folder(out, failed=[])
+
+
+# --- Reinsertion: choose windows, try, place ---
+
+
+def insert_lesions(
+    synth: Synthesizer,
+    m: mammogram.Mammogram,
+    at: Sequence[tuple[int, int]] = (),
+    lesions: int = 1,
+    strip: int = 1,
+    seed: int = 0,
+    boxes: Sequence[tuple[float, ...]] = (),
+) -> tuple[np.ndarray, list[dict]]:
+    """New display image, equal to the old one wherever a weight is zero, and what was placed.
+
+    boxes: annotated lesions in stored pixels, one after the other; what changes must hold their
+        middle, and `placed` tells what share of each box it covers
+    Raises ValueError: no place, or no lesion accepted in it.
+    """
+    shape = window_shape(synth, m.spacing_mm)
+    if (np.array(m.display.shape) < shape).any():
+        raise ValueError(f"{_px(m.display.shape)}, smaller than a patch of {_px(shape)}")
+    tissue = data.Tissue.of(m.display)
+    fixed = [_centred(place, shape, tissue) for place in at]
+    display, placed = m.display.copy(), []
+    for k in range(len(boxes) or len(fixed) or lesions):
+        used = [lesion["window"] for lesion in placed]
+        for attempt in range(TRIES_PER_LESION * strip):
+            _, rng = draw(seed, int(m.image_uid, 16), k, attempt)
+            if boxes:  # first in the middle, then beside it, as training patches hold lesions (P8)
+                shift = rng.uniform(-0.25, 0.25, size=2) * (attempt > 0)
+                windows = [_around(boxes[k], shape, tissue.shape, shift)]
+            elif fixed:
+                windows = [fixed[k]]
+            elif not (windows := _at_random(tissue, shape, strip, used, rng)):
+                missing = f"no place for {strip} x {_px(shape)} with 90% tissue"
+                raise ValueError(f"lesion {k + 1}: {missing}")
+            tried = _try(synth, display, windows, rng)
+            if tried and (not boxes or _holds_middle(tried[0], boxes[k])):
+                break
+        else:
+            raise ValueError(
+                f"no lesion accepted in {attempt + 1} attempts, the last in the window of "
+                f"{_px(shape)} at row {windows[0][0]}, column {windows[0][1]}: too small (S5) or "
+                "cut by its border" + (" or off the middle of the annotated box" if boxes else "")
+            )
+        placed += [_place(display, lesion) for lesion in tried]
+        if boxes:
+            box = data.whole_box(boxes[k])
+            share = float(_cut(_mask(display.shape, tried[0]), box).mean())
+            placed[-1] |= {"annotated": list(box), "covered": round(share, 3)}
+    return display, placed
+
+
+def window_shape(synth: Synthesizer, spacing_mm: tuple[float, float] | None) -> tuple[int, int]:
+    """Stored pixels of one patch: its own size, or the physical size that it was trained at."""
+    trained_mm = synth.run["spacing_mm"]
+    if trained_mm and not spacing_mm:
+        raise ValueError(
+            f"pixel spacing unknown; the generator was trained at {trained_mm} mm. Give a manifest "
+            "with spacing_row_mm and spacing_col_mm"
+        )
+    rows, cols = (trained_mm / mm for mm in spacing_mm) if trained_mm else (1, 1)
+    return round(synth.side * rows), round(synth.side * cols)
+
+
+def _px(shape: Sequence[int]) -> str:
+    return f"{shape[0]} x {shape[1]} px"
+
+
+def _window(row: float, col: float, shape: tuple[int, int]) -> Window:
+    return int(row), int(col), int(row) + shape[0], int(col) + shape[1]
+
+
+def _centred(place: tuple[int, int], shape: tuple[int, int], tissue: data.Tissue) -> Window:
+    """The window around `place`, which must lie in the breast."""
+    low, room = np.array(shape) // 2, np.subtract(tissue.shape, shape)
+    corner = place - low
+    if (corner < 0).any() or (corner > room).any():
+        raise ValueError(
+            f"--at {place[0]} {place[1]}: the patch of {_px(shape)} leaves the image; expected row "
+            f"{low[0]} to {low[0] + room[0]} and column {low[1]} to {low[1] + room[1]}"
+        )
+    if not tissue.share(*place, (1, 1)):
+        raise ValueError(f"--at {place[0]} {place[1]}: outside the breast")
+    return _window(*corner, shape)
+
+
+def _around(box, shape: tuple[int, int], image: tuple[int, int], shift: np.ndarray) -> Window:
+    """The window about a box, `shift` windows off, moved into the image."""
+    corner = np.reshape(box, (2, 2)).mean(axis=0) + (shift - 0.5) * shape
+    return _window(*np.clip(np.rint(corner), 0, np.subtract(image, shape)), shape)
+
+
+def _at_random(
+    tissue: data.Tissue, shape: tuple[int, int], strip: int, used: list[Window], rng
+) -> list[Window]:
+    """`strip` windows of 90% tissue each (P6) in a row, else in a column, apart from those used."""
+    for down, across in ((1, strip), (strip, 1)):
+        h, w = down * shape[0], across * shape[1]
+        near = [(row0 - h + 1, col0 - w + 1, row1, col1) for row0, col0, row1, col1 in used]
+        for _ in range(STRIP_DRAWS):
+            if not (place := tissue.draw(rng, (h, w), forbidden=near)):
+                break
+            row, col, _ = place
+            corners = [
+                (row + i * shape[0], col + j * shape[1]) for i in range(down) for j in range(across)
+            ]
+            if min(tissue.share(*c, shape) for c in corners) >= tissue.min_tissue - 1e-9:
+                return [_window(*corner, shape) for corner in corners]
+    return []
+
+
+class Lesion(NamedTuple):
+    """What the generator made of a window."""
+
+    window: Window
+    lesion: np.ndarray  # (S, S)
+    isolated: IsolatedLesion
+
+    def box(self) -> tuple[float, ...]:
+        """Of the object, in stored pixels and their fractions."""
+        corner, size = self.window[:2], np.subtract(self.window[2:], self.window[:2])
+        ends = corner + np.reshape(self.isolated.bbox, (2, 2)) * size / len(self.lesion)
+        return tuple(ends.ravel().tolist())
+
+
+def _try(
+    synth: Synthesizer, display: np.ndarray, windows: list[Window], rng: np.random.Generator
+) -> list[Lesion]:
+    """A lesion for each window; none at all when one is not accepted or cut by its border."""
+    patches = np.stack([data.resize(_cut(display, w), (synth.side, synth.side)) for w in windows])
+    tried = []
+    for window, lesion in zip(windows, synth.lesions(patches, [rng] * len(windows)), strict=True):
+        lesion, isolated = synth.isolate(lesion, rng)
+        if isolated is None or _is_cut(isolated):
+            return []
+        tried.append(Lesion(window, lesion, isolated))
+    return tried
+
+
+def _is_cut(isolated: IsolatedLesion) -> bool:
+    """Whether the object ends at the generator's zero frame: its straight edge would show."""
+    frame = BORDER_PX * len(isolated.mask) // 256
+    inner = isolated.mask[frame:-frame, frame:-frame]
+    return bool(inner[[0, -1]].any() or inner[:, [0, -1]].any())
+
+
+def _holds_middle(lesion: Lesion, box: tuple[float, ...]) -> bool:
+    (low, high), middle = np.reshape(lesion.box(), (2, 2)), np.reshape(box, (2, 2)).mean(axis=0)
+    return bool((low < middle).all() and (middle < high).all())
+
+
+def _place(display: np.ndarray, lesion: Lesion) -> dict:
+    """Add a lesion to the image; its annotation."""
+    before = _cut(display, lesion.window)
+    added = data.resize(lesion.isolated.weights * lesion.lesion, before.shape)
+    before[...] = np.where(added == 0, before, np.clip(before + added, -1, 1))
+    segmentation = mammogram.rle(_mask(display.shape, lesion))
+    window, bbox = list(lesion.window), list(data.whole_box(lesion.box()))
+    return {"window": window, "bbox": bbox, "segmentation": segmentation}
+
+
+def _mask(shape: tuple[int, int], lesion: Lesion) -> np.ndarray:
+    """The object before expansion as bool (H, W)."""
+    mask = np.zeros(shape, bool)
+    own = _cut(mask, lesion.window)
+    own[...] = data.resize(lesion.isolated.mask, own.shape) >= 0.5
+    return mask
+
+
+def _cut(image: np.ndarray, window: Sequence[int]) -> np.ndarray:
+    """A view of a window."""
+    return image[window[0] : window[2], window[1] : window[3]]
+
+
+# --- Files and pictures of one mammogram ---
+
+
+def _write_image(
+    stem: Path, m: mammogram.Mammogram, display: np.ndarray, synth: Synthesizer, seed: int
+) -> tuple[np.ndarray, str]:
+    """The derived image; what a viewer makes of it, and what the user should know about it."""
+    note = ""
+    try:
+        stored = m.restore(display)
+    except ValueError as error:
+        note = f" ({error}: no DICOM)"
+    else:
+        display = m.table.apply(stored)
+        if m.ds is not None:
+            made = f"{CATEGORY[synth.task]} by contextual GAN {synth.hash[:16]}; research only"
+            whole = io.BytesIO()  # pydicom would hide why a file cannot be written
+            mammogram.write_derived_dicom(m, stored, whole, made, f"{seed} {synth.hash}")
+            with files.replace_file(Path(f"{stem}_synthetic.dcm")) as file:
+                file.write(whole.getvalue())
+    with files.replace_file(Path(f"{stem}_synthetic.png")) as file:
+        mammogram.write_png16(file, data.to_uint16(display))
+    return display, note
+
+
+def before_after(before: np.ndarray, after: np.ndarray, placed: list[dict], spacing_mm) -> Figure:
+    """The whole mammogram before and after, objects in boxes; below, every window enlarged."""
+    figure = Figure(figsize=(max(8, 2.5 * len(placed)), 13), layout="constrained")
+    whole, enlarged = figure.subfigures(2, 1, height_ratios=(8, 5))
+    images = {"before": before, "after": after}
+    for (title, image), ax in zip(images.items(), whole.subplots(1, 2), strict=True):
+        _show(ax, image, (0, 0, *image.shape), spacing_mm, title)
+    for row0, col0, row1, col1 in (lesion["bbox"] for lesion in placed):
+        style = {"fill": False, "edgecolor": "#ffc800"}
+        ax.add_patch(Rectangle((col0, row0), col1 - col0, row1 - row0, **style))
+    grid = enlarged.subplots(2, len(placed), squeeze=False)
+    for (title, image), line in zip(images.items(), grid, strict=True):
+        for lesion, ax in zip(placed, line, strict=True):
+            _show(ax, image, lesion["window"], spacing_mm, title, bar_mm=5)
+    return figure
+
+
+def figure3(before: np.ndarray, after: np.ndarray, placed: list[dict], spacing_mm) -> Figure:
+    """Figure 3: the windows of a row before (above) and after (below), or of a column (F3)."""
+    window = (*placed[0]["window"][:2], *placed[-1]["window"][2:])
+    height, width = np.subtract(window[2:], window[:2])
+    long = max(8, max(height, width) / figures.DPI) + 1  # every stored pixel is there
+    down = height > width
+    figure = Figure(figsize=(long / 2, long) if down else (long, long / 2), layout="constrained")
+    axes = figure.subplots(*((1, 2) if down else (2, 1)))
+    for title, image, ax in zip(("before", "after"), (before, after), axes, strict=True):
+        _show(ax, image, window, spacing_mm, title, bar_mm=5)
+    return figure
+
+
+def _show(
+    ax: Axes, image: np.ndarray, window: Window, spacing_mm, title: str, bar_mm: int = 0
+) -> None:
+    """A window of a display image at its place in stored pixels, which are as high as they are."""
+    row0, col0, row1, col1 = window
+    extent = (col0, col1, row1, row0)
+    ax.imshow(_cut(image, window), cmap="gray", vmin=-1, vmax=1, extent=extent)
+    ax.tick_params(labelsize=7)
+    ax.set_title(title, fontsize=9)
+    if spacing_mm:
+        ax.set_aspect(spacing_mm[0] / spacing_mm[1])
+        if bar_mm:
+            place = {"loc": "lower left", "color": "white", "frameon": False}
+            bar = AnchoredSizeBar(ax.transData, bar_mm / spacing_mm[1], f"{bar_mm} mm", **place)
+            ax.add_artist(bar)
