@@ -255,7 +255,7 @@ def generate(
             attempts = range(counts[0], min(counts[0] + BATCH, most))
             samples, new = attempt(synth, sources, seed, attempts, wanted=n - counts[1])
             with files.replace_file(parts / f"{counts[0]:08d}.npz") as file:
-                np.savez(file, samples=samples, counts=new)
+                np.savez(file, counts=new, **{name: samples[name] for name in samples.dtype.names})
             counts += new
             advance(len(samples), f"{counts[1] / counts[0]:.0%} of attempts accepted")
     made, accepted, empty = counts.tolist()
@@ -274,18 +274,22 @@ def attempt(
     """Steps 1 to 5 for one batch: at most `wanted` samples; attempts made, accepted, empty."""
     # Always a whole batch: what comes out does not depend on where the attempts end.
     numbers, rngs = zip(*[draw(seed, attempts[0] + k) for k in range(BATCH)], strict=True)
+    # "Randomly sample a healthy mammogram image", "Randomly sample a 256x256px patch" (S1)
     chosen = np.array([rng.integers(len(sources)) for rng in rngs])
     patches = sources[chosen]  # (BATCH, S, S) uint16
+    # "Input the patch into the generator and generate the synthetic patch" (S2)
     lesions = synth.lesions(data.to_float(patches), rngs)
     kept, made, empty = [], 0, 0
     for k in range(len(attempts)):
         if len(kept) == wanted:
             break
         made += 1
+        # "Perform the following steps to post-process the synthetic patch" (S3 to S7)
         lesion, isolated = synth.isolate(lesions[k], rngs[k])
         if isolated is None:
             empty += not (np.abs(lesion) > LESION_THRESHOLD).any()
             continue
+        # "Add the lesion channel to the base normal patch" (S8)
         combined = add_lesion(patches[k], lesion, isolated)
         added = combined.astype(np.int32) - patches[k]
         facts = (isolated.area, isolated.bbox, lesion[isolated.mask].mean())
@@ -302,18 +306,19 @@ def _read_part(part: Path, name: str) -> np.ndarray:
 def assemble(out: Path, parts: list[Path], config: dict, sources: patchset.Patches) -> dict:
     """Arrays, index and figures from the parts; what there is to say about the lesions."""
     side = config["patch_size"]
-    rows = np.concatenate([_read_part(part, "samples")[list(FACTS)] for part in parts])
+    rows = {name: np.concatenate([_read_part(part, name) for part in parts]) for name in FACTS}
     for name, dtype in IMAGES.items():
         with files.replace_file(out / f"{name}.npy") as file:
-            header = {"descr": dtype, "fortran_order": False, "shape": (len(rows), side, side)}
+            shape = (len(rows["seed"]), side, side)
+            header = {"descr": dtype, "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             for part in parts:
-                file.write(_read_part(part, "samples")[name].tobytes())
+                file.write(_read_part(part, name).tobytes())
     columns = ("patch", "image_uid", "patient_id", "scale")
     patch, uid, patient, scale = (sources.column(name)[rows["source"]] for name in columns)
     masks = np.load(out / "mask.npy", mmap_mode="r")
     outlines = (" ".join(map(str, mammogram.rle(mask)["counts"])) for mask in masks)  # COCO's
-    index = [range(len(rows)), patch, uid, patient, rows["seed"], rows["area"], *rows["bbox"].T]
+    index = [range(len(masks)), patch, uid, patient, rows["seed"], rows["area"], *rows["bbox"].T]
     index += [sources.kind[rows["source"]], rows["strength"].round(6), outlines]
     header = (*patchset.SYNTHETIC_COLUMNS, "source_class", "strength", "mask_rle")
     files.write_table(out / "index.csv", header, zip(*index, strict=True))

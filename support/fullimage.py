@@ -17,14 +17,15 @@ from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar
 
 import data
 from models import BORDER_PX
-from postprocess import IsolatedLesion, Synthesizer, draw
+from postprocess import Synthesizer, draw
 from support import figures, files, mammogram, runs, sources
 
 TRIES_PER_LESION, STRIP_MIN_AREA_FRAC = 100, 0.01  # ours
 STRIP_DRAWS = 100  # places for a row of windows that are looked at before a column is taken
 CATEGORY = {"mass": "synthetic mass", "calcification": "synthetic calcification"}
 CATEGORY |= {"removal": "removed lesion"}
-Window = tuple[int, int, int, int]  # row0, col0, row1, col1 in stored pixels, half-open
+Corner = tuple[int, int]  # row, col of the first pixel of a window, in stored pixels
+Window = tuple[int, int, int, int]  # row0, col0, row1, col1, half-open
 
 
 class Source(NamedTuple):
@@ -70,9 +71,7 @@ def synthesize_images(
             with runs.progress(len(images), "images") as advance:
                 for number, (name, source) in enumerate(images.items(), start=1):
                     part = parts / f"{number:08d}.json"
-                    if not part.exists() and (
-                        why := _make(synth, source, out / name, part, places)
-                    ):
+                    if not part.exists() and (why := _make(synth, source, part, name, places)):
                         failed.append((source.path, why))
                         click.echo(f"{source.path}: failed: {why}", err=True)
                     advance()
@@ -99,8 +98,9 @@ def _named(paths: Iterable[Path], marked: bool) -> dict[str, Source]:
     return named
 
 
-def _make(synth: Synthesizer, source: Source, stem: Path, part: Path, places: dict) -> str:
-    """Write everything of one image, its record last; or say why its lesions have no place."""
+def _make(synth: Synthesizer, source: Source, part: Path, name: str, places: dict) -> str:
+    """Write everything of one image, its record `part` last; or say why that cannot be."""
+    stem, category = part.parent.parent / name, CATEGORY[synth.task]
     try:
         m = mammogram.read_mammogram(source.path)
         m.spacing_mm = source.spacing_mm or m.spacing_mm
@@ -109,20 +109,17 @@ def _make(synth: Synthesizer, source: Source, stem: Path, part: Path, places: di
         reason = getattr(error, "strerror", None) or str(error)
         return reason.removeprefix(f"{source.path}: ")
     display, note = _write_image(stem, m, display, synth, places["seed"])
-    picture = before_after(m.display, display, placed, m.spacing_mm)
-    figures.save_figure(picture, Path(f"{stem}_before_after.png"))
+    shown = (m.display, display, placed, m.spacing_mm)
+    figures.save_figure(before_after(*shown), Path(f"{stem}_before_after.png"))
     if places["strip"] > 1:
-        picture = figure3(m.display, display, placed, m.spacing_mm)
-        figures.save_figure(picture, Path(f"{stem}_figure3.png"))
+        figures.save_figure(figure3(*shown), Path(f"{stem}_figure3.png"))
     note += " at random, no box was given" if source.boxes == [] else ""
     shares = ", ".join(f"{lesion['covered']:.0%}" for lesion in placed if "covered" in lesion)
     note += f" that covers {shares} of the annotated box" if shares else ""
-    click.echo(f"{source.path}: {len(placed)} x {CATEGORY[synth.task]}{note}")
-    number, (height, width) = int(part.stem), display.shape
-    image = {"id": number, "file_name": f"{stem.name}_synthetic.png"}
-    image |= {"height": height, "width": width}
-    label = {"image_id": number, "category": CATEGORY[synth.task]}
-    annotations = [label | lesion for lesion in placed]
+    click.echo(f"{source.path}: {len(placed)} x {category}{note}")
+    image = {"id": int(part.stem), "file_name": f"{name}_synthetic.png"}
+    image |= dict(zip(("height", "width"), display.shape, strict=True))
+    annotations = [{"image_id": image["id"], "category": category} | lesion for lesion in placed]
     files.write_json(part, {"image": image, "annotations": annotations})
     return ""
 
@@ -169,19 +166,22 @@ def insert_lesions(
     fixed = [_centred(place, shape, tissue) for place in at]
     display, placed = m.display.copy(), []
     for k in range(len(boxes) or len(fixed) or lesions):
-        used = [lesion["window"] for lesion in placed]
         for attempt in range(TRIES_PER_LESION * strip):
             _, rng = draw(seed, int(m.image_uid, 16), k, attempt)
             if boxes:  # first in the middle, then beside it, as training patches hold lesions (P8)
                 shift = rng.uniform(-0.25, 0.25, size=2) * (attempt > 0)
-                windows = [_around(boxes[k], shape, tissue.shape, shift)]
+                corners = [_around(boxes[k], shape, tissue.shape, shift)]
             elif fixed:
-                windows = [fixed[k]]
-            elif not (windows := _at_random(tissue, shape, strip, used, rng)):
+                corners = [fixed[k]]
+            elif not (corners := _at_random(tissue, shape, strip, placed, rng)):
                 missing = f"no place for {strip} x {_px(shape)} with 90% tissue"
                 raise ValueError(f"lesion {k + 1}: {missing}")
+            windows = [(row, col, row + shape[0], col + shape[1]) for row, col in corners]
             tried = _try(synth, display, windows, rng)
-            if tried and (not boxes or _holds_middle(tried[0], boxes[k])):
+            if boxes and tried:
+                (low, high), middle = tried[0].ends, np.reshape(boxes[k], (2, 2)).mean(axis=0)
+                tried = tried if (low < middle).all() and (middle < high).all() else []
+            if tried:
                 break
         else:
             raise ValueError(
@@ -189,11 +189,7 @@ def insert_lesions(
                 f"{_px(shape)} at row {windows[0][0]}, column {windows[0][1]}: too small (S5) or "
                 "cut by its border" + (" or off the middle of the annotated box" if boxes else "")
             )
-        placed += [_place(display, lesion) for lesion in tried]
-        if boxes:
-            box = data.whole_box(boxes[k])
-            share = float(_cut(_mask(display.shape, tried[0]), box).mean())
-            placed[-1] |= {"annotated": list(box), "covered": round(share, 3)}
+        placed += [_place(display, lesion, boxes[k : k + 1]) for lesion in tried]
     return display, placed
 
 
@@ -213,12 +209,8 @@ def _px(shape: Sequence[int]) -> str:
     return f"{shape[0]} x {shape[1]} px"
 
 
-def _window(row: float, col: float, shape: tuple[int, int]) -> Window:
-    return int(row), int(col), int(row) + shape[0], int(col) + shape[1]
-
-
-def _centred(place: tuple[int, int], shape: tuple[int, int], tissue: data.Tissue) -> Window:
-    """The window around `place`, which must lie in the breast."""
+def _centred(place: Corner, shape: tuple[int, int], tissue: data.Tissue) -> Corner:
+    """Top left corner of the window around `place`, which must lie in the breast."""
     low, room = np.array(shape) // 2, np.subtract(tissue.shape, shape)
     corner = place - low
     if (corner < 0).any() or (corner > room).any():
@@ -228,46 +220,39 @@ def _centred(place: tuple[int, int], shape: tuple[int, int], tissue: data.Tissue
         )
     if not tissue.share(*place, (1, 1)):
         raise ValueError(f"--at {place[0]} {place[1]}: outside the breast")
-    return _window(*corner, shape)
+    return tuple(corner.tolist())
 
 
-def _around(box, shape: tuple[int, int], image: tuple[int, int], shift: np.ndarray) -> Window:
-    """The window about a box, `shift` windows off, moved into the image."""
+def _around(box, shape: tuple[int, int], image: tuple[int, int], shift: np.ndarray) -> Corner:
+    """Top left corner of the window about a box, `shift` windows off, moved into the image."""
     corner = np.reshape(box, (2, 2)).mean(axis=0) + (shift - 0.5) * shape
-    return _window(*np.clip(np.rint(corner), 0, np.subtract(image, shape)), shape)
+    return tuple(np.clip(np.rint(corner).astype(int), 0, np.subtract(image, shape)).tolist())
 
 
 def _at_random(
-    tissue: data.Tissue, shape: tuple[int, int], strip: int, used: list[Window], rng
-) -> list[Window]:
-    """`strip` windows of 90% tissue each (P6) in a row, else in a column, apart from those used."""
+    tissue: data.Tissue, shape: tuple[int, int], strip: int, placed: list[dict], rng
+) -> list[Corner]:
+    """`strip` windows of 90% tissue each (P6), in a row, else in a column; none overlaps."""
     for down, across in ((1, strip), (strip, 1)):
         h, w = down * shape[0], across * shape[1]
-        near = [(row0 - h + 1, col0 - w + 1, row1, col1) for row0, col0, row1, col1 in used]
+        used = [(a - h + 1, b - w + 1, c, d) for a, b, c, d in (old["window"] for old in placed)]
         for _ in range(STRIP_DRAWS):
-            if not (place := tissue.draw(rng, (h, w), forbidden=near)):
+            if not (place := tissue.draw(rng, (h, w), forbidden=used)):
                 break
-            row, col, _ = place
-            corners = [
-                (row + i * shape[0], col + j * shape[1]) for i in range(down) for j in range(across)
-            ]
-            if min(tissue.share(*c, shape) for c in corners) >= tissue.min_tissue - 1e-9:
-                return [_window(*corner, shape) for corner in corners]
+            each = itertools.product(range(0, h, shape[0]), range(0, w, shape[1]))
+            corners = [(place[0] + row, place[1] + col) for row, col in each]
+            if min(tissue.share(*corner, shape) for corner in corners) >= tissue.min_tissue - 1e-9:
+                return corners
     return []
 
 
 class Lesion(NamedTuple):
-    """What the generator made of a window."""
+    """What the generator made of a window (h, w), in stored pixels."""
 
     window: Window
-    lesion: np.ndarray  # (S, S)
-    isolated: IsolatedLesion
-
-    def box(self) -> tuple[float, ...]:
-        """Of the object, in stored pixels and their fractions."""
-        corner, size = self.window[:2], np.subtract(self.window[2:], self.window[:2])
-        ends = corner + np.reshape(self.isolated.bbox, (2, 2)) * size / len(self.lesion)
-        return tuple(ends.ravel().tolist())
+    ends: np.ndarray  # (2, 2) first and last corner of the object in the image, not rounded
+    mask: np.ndarray  # (h, w) bool, the object before expansion
+    added: np.ndarray  # (h, w) float, weights * lesion
 
 
 def _try(
@@ -278,40 +263,32 @@ def _try(
     tried = []
     for window, lesion in zip(windows, synth.lesions(patches, [rng] * len(windows)), strict=True):
         lesion, isolated = synth.isolate(lesion, rng)
-        if isolated is None or _is_cut(isolated):
+        if isolated is None or _is_cut(isolated.mask):
             return []
-        tried.append(Lesion(window, lesion, isolated))
+        shape = _cut(display, window).shape
+        ends = window[:2] + np.reshape(isolated.bbox, (2, 2)) * shape / synth.side
+        mask = data.resize(isolated.mask, shape) >= 0.5
+        tried.append(Lesion(window, ends, mask, data.resize(isolated.weights * lesion, shape)))
     return tried
 
 
-def _is_cut(isolated: IsolatedLesion) -> bool:
+def _is_cut(mask: np.ndarray) -> bool:
     """Whether the object ends at the generator's zero frame: its straight edge would show."""
-    frame = BORDER_PX * len(isolated.mask) // 256
-    inner = isolated.mask[frame:-frame, frame:-frame]
+    frame = BORDER_PX * len(mask) // 256
+    inner = mask[frame:-frame, frame:-frame]
     return bool(inner[[0, -1]].any() or inner[:, [0, -1]].any())
 
 
-def _holds_middle(lesion: Lesion, box: tuple[float, ...]) -> bool:
-    (low, high), middle = np.reshape(lesion.box(), (2, 2)), np.reshape(box, (2, 2)).mean(axis=0)
-    return bool((low < middle).all() and (middle < high).all())
-
-
-def _place(display: np.ndarray, lesion: Lesion) -> dict:
-    """Add a lesion to the image; its annotation."""
-    before = _cut(display, lesion.window)
-    added = data.resize(lesion.isolated.weights * lesion.lesion, before.shape)
-    before[...] = np.where(added == 0, before, np.clip(before + added, -1, 1))
-    segmentation = mammogram.rle(_mask(display.shape, lesion))
-    window, bbox = list(lesion.window), list(data.whole_box(lesion.box()))
-    return {"window": window, "bbox": bbox, "segmentation": segmentation}
-
-
-def _mask(shape: tuple[int, int], lesion: Lesion) -> np.ndarray:
-    """The object before expansion as bool (H, W)."""
-    mask = np.zeros(shape, bool)
-    own = _cut(mask, lesion.window)
-    own[...] = data.resize(lesion.isolated.mask, own.shape) >= 0.5
-    return mask
+def _place(display: np.ndarray, lesion: Lesion, annotated: list[tuple[float, ...]]) -> dict:
+    """Add a lesion to the image; its annotation, and the share of an annotated box it covers."""
+    before, mask = _cut(display, lesion.window), np.zeros(display.shape, bool)
+    before[...] = np.where(lesion.added == 0, before, np.clip(before + lesion.added, -1, 1))
+    _cut(mask, lesion.window)[...] = lesion.mask
+    record = {"window": lesion.window, "bbox": data.whole_box(lesion.ends.ravel())}
+    record["segmentation"] = mammogram.rle(mask)
+    for box in map(data.whole_box, annotated):
+        record |= {"annotated": box, "covered": round(float(_cut(mask, box).mean()), 3)}
+    return record
 
 
 def _cut(image: np.ndarray, window: Sequence[int]) -> np.ndarray:
@@ -347,30 +324,27 @@ def _write_image(
 def before_after(before: np.ndarray, after: np.ndarray, placed: list[dict], spacing_mm) -> Figure:
     """The whole mammogram before and after, objects in boxes; below, every window enlarged."""
     figure = Figure(figsize=(max(8, 2.5 * len(placed)), 13), layout="constrained")
-    whole, enlarged = figure.subfigures(2, 1, height_ratios=(8, 5))
+    upper, lower = figure.subfigures(2, 1, height_ratios=(8, 5))
+    whole, windows = upper.subplots(1, 2), lower.subplots(2, len(placed), squeeze=False)
     images = {"before": before, "after": after}
-    for (title, image), ax in zip(images.items(), whole.subplots(1, 2), strict=True):
+    for (title, image), ax, line in zip(images.items(), whole, windows, strict=True):
         _show(ax, image, (0, 0, *image.shape), spacing_mm, title)
+        for lesion, enlarged in zip(placed, line, strict=True):
+            _show(enlarged, image, lesion["window"], spacing_mm, title, bar_mm=5)
     for row0, col0, row1, col1 in (lesion["bbox"] for lesion in placed):
-        style = {"fill": False, "edgecolor": "#ffc800"}
-        ax.add_patch(Rectangle((col0, row0), col1 - col0, row1 - row0, **style))
-    grid = enlarged.subplots(2, len(placed), squeeze=False)
-    for (title, image), line in zip(images.items(), grid, strict=True):
-        for lesion, ax in zip(placed, line, strict=True):
-            _show(ax, image, lesion["window"], spacing_mm, title, bar_mm=5)
+        size = (col1 - col0, row1 - row0)
+        whole[1].add_patch(Rectangle((col0, row0), *size, fill=False, edgecolor="#ffc800"))
     return figure
 
 
 def figure3(before: np.ndarray, after: np.ndarray, placed: list[dict], spacing_mm) -> Figure:
     """Figure 3: the windows of a row before (above) and after (below), or of a column (F3)."""
     window = (*placed[0]["window"][:2], *placed[-1]["window"][2:])
-    height, width = np.subtract(window[2:], window[:2])
-    long = max(8, max(height, width) / figures.DPI) + 1  # every stored pixel is there
-    down = height > width
-    figure = Figure(figsize=(long / 2, long) if down else (long, long / 2), layout="constrained")
-    axes = figure.subplots(*((1, 2) if down else (2, 1)))
-    for title, image, ax in zip(("before", "after"), (before, after), axes, strict=True):
-        _show(ax, image, window, spacing_mm, title, bar_mm=5)
+    down = len({lesion["window"][1] for lesion in placed}) == 1
+    figure = Figure(figsize=(6, 12) if down else (12, 6), layout="constrained")
+    upper, lower = figure.subplots(2 - down, 1 + down)
+    _show(upper, before, window, spacing_mm, "before", bar_mm=5)
+    _show(lower, after, window, spacing_mm, "after", bar_mm=5)
     return figure
 
 
@@ -379,13 +353,11 @@ def _show(
 ) -> None:
     """A window of a display image at its place in stored pixels, which are as high as they are."""
     row0, col0, row1, col1 = window
-    extent = (col0, col1, row1, row0)
-    ax.imshow(_cut(image, window), cmap="gray", vmin=-1, vmax=1, extent=extent)
+    ax.imshow(_cut(image, window), cmap="gray", vmin=-1, vmax=1, extent=(col0, col1, row1, row0))
     ax.tick_params(labelsize=7)
     ax.set_title(title, fontsize=9)
     if spacing_mm:
         ax.set_aspect(spacing_mm[0] / spacing_mm[1])
-        if bar_mm:
-            place = {"loc": "lower left", "color": "white", "frameon": False}
-            bar = AnchoredSizeBar(ax.transData, bar_mm / spacing_mm[1], f"{bar_mm} mm", **place)
-            ax.add_artist(bar)
+    if spacing_mm and bar_mm:
+        bar = (bar_mm / spacing_mm[1], f"{bar_mm} mm", "lower left")
+        ax.add_artist(AnchoredSizeBar(ax.transData, *bar, color="white", frameon=False))

@@ -112,7 +112,7 @@ def test_F7_weights_and_lesion_land_where_the_generator_saw_the_patch(made, phan
         lesion = synth.lesions(patch[None], [np.random.default_rng(0)])[0]  # on any input the same
         isolated = isolate_lesion(lesion)
         r0, c0, r1, c1 = isolated.bbox
-        assert found["bbox"] == [row + r0, col + c0, row + r1, col + c1]
+        assert found["bbox"] == (row + r0, col + c0, row + r1, col + c1)
         mask = coco_mask.decode(coco_mask.frPyObjects(found["segmentation"], *expected.shape))
         assert np.array_equal(mask[row : row + 64, col : col + 64], isolated.mask)
         assert mask.sum() == isolated.area
@@ -239,10 +239,13 @@ def test_F3_strip_has_no_seam(made, phantoms, tmp_path):
         added = (after - before)[windows[0][0] : windows[0][2], cols[0] : cols[-1] + width]
         assert np.abs(np.diff(added, axis=1)).max() < 0.35  # the lesion's own edges, at most
         figure = Image.open(tmp_path / "out" / f"{source.stem}_figure3.png")
-        assert figure.width == 4 * width + 4
-        top = np.asarray(figure.convert("L"))[4 : 4 + width, 4 : 4 + 4 * width]
-        window = before[windows[0][0] : windows[0][2], cols[0] : cols[-1] + width]
-        assert np.array_equal(top, to_uint16(window) >> 8)
+        assert figure.width > figure.height
+        axes = figure3(before, after, [{"window": window} for window in windows], None).axes
+        for ax, image in zip(axes, (before, after), strict=True):  # before above after
+            window = image[windows[0][0] : windows[0][2], cols[0] : cols[-1] + width]
+            assert np.array_equal(ax.images[0].get_array(), window)
+            assert ax.images[0].norm(-1.0) == 0 and ax.images[0].norm(1.0) == 1  # air black
+        assert axes[0].get_position().y0 > axes[1].get_position().y0
 
 
 def test_pictures_show_pixels_that_are_twice_as_high_as_wide_so(made, phantoms, tmp_path):
@@ -252,9 +255,16 @@ def test_pictures_show_pixels_that_are_twice_as_high_as_wide_so(made, phantoms, 
     ((_, _, annotation),) = annotated(tmp_path / "out")[phantoms[0].stem]
     r0, c0, r1, c1 = annotation["window"]
     assert c1 - c0 == 2 * (r1 - r0)  # the same millimetres
-    (rows, cols), frame = read_mammogram(phantoms[0]).display.shape, 24
-    figure = Image.open(tmp_path / "out" / f"{phantoms[0].stem}_before_after.png")
-    assert figure.size == (2 * (cols + 4), 2 * rows + frame + 2 * (c1 - c0 + frame))
+    before = read_mammogram(phantoms[0]).display
+    x, y, w, h = annotation["bbox"]
+    placed = [{"window": (r0, c0, r1, c1), "bbox": (y, x, y + h, x + w)}]
+    whole, marked, *windows = before_after(before, before, placed, (0.28, 0.14)).axes
+    assert all(ax.get_aspect() == 2 for ax in (whole, marked, *windows))
+    assert marked.patches[0].get_bbox().bounds == (x, y, w, h) and not whole.patches
+    for ax in windows:  # the enlarged windows keep the place of each pixel, and have a bar of 5 mm
+        assert ax.images[0].get_extent() == [c0, c1, r1, r0]
+        (bar,) = ax.artists
+        assert bar.size_bar.get_children()[0].get_width() == pytest.approx(5 / 0.14)
 
 
 def test_F3_a_strip_that_fits_no_row_runs_down(made, phantoms, tmp_path):
