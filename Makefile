@@ -3,7 +3,7 @@ V = .venv/bin
 DEVICE ?= auto
 PRESET ?= tiny
 
-.PHONY: demo test torture lint cbis clean
+.PHONY: demo test torture lint size cbis clean
 
 # One stamp file: the environment is made once and again when a requirement changes.
 .venv/stamp: requirements.txt requirements-dev.txt
@@ -50,6 +50,11 @@ cbis: .venv/stamp
 lint: .venv/stamp
 	$(V)/ruff check .
 	$(V)/ruff format --check .
+	$(V)/python tests/size.py
+
+# Code lines of each module against the limits.
+size: .venv/stamp
+	@$(V)/python tests/size.py
 
 clean:
 	rm -rf runs

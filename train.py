@@ -30,25 +30,10 @@ from models import (
     gradient_penalty,
     update_average,
 )
+from support import patchset, runs
 from support.files import reading, sha256
-from support.patchset import (
-    Patches,
-    SyntheticSet,
-    check_synthetic,
-    open_synthetic,
-    patch_config,
-)
-from support.runs import (
-    BATCH,
-    WEIGHTS,
-    ReadAhead,
-    Run,
-    checkpoint,
-    finished,
-    numpy_rng,
-    torch_rng,
-    weights_hash,
-)
+from support.patchset import Patches, SyntheticSet
+from support.runs import ReadAhead, Run
 from support.watch import Watch, accuracies
 
 # --- §2 Training details, Progressive growing ---
@@ -148,6 +133,11 @@ class GanBatches:
     def __init__(self, config: GanConfig, data: Path, run: Run):
         self.config, self.run, self.ahead = config, run, ReadAhead(self.draw)
         self.pools = [Patches.open(data, "train", name) for name in TASKS[config.task]]
+        if config.batch_size % run.processes:
+            raise ValueError(
+                f"--batch-size {config.batch_size}: found {run.processes} processes; expected a "
+                "batch that they share evenly"
+            )
         for name, pool in zip(TASKS[config.task], self.pools, strict=True):
             least = config.batch_size * (2 if name == TASKS[config.task].source else 1)
             if len(pool) < least:
@@ -158,7 +148,7 @@ class GanBatches:
 
     def draw(self, step: int) -> list[Tensor]:
         """Source, real, benign and normal patches, then a source batch per G update (T2)."""
-        rng, n = numpy_rng(self.config.seed, step, BATCH), self.config.batch_size
+        rng, n = runs.numpy_rng(self.config.seed, step, runs.BATCH), self.config.batch_size
         pools = self.pools + self.pools[:1] * self.config.g_updates
         rows = [rng.choice(len(pool), n, replace=False) for pool in pools]
         # Fakes come from other patches than the normal sub-batch, which is of their class (Q10).
@@ -178,17 +168,20 @@ class GanBatches:
 def networks(config: GanConfig, device: torch.device) -> tuple[Generator, Discriminator]:
     """G and D with the first weights of this seed, the same on every device."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch_rng(config.seed, 0, WEIGHTS).initial_seed())
+        torch.manual_seed(runs.torch_rng(config.seed, 0, runs.WEIGHTS).initial_seed())
         G = Generator(config.patch_size, config.g_base, config.g_center, config.sn_g)
         D = Discriminator(config.patch_size, config.d_base, config.d_center, config.sn_d)
     layout = torch.channels_last
     return G.to(device, memory_format=layout), D.to(device, memory_format=layout)
 
 
-def penalty_noise(config: GanConfig, x_real: Tensor, rng: torch.Generator) -> Tensor:
-    """delta ~ U(0, 1) for every pixel of the whole batch (L4), as printed or scaled (Q15)."""
-    shape = (config.batch_size, *x_real.shape[1:])
-    return torch.empty(shape, device=rng.device).uniform_(0, 1, generator=rng)
+def penalty_noise(config: GanConfig, x_real: Tensor, rng: torch.Generator, run: Run) -> Tensor:
+    """delta ~ U(0, 1) for every pixel (L4), or that times half the patch's deviation (Q15)."""
+    u = torch.empty(config.batch_size, *x_real.shape[1:], device=rng.device)
+    delta = run.share(u.uniform_(0, 1, generator=rng))
+    if config.gp_noise == "std":
+        delta = delta * 0.5 * x_real.std(dim=(1, 2, 3), keepdim=True)
+    return delta
 
 
 def train_gan(config: GanConfig, data: Path, folder: Path, device: torch.device) -> None:
@@ -204,20 +197,17 @@ def train_gan(config: GanConfig, data: Path, folder: Path, device: torch.device)
         opt_D = torch.optim.Adam(D.parameters(), lr=config.d_lr, fused=True, **ADAM)
         watch = Watch(config, data, G_avg, run)
         run.resume(G=G, D=D, G_avg=G_avg, opt_G=opt_G, opt_D=opt_D, watch=watch)
-        bfloat16 = config.bfloat16 and device.type == "cuda"
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+        autocast = run.autocast(config.bfloat16)
 
         for step in run.steps(config.steps):
             size, alpha = growth(config, step)  # §2 Progressive growing
             batch, rng = batches.at(step, size), run.rng(step)
-            noise = [run.share(G.sample_noise(n, rng)) for _ in range(1 + len(batch.sources))]
-            delta = run.share(penalty_noise(config, batch.real, rng))
-            if config.gp_noise == "std":
-                delta *= 0.5 * batch.real.std(dim=(1, 2, 3), keepdim=True)
 
             # D: all four classes (L2, L3), the penalty on the real ones (L4)
+            z = run.share(G.sample_noise(n, rng))
             with torch.no_grad(), autocast:
-                fake = G(batch.source, noise[0], size, alpha)[:, 2:]
+                fake = G(batch.source, z, size, alpha)[:, 2:]
+            delta = penalty_noise(config, batch.real, rng, run)
             with autocast, parametrize.cached():  # one power iteration for both passes
                 x = torch.cat([batch.real, fake, batch.benign, batch.normal])
                 logits = D(x, size, alpha).chunk(4)
@@ -228,7 +218,8 @@ def train_gan(config: GanConfig, data: Path, folder: Path, device: torch.device)
 
             # G: "For masses, we train the generator twice" (T2), on fresh patches and noise (L5)
             D.requires_grad_(False)
-            for source, z in zip(batch.sources, noise[1:], strict=True):
+            for source in batch.sources:
+                z = run.share(G.sample_noise(n, rng))
                 with autocast:
                     fake = G(source, z, size, alpha)[:, 2:]
                     loss_G = generator_loss(D(fake, size, alpha))
@@ -245,12 +236,12 @@ def train_gan(config: GanConfig, data: Path, folder: Path, device: torch.device)
             if run.due(config.save_every):
                 watch.draw(G_avg, size, alpha)
                 run.save()
-        run.finish(generator=weights_hash(watch.chosen))
+        run.finish(generator=runs.weights_hash(watch.chosen))
 
 
 def gan_facts(config: GanConfig, data: Path) -> dict:
     """What decides a GAN run, for its config.json. Raises ValueError when the data do not fit."""
-    patches = patch_config(data)
+    patches = patchset.patch_config(data)
     if patches["patch_size"] != config.patch_size:
         raise ValueError(
             f"{data}: holds patches of {patches['patch_size']} px, the preset trains on "
@@ -342,7 +333,7 @@ class ClassifierBatches:
         """
         config, first = self.config, step * self.config.batch_size
         n = min(config.batch_size, config.samples - first)
-        rng = numpy_rng(config.seed, step, BATCH)
+        rng = runs.numpy_rng(config.seed, step, runs.BATCH)
         labels, chance, place = rng.integers(2, size=n), rng.random(n), rng.random(n)
         seen = first + np.arange(n)
         p = synthetic_proportion(config.proportion, seen, config.decay, config.decay_every)
@@ -407,8 +398,7 @@ def train_classifier(
         )
         best, batches = Best(), ClassifierBatches(config, data, sets, device)
         run.resume(model=model, optimizer=optimizer, best=best)
-        bfloat16 = config.bfloat16 and device.type == "cuda"
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+        autocast = run.autocast(config.bfloat16)
 
         for step in run.steps(config.samples, by=config.batch_size):
             batch = batches.at(step)
@@ -420,10 +410,10 @@ def train_classifier(
 
             if run.due(config.evaluate_every):
                 seen = min((step + 1) * config.batch_size, config.samples)
-                val_auc = validation_auc(model, data, device)
-                best.keep(model, val_auc, seen)
-                row = {"samples_seen": seen, "val_auc": val_auc, **run.averages()}
+                row = {"samples_seen": seen, **run.averages()}
+                row["val_auc"] = val_auc = validation_auc(model, data, device)
                 row["seconds_waiting"] = round(batches.ahead.waited, 3)  # for data
+                best.keep(model, val_auc, seen)
                 run.log(row, f"validation AUC {val_auc:.3f}")
                 run.save()
         run.finish(best={"val_auc": best.val_auc, "samples_seen": best.samples_seen})
@@ -431,9 +421,9 @@ def train_classifier(
 
 def usable_sets(config: ClassifierConfig, data: Path, paths: list[Path]) -> list[SyntheticSet]:
     """The synthetic sets to mix in. Raises ValueError when they do not fit data or proportion."""
-    sets = [open_synthetic(path) for path in paths]
+    sets = [patchset.open_synthetic(path) for path in paths]
     for s in sets:
-        check_synthetic(s, data)
+        patchset.check_synthetic(s, data)
     if len({s.control for s in sets}) > 1:
         found = ", ".join(f"{s.path} ({s.control or 'GAN'})" for s in sets)
         raise ValueError(f"--synthetic: found {found}; expected sets of GANs or of a control alone")
@@ -449,7 +439,7 @@ def usable_sets(config: ClassifierConfig, data: Path, paths: list[Path]) -> list
 
 def classifier_facts(config: ClassifierConfig, data: Path, sets: list[SyntheticSet]) -> dict:
     """What decides a classifier run, for its config.json."""
-    facts = asdict(config) | {"data": patch_config(data)["fingerprint"]}
+    facts = asdict(config) | {"data": patchset.patch_config(data)["fingerprint"]}
     facts["synthetic"] = [
         {"task": s.task, "control": s.control, "short": s.short, "samples": len(s.combined)}
         | {"generator": s.generator, "fingerprint": s.fingerprint}
@@ -466,7 +456,7 @@ def first_weights(config: ClassifierConfig) -> PatchClassifier:
     The head is always new. Raises ValueError when the weights cannot be had or do not fit.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch_rng(config.seed, 0, WEIGHTS).initial_seed())
+        torch.manual_seed(runs.torch_rng(config.seed, 0, runs.WEIGHTS).initial_seed())
         model = PatchClassifier(config.width, config.blocks)
     if config.weights == "none":
         warning = "WARNING: random first weights; the paper starts from ImageNet's (C1)"
@@ -474,10 +464,10 @@ def first_weights(config: ClassifierConfig) -> PatchClassifier:
         return model
     if config.weights == "imagenet":
         if (config.width, *config.blocks) != (64, 3, 4, 6, 3):
+            found = f"a ResNet of width {config.width} and blocks {config.blocks}"
             raise ValueError(
-                f"--weights imagenet: found a ResNet of width {config.width} and blocks "
-                f"{config.blocks}; the ImageNet weights fit ResNet-50 (presets paper, cbis) only; "
-                "give --weights none or a file"
+                f"--weights imagenet: found {found}; the ImageNet weights fit ResNet-50 (presets "
+                "paper, cbis) only; give --weights none or a file"
             )
         try:
             source = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
@@ -522,8 +512,8 @@ def classifier_scores(
 
 def load_classifier(run: Path, device: torch.device) -> tuple[PatchClassifier, dict]:
     """The classifier with its best weights (C7) of a finished run: (model in eval mode, config)."""
-    config = finished(run, "train-cls")["config"]
-    with checkpoint(run) as state:
+    config = runs.finished(run, "train-cls")["config"]
+    with runs.checkpoint(run) as state:
         model = PatchClassifier(config["width"], tuple(config["blocks"]))
         model.load_state_dict(state["best"]["weights"])
     return model.to(device).eval(), config

@@ -39,10 +39,10 @@ def reading(path: Path, advice: str = "make it again") -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except OSError:
-        raise
     except Exception as error:
-        text = str(error).partition("\n")[0][:200] or "no reason given"
+        if isinstance(error, OSError) and error.filename:  # it cannot be opened
+            raise
+        text = str(error).partition("\n")[0].partition(". ")[0][:200] or "no reason given"
         text = text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
         raise ValueError(f"{path}: damaged ({text}); {advice}") from None
 

@@ -304,6 +304,11 @@ class Run:
         """The noise of a step, on the device."""
         return torch_rng(self.seed, step, NOISE, self.device)
 
+    def autocast(self, bfloat16: bool) -> torch.autocast:
+        """On a GPU; the CPU always computes in float32."""
+        enabled = bfloat16 and self.device.type == "cuda"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
     def share(self, batch: np.ndarray | Tensor) -> np.ndarray | Tensor:
         """This process's rows of what all processes draw alike."""
         n = len(batch) // self.processes

@@ -80,13 +80,14 @@ class Watch:
         row["gradient_norm"] = norm.mean().item()
         attention = (G.encoder_attention, G.decoder_attention, D.attention)
         row["gamma"] = [a.gamma.item() for a in attention]
-        row |= self._lesions(G, size, alpha)
+        row |= self.lesions(G, size, alpha)
         row["chosen"] = self._choose(G, row["acceptance"])
-        row["warnings"] = self._warnings(row)
+        row["warnings"] = self.signs_of_failure(row)
         return row
 
     @torch.no_grad()
-    def _lesions(self, G: Generator, size: int, alpha: float) -> dict[str, float]:
+    def lesions(self, G: Generator, size: int, alpha: float) -> dict[str, float]:
+        """What the lesions of the fixed patches are like."""
         alive = []
         hooks = [
             layer.register_forward_hook(lambda _, __, out: alive.append(out.amax((0, 2, 3)) > 0))
@@ -119,7 +120,7 @@ class Watch:
             self.best = max(self.best, acceptance) if late else 0.0
         return chosen
 
-    def _warnings(self, row: dict) -> list[str]:
+    def signs_of_failure(self, row: dict) -> list[str]:
         """Signs of failure that last, in words; said when they are new. Before the last stage is
         reached each of them is usual."""
         share, flat = row["lesion_share"], 0.1 * abs(row["lesion_mean"])

@@ -28,8 +28,8 @@ from models import (
     up2,
 )
 from support import runs
-from support.runs import load_checkpoint, weights_hash
-from train import classifier, classifier_scores
+from support.runs import weights_hash
+from train import ClassifierConfig, classifier_scores, first_weights
 
 
 def count(module: nn.Module) -> int:
@@ -102,14 +102,17 @@ def test_G2_to_G13_T4_the_generator_written_out_sentence_by_sentence(alpha):
     scalars = iter(z[:, :, None, None, None].unbind(1))
     with torch.no_grad():
         h, skips = x, []
-        for layer in G.encoder:  # G4: scalar, stride 2, LeakyReLU
+        for layer in G.encoder.values():  # G4: scalar, stride 2, LeakyReLU
             h = torch.cat([h, next(scalars).expand(-1, -1, *h.shape[2:])], dim=1)
             h = leaky(convolved(h, layer, stride=2, padding=1))
             h = G.encoder_attention(h) if h.shape[-1] == 8 else h  # G7, and with it in the skip
             skips.append(h)
         h = convolved(leaky(convolved(h, G.widen)), G.compress)  # G8; Q5: linear
         h = h.expand(-1, -1, 4, 4)
-        for first, second in G.decoder:  # G2, G9: skip and scalar, up-sampling, two convolutions
+        for (
+            first,
+            second,
+        ) in G.decoder.values():  # G2, G9: skip and scalar, up-sampling, two convolutions
             half = h
             h = torch.cat([h, skips.pop()], dim=1)
             h = torch.cat([h, next(scalars).expand(-1, -1, *h.shape[2:])], dim=1)
@@ -136,7 +139,9 @@ def test_G3_G8_parameters_of_both_readings():
 
 def test_G1_G3_G4_G8_encoder_shapes_at_paper_size():
     G = Generator()
-    shapes = inputs_and_outputs(G, [*G.encoder, G.widen, G.compress], torch.zeros(1, 1, 256, 256))
+    shapes = inputs_and_outputs(
+        G, [*G.encoder.values(), G.widen, G.compress], torch.zeros(1, 1, 256, 256)
+    )
     assert shapes == [
         ((2, 256, 256), (16, 128, 128)),
         ((17, 128, 128), (32, 64, 64)),
@@ -147,12 +152,12 @@ def test_G1_G3_G4_G8_encoder_shapes_at_paper_size():
         ((512, 4, 4), (2048, 4, 4)),
         ((2048, 4, 4), (4, 1, 1)),
     ]
-    assert all(m.stride == (2, 2) and m.kernel_size == (3, 3) for m in G.encoder)
+    assert all(m.stride == (2, 2) and m.kernel_size == (3, 3) for m in G.encoder.values())
 
 
 def test_G9_G10_decoder_shapes_at_paper_size():
     G = Generator()
-    layers = [layer for block in G.decoder for layer in block]
+    layers = [layer for block in G.decoder.values() for layer in block]
     shapes = inputs_and_outputs(G, [*layers, G.to_lesion], torch.zeros(1, 1, 256, 256))
     # The skip joins before the up-sampling, so the first convolution sees the doubled side.
     expected = [(517, 256, 8), (513, 128, 16), (257, 64, 32), (129, 32, 64), (65, 16, 128)]
@@ -166,7 +171,7 @@ def test_G9_G10_decoder_shapes_at_paper_size():
 def test_G5_noise_is_one_scalar_per_block_and_sample_constant_over_space(small):
     G, _ = small
     seen = []
-    for layer in [*G.encoder, *(block[0] for block in G.decoder)]:
+    for layer in [*G.encoder.values(), *(block[0] for block in G.decoder.values())]:
         layer.register_forward_pre_hook(lambda m, x: seen.append(x[0][:, -1]))
     z = torch.rand(3, 8) * 2 - 1
     with torch.no_grad():
@@ -179,7 +184,7 @@ def test_G5_noise_is_one_scalar_per_block_and_sample_constant_over_space(small):
 def test_G5_noise_that_is_not_given_is_uniform_in_minus_one_to_one(small):
     G, _ = small
     seen = []
-    for layer in G.encoder[:2]:
+    for layer in (G.encoder["32"], G.encoder["16"]):
         layer.register_forward_pre_hook(lambda m, x: seen.append(x[0][:, -1, 0, 0]))
     with torch.no_grad():
         for _ in range(8):
@@ -256,7 +261,7 @@ def test_G11_G12_G13_order_frame_and_range_of_the_output(small):
 
 
 def test_G14_no_class_goes_into_the_generator():
-    assert Generator(64, 4, 64).encoder[0].in_channels == 2  # patch and noise, nothing else
+    assert Generator(64, 4, 64).encoder["32"].in_channels == 2  # patch and noise, nothing else
 
 
 def test_G16_Q12_every_convolution_is_spectrally_normalised():
@@ -299,7 +304,7 @@ def test_D1_parameters_of_both_readings(paper_D):
         narrow = Discriminator(center=None)
     assert count(narrow) == 101_164_677 + 256
     blocks = [1_280, 295_168, 1_180_160, 4_719_616, 18_876_416, 75_501_568]
-    assert [count(m) for m in narrow.encoder] == blocks
+    assert [count(m) for m in narrow.encoder.values()] == blocks
     assert (count(narrow.attention), count(narrow.head)) == (328_321, 262_148)
     assert count(narrow.from_image_half) == 256
     assert count(paper_D.widen) == 67_125_248
@@ -308,7 +313,7 @@ def test_D1_parameters_of_both_readings(paper_D):
 
 def test_D1_D2_D3_shapes_at_paper_size(paper_D):
     D = paper_D
-    layers = [*D.encoder, D.attention, D.widen, D.head]
+    layers = [*D.encoder.values(), D.attention, D.widen, D.head]
     x = torch.zeros(1, 1, 256, 256)
     shapes = inputs_and_outputs(D, layers, x)
     assert D.eval()(x).shape == (1, 4)
@@ -330,7 +335,7 @@ def test_D1_D2_D3_T6_the_discriminator_written_out(size, alpha):
     with torch.no_grad():
         half = leaky(convolved(x if size == 32 else averaged(x), D.from_image_half))
         h = x
-        for i, layer in enumerate(D.encoder):  # convolution, LeakyReLU, max pooling
+        for i, layer in enumerate(D.encoder.values()):  # convolution, LeakyReLU, max pooling
             if i or size == 64:
                 h = leaky(convolved(h, layer, padding=1)).unfold(2, 2, 2).unfold(3, 2, 2)
                 h = h.amax(dim=(4, 5))
@@ -342,7 +347,7 @@ def test_D1_D2_D3_T6_the_discriminator_written_out(size, alpha):
 
 
 def test_D1_eight_times_the_filters_of_the_generators_encoder(paper_D):
-    for g, d in zip(Generator().encoder, paper_D.encoder, strict=True):
+    for g, d in zip(Generator().encoder.values(), paper_D.encoder.values(), strict=True):
         assert d.out_channels == 8 * g.out_channels
 
 
@@ -468,7 +473,7 @@ def test_Q17_the_penalised_output_is_the_logit_of_p_real():
 def test_L4_the_penalty_reaches_the_weights_of_the_discriminator(small):
     _, D = small
     gradient_penalty(D, patches()).backward()
-    for layer in (*D.encoder, D.widen, D.head):
+    for layer in (*D.encoder.values(), D.widen, D.head):
         assert layer.parametrizations.weight.original.grad.abs().max() > 0
 
 
@@ -487,7 +492,7 @@ def test_T4_T6_the_fade_starts_continuous(base):
     torch.manual_seed(0)
     side = 256 if base == 16 else 64
     G, D = Generator(side, base, 128 * base).eval(), Discriminator(64, 8, 128).eval()
-    x, z = patches(1, side), torch.rand(1, 2 * G.blocks)
+    x, z = patches(1, side), torch.rand(1, G.noise_size)
     with torch.no_grad():
         half, full = G(x, z, size=side // 2), G(x, z, alpha=0.0)
         assert half.shape == (1, 3, side // 2, side // 2)
@@ -516,7 +521,7 @@ def test_Q11_the_half_stage_uses_eleven_of_twelve_scalars_and_not_the_last_block
     other[:, -1] = -1
     with torch.no_grad():
         assert torch.equal(G(x, z, size=32), G(x, other, size=32))
-    shapes = inputs_and_outputs(G, [G.to_lesion_half, G.decoder[-1][0]], x, z, size=32)
+    shapes = inputs_and_outputs(G, [G.to_lesion_half, G.decoder["64"][0]], x, z, size=32)
     assert shapes == [((4, 32, 32), (1, 32, 32)), None]
 
 
@@ -524,7 +529,7 @@ def test_Q11_the_half_stage_uses_eleven_of_twelve_scalars_and_not_the_last_block
 
 
 def test_C1_parameters_of_the_two_way_resnet50():
-    model = classifier(weights="none")
+    model = first_weights(ClassifierConfig(weights="none"))
     assert count(model) == 23_512_130
     assert count(model) - count(model.fc) == 23_508_032
 
@@ -533,7 +538,7 @@ def test_C1_weights_of_a_file_fill_all_but_the_head(tmp_path):
     torch.manual_seed(3)
     source = torchvision.models.resnet50(num_classes=7)
     torch.save(source.state_dict(), tmp_path / "weights.pt")
-    model = classifier(weights=str(tmp_path / "weights.pt"))
+    model = first_weights(ClassifierConfig(weights=str(tmp_path / "weights.pt")))
     assert torch.equal(model.conv1.weight, source.conv1.weight)
     assert torch.equal(model.layer4[2].conv3.weight, source.layer4[2].conv3.weight)
     x = torch.rand(2, 1, 64, 64) * 2 - 1
@@ -546,19 +551,21 @@ def test_C1_weights_of_a_file_fill_all_but_the_head(tmp_path):
 
 def test_C1_weights_that_do_not_fit_or_cannot_be_had_are_refused(tmp_path, monkeypatch):
     torch.save(PatchClassifier(16, (1, 1, 1, 1)).state_dict(), tmp_path / "narrow.pt")
-    with pytest.raises(ValueError, match=r"narrow\.pt: weights of another network"):
-        classifier(weights=str(tmp_path / "narrow.pt"))
+    with pytest.raises(
+        ValueError, match=r"narrow\.pt: damaged .*; give the weights of a torchvision ResNet"
+    ):
+        first_weights(ClassifierConfig(weights=str(tmp_path / "narrow.pt")))
     with pytest.raises(ValueError, match="no such file"):
-        classifier(weights=str(tmp_path / "nothing.pt"))
+        first_weights(ClassifierConfig(weights=str(tmp_path / "nothing.pt")))
     with pytest.raises(ValueError, match="fit ResNet-50"):
-        classifier(width=16, weights="imagenet")
+        first_weights(ClassifierConfig(width=16, weights="imagenet"))
 
     def offline(*args, **kwargs):
         raise OSError("no network")
 
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", offline)
     with pytest.raises(ValueError, match=r"no network.*--weights FILE.*--weights none"):
-        classifier(weights="imagenet")
+        first_weights(ClassifierConfig(weights="imagenet"))
 
 
 def test_classifier_scores_do_not_depend_on_the_batch_and_give_pooled_features():
@@ -586,35 +593,37 @@ def test_weights_hash_names_values_not_objects():
     assert weights_hash(a) == weights_hash(b.to(memory_format=torch.channels_last))
 
 
-def test_damaged_checkpoints_are_refused_naming_the_last_good_one(tmp_path):
+def test_damaged_checkpoints_are_refused(tmp_path):
+    def step() -> int:
+        with runs.checkpoint(tmp_path) as state:
+            return state["step"]
+
     with pytest.raises(ValueError, match=r"checkpoint\.pt: no such file"):
-        load_checkpoint(tmp_path)
-    good = {"format": runs.CHECKPOINT_FORMAT, "step": 41, "w": torch.arange(9_999.0)}
-    torch.save(good, tmp_path / "checkpoint.pt")
-    assert load_checkpoint(tmp_path)["step"] == 41
+        step()
+    torch.save(
+        {"format": runs.CHECKPOINT_FORMAT, "step": 41, "w": torch.arange(9_999.0)},
+        tmp_path / "checkpoint.pt",
+    )
+    assert step() == 41
     whole = (tmp_path / "checkpoint.pt").read_bytes()
     for length in (0, 10, len(whole) // 2, len(whole) - 1):
         (tmp_path / "checkpoint.pt").write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"truncated or not a checkpoint.*train again"):
-            load_checkpoint(tmp_path)
-    torch.save(good, tmp_path / "checkpoint-previous.pt")
-    with pytest.raises(ValueError, match=r"last good one is .*-previous\.pt \(step 41\)"):
-        load_checkpoint(tmp_path)
+        with pytest.raises(ValueError, match=r"checkpoint\.pt: damaged .*; delete the run"):
+            step()
     torch.save({"step": 3}, tmp_path / "checkpoint.pt")
-    with pytest.raises(ValueError, match="not a checkpoint of this program"):
-        load_checkpoint(tmp_path)
-    (tmp_path / "checkpoint.pt").unlink()  # killed between the two renames of a save
-    assert load_checkpoint(tmp_path)["step"] == 41
+    with pytest.raises(ValueError, match="expected a checkpoint of format"):
+        step()
 
 
-def test_a_checkpoint_cannot_run_code(tmp_path):
+def test_a_checkpoint_cannot_run_code(tmp_path, capsys):
     class Harm:
         def __reduce__(self):
             return print, ("harm",)
 
     torch.save({"format": runs.CHECKPOINT_FORMAT, "x": Harm()}, tmp_path / "checkpoint.pt")
-    with pytest.raises(ValueError, match="truncated or not a checkpoint"):
-        load_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt: damaged"), runs.checkpoint(tmp_path):
+        pass
+    assert "harm" not in capsys.readouterr().out
 
 
 def test_device_that_is_not_there_is_refused(monkeypatch):
