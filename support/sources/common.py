@@ -1,0 +1,114 @@
+"""A finding, its words, and what the readers of public data sets share."""
+
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from support.files import csv_rows
+
+SPLITS = ("train", "val", "test")
+FINDINGS = ("mass", "calcification", "distortion", "asymmetry")
+PATHOLOGIES = ("", "normal", "benign", "malignant")  # from best to worst, "" = unknown
+Box = tuple[float, float, float, float]  # row0, col0, row1, col1, half-open, stored pixels
+Traps = Counter  # sentence -> how often it was met
+
+ABSENT = "Images that the data set lists but its folder does not hold, left out"
+ESCAPES = "Rows whose path leaves the data set's folder, left out"
+NO_TYPE = "Marked regions that are no mass, calcification, distortion or asymmetry: no lesion patch"
+NOT_NORMAL = "Images without a mark that are not known to be normal: no patches"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row of the manifest: a lesion, or an image without one (`finding` empty)."""
+
+    image_path: str  # absolute
+    patient_id: str
+    laterality: str  # L, R
+    view: str  # CC, MLO, ...
+    finding: str = ""  # mass, calcification, distortion, asymmetry
+    pathology: str = ""  # normal, benign, malignant; "" = unknown
+    bbox: Box | None = None
+    mask_path: str = ""  # absolute
+    spacing_mm: tuple[float, float] | None = None  # (row, col); overrides the header
+    split: str = ""  # train, val, test; "" = prepare decides
+
+
+# --- Files and tables ---
+
+
+def files(root: Path) -> list[Path]:
+    """Every file below `root`, in linked folders too, sorted."""
+    walk = os.walk(root, followlinks=True)
+    return sorted(Path(folder, name) for folder, _, names in walk for name in names)
+
+
+def named(paths: Iterable[Path], root: Path, name: str, advice: str = "") -> Path:
+    """The one file of this name (case ignored). Raises ValueError when there is none or two."""
+    found = [path for path in paths if path.name.lower() == name.lower()]
+    if len(found) != 1:
+        text = f"found {len(found)} files named {name}; expected exactly one{advice}"
+        raise ValueError(f"{root}: {text}")
+    return found[0]
+
+
+def table(path: Path, columns: tuple[str, ...], delimiter: str = ",") -> Iterator[tuple[str, dict]]:
+    """Place and named columns of each row; blanks and newlines around values taken off."""
+    for line, row in csv_rows(path, columns, delimiter=delimiter):
+        yield f"{path} line {line}", {name: row[name].strip() for name in columns}
+
+
+def known(words: dict[str, str], value: str, where: str) -> str:
+    """The meaning of one of a data set's own words. Raises ValueError for an unknown word."""
+    if value not in words:
+        raise ValueError(f"{where}: found {value[:80]!r}; expected one of {', '.join(words)}")
+    return words[value]
+
+
+def inside(text: str) -> tuple[str, ...]:
+    """The parts of a relative path that a distributed file names; () when it would lead outside."""
+    path = PurePosixPath("".join(text.splitlines()).replace("\\", "/"))
+    unsafe = path.is_absolute() or ".." in path.parts or ":" in text or "\0" in text
+    return () if unsafe else path.parts
+
+
+# --- Regions and opinions ---
+
+
+def clip(box: Box, size: tuple[int, int] | None, traps: Traps) -> Box | None:
+    """The part of `box` inside an image of `size` (rows, cols); None when nothing is left."""
+    rows, cols = size or (math.inf, math.inf)
+    row0, col0, row1, col1 = box
+    clipped = (max(row0, 0.0), max(col0, 0.0), min(row1, rows), min(col1, cols))
+    if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
+        traps["Boxes outside their image or without area: only their image is labelled"] += 1
+        return None
+    traps["Boxes that reached outside their image, clipped"] += clipped != box
+    return clipped
+
+
+def typed(image: Finding, kinds: set[str], pathology: str, box: Box | None, traps: Traps) -> list:
+    """A row for each type of a marked region, which patches are cut from by type (Q24)."""
+    traps["Marked regions of several types, one row for each"] += len(kinds) > 1
+    traps[NO_TYPE] += not kinds
+    return [
+        replace(image, finding=kind, pathology=pathology if kind else "", bbox=box)
+        for kind in sorted(kinds) or [""]
+    ]
+
+
+def unmarked(image: Finding, normal: bool, pathology: str, traps: Traps) -> Finding:
+    """The row of an image without marks: normal only where the data set says so."""
+    traps[NOT_NORMAL] += not normal
+    return replace(image, pathology="normal" if normal else pathology)
+
+
+def birads(text: str) -> str:
+    """BI-RADS 4 (a to c), 5 and 6 stand for malignant, 2 and 3 for benign."""
+    grade = re.search(r"[0-6]", text)
+    meaning = dict.fromkeys("23", "benign") | dict.fromkeys("456", "malignant")
+    return meaning.get(grade[0], "") if grade else ""

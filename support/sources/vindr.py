@@ -1,0 +1,62 @@
+"""VinDr-Mammo: digital mammograms, boxes, BI-RADS."""
+
+import re
+from pathlib import Path
+
+from support.files import numbers
+from support.mammogram import image_size
+from support.sources import common
+from support.sources.common import Finding, Traps
+
+COLUMNS = (
+    *("study_id", "image_id", "laterality", "view_position", "height", "width", "breast_birads"),
+    *("finding_categories", "finding_birads", "xmin", "ymin", "xmax", "ymax", "split"),
+)
+CATEGORIES = {
+    "Mass": "mass",
+    "Suspicious Calcification": "calcification",
+    "Architectural Distortion": "distortion",
+    **dict.fromkeys(("Asymmetry", "Focal Asymmetry", "Global Asymmetry"), "asymmetry"),
+}
+
+
+def read_vindr(root: Path, traps: Traps) -> list[Finding]:
+    """VinDr-Mammo (digital, boxes, BI-RADS; two hospitals in Hanoi).
+
+    Access: "VinDr-Mammo" at PhysioNet, restricted: sign the data use agreement.
+    Licence: PhysioNet Restricted Health Data License 1.5.0.
+
+    `finding_annotations.csv`, `images/<study>/<image>.dicom`; a study is a patient. Only findings
+    of BI-RADS 3 and above are boxed, so "No Finding" is normal only in a breast of BI-RADS 1.
+    """
+    table = common.named(common.files(root), root, "finding_annotations.csv")
+    findings = []
+    for where, row in common.table(table, COLUMNS):
+        inner = common.inside(f"images/{row['study_id']}/{row['image_id']}.dicom")
+        if len(inner) != 3:
+            traps[common.ESCAPES] += 1
+            continue
+        path = table.parent.joinpath(*inner)
+        if not path.is_file():
+            traps[common.ABSENT] += 1
+            continue
+        side = common.known({"L": "L", "R": "R"}, row["laterality"], where)
+        split = common.known({"training": "", "test": "test"}, row["split"], where)
+        image = Finding(str(path), row["study_id"], side, row["view_position"], split=split)
+        text = row["finding_categories"]
+        if not re.fullmatch(r"\['[^']+'(, '[^']+')*\]", text):
+            raise ValueError(f"{where}: found {text[:80]!r}; expected a list such as ['Mass']")
+        categories = re.findall(r"'([^']+)'", text)
+        if categories == ["No Finding"]:
+            grade = row["breast_birads"]
+            normal = grade.endswith("1")
+            findings.append(common.unmarked(image, normal, common.birads(grade), traps))
+            continue
+        size = numbers(row, ("height", "width"), f"{where}: ")
+        box = numbers(row, ("ymin", "xmin", "ymax", "xmax"), f"{where}: ")
+        resized = image_size(str(path)) not in (size, None)
+        traps["Images of another size than in their table: boxes not used"] += resized
+        box = None if resized else common.clip(box, size, traps)
+        kinds = {CATEGORIES[name] for name in categories if name in CATEGORIES}
+        findings += common.typed(image, kinds, common.birads(row["finding_birads"]), box, traps)
+    return findings
