@@ -1,10 +1,10 @@
-"""§3 Results and t-SNE: AUC, DeLong's test, what holds when patches share a patient, the report.
+"""§3 Results and t-SNE: AUC, DeLong's test, what holds when patches share a patient, Table 1.
 
 Scores are p(cancer), labels 1 malignant and 0 not; a cluster is a patient.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,29 +14,11 @@ from scipy import special
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
-import data
-from support import files, patchset
+from support.patchset import Patches
 from support.runs import finished, weights_hash
 from train import classifier_scores, load_classifier
 
 ALPHA = 0.05  # Q37: two-sided; the paper calls no other level significant
-BASELINE, BLOB = "Baseline", "Blob control"
-MAIN = "Malignant against normal"
-CONDITIONS = {  # positives, negatives: E4, the whole test set; by lesion; the paper has no others
-    MAIN: ("malignant_mass malignant_calcification", "normal"),
-    "Masses against normal": ("malignant_mass", "normal"),
-    "Calcifications against normal": ("malignant_calcification", "normal"),
-    "Malignant against benign masses": ("malignant_mass", "benign_mass"),
-    "Malignant against benign calcifications": ("malignant_calcification", "benign_calcification"),
-}
-EMBEDDED = {  # F4: counts and colours; the normal patches are those stored, Q38
-    "normal": (2000, "#d62728", "real normal"),
-    "malignant_calcification": (1000, "#ff7f0e", "real malignant calcification"),
-    "malignant_mass": (1000, "#2ca02c", "real malignant mass"),
-    "mass": (3560, "#17a2a2", "synthetic mass"),
-    "calcification": (4000, "#1f4fd8", "synthetic calcification"),
-}
-RESCUED = 5  # F5: patches in Figures 5 and 6
 
 
 # --- §3 Results: AUC and the DeLong method (E4) ---
@@ -195,6 +177,29 @@ def bootstrap_aucs(y, scores, clusters, draws: int = 2000, seed: int = 0) -> np.
     return aucs
 
 
+def bootstrap_ends(y, scores, baseline, clusters, seed: int = 0) -> dict[str, float]:
+    """Interval of the difference of mean AUCs: patients drawn, the models stay."""
+    aucs = bootstrap_aucs(y, [*scores, *baseline], clusters, seed=seed)
+    ours, theirs = (part.mean(axis=1) for part in np.split(aucs, [len(scores)], axis=1))
+    low, high = np.nanpercentile(ours - theirs, [2.5, 97.5]).tolist()
+    return {"delta_bootstrap_low": low, "delta_bootstrap_high": high}
+
+
+def roc_band(y, scores, clusters, seed: int, draws: int = 300) -> np.ndarray:
+    """Sensitivity (3, 101) at 0, 1 ... 100% false positives: mean over seeds, 2.5%, 97.5%.
+
+    The band is pointwise, over patients drawn with replacement.
+    """
+    drawn = np.concatenate([np.ones((1, len(y)), int), patient_draws(clusters, draws, seed)])
+    drawn = drawn[(drawn @ y > 0) & (drawn @ ~y > 0)]
+    grid = np.linspace(0, 1, 101)
+    curves = np.zeros((len(drawn), len(grid)))
+    for values in scores:
+        for curve, fpr, tpr in zip(curves, *drawn_curves(y, values, drawn), strict=True):
+            curve += np.interp(grid, fpr, tpr) / len(scores)
+    return np.array([curves[0], *np.percentile(curves[1:], [2.5, 97.5], axis=0)])
+
+
 def _mean_auc(y, v, clusters, groups) -> tuple[float, float, float]:
     """Weighted sum of regimes' mean AUCs, its variance and degrees of freedom.
 
@@ -225,12 +230,12 @@ def _mean_auc(y, v, clusters, groups) -> tuple[float, float, float]:
     return value, variance, free * (variance / seeds) ** 2 if seeds else math.inf
 
 
-def compare(y, scores, baseline, clusters) -> dict[str, float]:
+def compare(y, scores, baseline, clusters, seed: int = 0) -> dict[str, float]:
     """Mean AUC over the seeds of a regime (K, N), alone and against the baseline's (K_b, N).
 
     low, high and delta_low, delta_high, p_clustered: patients vary, and the training seeds where
     both have several. p_delong: these very models, every patch on its own (the paper's test).
-    detectable: the smallest true difference found at 5% with 80% power.
+    detectable: the smallest true difference found at 5% with 80% power. Nothing is drawn.
     """
     y, v = checked_input(y, *scores, *baseline, clusters=clusters)
     v = placements(y, v)
@@ -239,14 +244,14 @@ def compare(y, scores, baseline, clusters) -> dict[str, float]:
     own = [(1, ours)] if scores is baseline else [(1, ours), (0, theirs)]
     auc, *spread = _mean_auc(y, v, clusters, own)
     low, high, *_ = interval(auc, *spread)
-    found = {"auc": auc, "low": max(0.0, low), "high": min(1.0, high)}
+    row = {"auc": auc, "low": max(0.0, low), "high": min(1.0, high)}
     delta, variance, df = _mean_auc(y, v, clusters, [(1, ours), (-1, theirs)])
     low, high, _, p = interval(delta, variance, df)
-    found |= {"delta": delta, "delta_low": low, "delta_high": high, "p_clustered": p}
+    row |= {"delta": delta, "delta_low": low, "delta_high": high, "p_clustered": p}
     contrast = v[ours].mean(axis=0, keepdims=True) - v[theirs].mean(axis=0, keepdims=True)
-    found["p_delong"] = interval(delta, float(delong_covariance(y, contrast)[0, 0]))[3]
+    row["p_delong"] = interval(delta, float(delong_covariance(y, contrast)[0, 0]))[3]
     power = float(special.stdtrit(df, 1 - ALPHA / 2) + special.stdtrit(df, 0.8))
-    return found | {"detectable": power * math.sqrt(variance)}
+    return row | {"detectable": power * math.sqrt(variance)}
 
 
 def holm(p: list[float]) -> list[float]:
@@ -258,35 +263,9 @@ def holm(p: list[float]) -> list[float]:
     return np.minimum(adjusted, 1).tolist()
 
 
-# --- Runs and patches ---
+# --- §3 Results: Table 1, its regimes ---
 
-
-@dataclass(frozen=True)
-class Patches:
-    """Patches of one split, its classes one after the other."""
-
-    values: dict[str, np.ndarray]  # (N, S, S) uint16 by class
-    kind: np.ndarray  # class of each patch, all classes in the order of `values`
-    patient: np.ndarray
-    image: np.ndarray
-
-    def patients(self, kind: str) -> np.ndarray:
-        return self.patient[self.kind == kind]
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        return self.values[self.kind[i]][i - np.argmax(self.kind == self.kind[i])]
-
-
-def open_split(patch_set: Path, split: str) -> Patches:
-    held, folder = patchset.patch_config(patch_set)["held"], patch_set / "patches" / split
-    kinds = [kind for kind in data.CLASSES if held.get(f"{split}/{kind}")]
-    if not kinds:
-        raise ValueError(f"{patch_set}: holds no {split} patches; prepare it with some")
-    columns = "patient_id", "image_uid"
-    tables = [files.read_table(folder / f"{kind}.csv", columns) for kind in kinds]
-    patient, image = (np.concatenate([table[c] for table in tables]) for c in columns)
-    values = {kind: patchset.open_patches(patch_set, split, kind) for kind in kinds}
-    return Patches(values, np.repeat(kinds, list(map(len, values.values()))), patient, image)
+BASELINE, BLOB = "Baseline", "Blob control"
 
 
 @dataclass(frozen=True, eq=False)
@@ -304,8 +283,8 @@ class Regime:
 
 def open_regime(folder: Path, fingerprint: str) -> Regime:
     """A run of train-cls, or a folder of seed-0, seed-1 ...; `fingerprint` is the patch set's."""
-    found = {int(p.name[5:]): p for p in folder.glob("seed-*") if p.name[5:].isdecimal()}
-    runs = [found[k] for k in sorted(found)] or [folder]
+    by_seed = {int(p.name[5:]): p for p in folder.glob("seed-*") if p.name[5:].isdecimal()}
+    runs = [by_seed[k] for k in sorted(by_seed)] or [folder]
     configs = [finished(run, "train-cls")["config"] for run in runs]
     seeds = [config.pop("seed") for config in configs]
     for run, config in zip(runs, configs, strict=True):
@@ -343,49 +322,88 @@ def score(regime: Regime, patches: Patches, device: torch.device) -> np.ndarray:
     scores = []
     for run in regime.runs:
         model, _ = load_classifier(run, device)
-        parts = [classifier_scores(model, v, device) for v in patches.values.values()]
+        parts = [classifier_scores(model, v, device) for v in patches.parts.values()]
         scores.append(np.concatenate(parts).astype(np.float64))
         if np.isnan(scores[-1]).any():
             raise ValueError(f"{run}: scores are not numbers; training diverged, train it again")
     return np.array(scores)
 
 
-# --- §3 Results: Table 1, and what the paper does not test ---
+# --- §3 Results: Table 1, its numbers ---
+
+MAIN = "Malignant against normal"
+CONDITIONS = {  # positives, negatives: E4, the whole test set; by lesion; the paper has no others
+    MAIN: (("malignant_mass", "malignant_calcification"), ("normal",)),
+    "Masses against normal": (("malignant_mass",), ("normal",)),
+    "Calcifications against normal": (("malignant_calcification",), ("normal",)),
+    "Malignant against benign masses": (("malignant_mass",), ("benign_mass",)),
+    "Malignant against benign calcifications": (
+        ("malignant_calcification",),
+        ("benign_calcification",),
+    ),
+}
+# A statistic is a function of labels (N,), scores (K, N) of a regime and (K_b, N) of the baseline,
+# patients (N,) and a seed, that returns named numbers for the regime's row: a line here puts it in
+# metrics.json and in every table of the report. Names of what compares with the baseline begin with
+# delta, p_ or detectable; each p_ gets Holm's beside it.
+STATISTICS = {  # heading: function, names of the value and its ends, or of the p
+    "AUC (95% CI)": (compare, "auc", "low", "high"),
+    "Difference (95% CI)": (compare, "delta", "delta_low", "delta_high"),
+    "Bootstrap": (bootstrap_ends, "delta", "delta_bootstrap_low", "delta_bootstrap_high"),
+    "p, patients (Holm)": (compare, "p_clustered"),
+    "p, DeLong (Holm)": (compare, "p_delong"),
+}
 
 
 def condition_table(
-    test: Patches, scores: dict[str, np.ndarray], condition: str, corrected: bool, seed: int
+    kind: np.ndarray, patients: np.ndarray, scores: dict[str, np.ndarray], condition: str, seed: int
 ) -> dict:
-    """Rows of one condition; empty when the test set has too few patients for it."""
-    positive, negative = (np.isin(test.kind, kinds.split()) for kinds in CONDITIONS[condition])
+    """Rows of one condition; empty when the test set has too few patients for it.
+
+    kind, patients: class and patient of each test patch (N,); scores: (K, N) of each regime.
+    """
+    positive, negative = (np.isin(kind, kinds) for kinds in CONDITIONS[condition])
     at = positive | negative
-    y, patients = positive[at], test.patient[at]
+    y, patients = positive[at], patients[at]
     if min(len(set(patients[y])), len(set(patients[~y]))) < 2:
         return {}
     size = {"patients": len(set(patients)), "patches": len(y)}
-    scores, drawn, rows = {name: s[:, at] for name, s in scores.items()}, {}, []
+    scores, rows = {name: s[:, at] for name, s in scores.items()}, []
     for name, ours in scores.items():
-        drawn[name] = bootstrap_aucs(y, ours, patients, seed=seed).mean(axis=1)
         row = {"regime": name, "seeds": len(ours), **size}
-        row |= compare(y, ours, scores[BASELINE], patients)
         row["seed_aucs"] = placements(y, ours)[:, y].mean(axis=1).tolist()
-        low, high = np.nanpercentile(drawn[name] - drawn[BASELINE], [2.5, 97.5]).tolist()
-        row |= {"delta_bootstrap_low": low, "delta_bootstrap_high": high}
+        for statistic in dict.fromkeys(function for function, *_ in STATISTICS.values()):
+            row |= statistic(y, ours, scores[BASELINE], patients, seed)
         if name == BASELINE:
             row |= {k: None for k in row if k.startswith(("delta", "p_", "detectable"))}
         elif BLOB in scores and name != BLOB:
             row["against_blob"] = compare(y, ours, scores[BLOB], patients)
         rows.append(row)
     tested = [row for row in rows[1:] if row["regime"] != BLOB]  # the control is no hypothesis
-    for key in ("p_delong", "p_clustered"):
+    for key in [key for key in rows[0] if key.startswith("p_")]:
+        corrected = holm([row[key] for row in tested])
         for row in rows[1:]:
-            row |= {f"{key}_raw": row[key], f"{key}_holm": row[key]}
-        for row, p in zip(tested, holm([row[key] for row in tested]), strict=True):
-            row[f"{key}_holm"] = p
-        for row in rows[1:]:
-            row[key] = row[f"{key}_holm" if corrected else f"{key}_raw"]
+            row[f"{key}_holm"] = row[key] if row["regime"] == BLOB else corrected.pop(0)
     size |= {"positives": int(y.sum()), "positive_patients": len(set(patients[y]))}
     return {**size, "rows": rows}
+
+
+# --- §3 t-SNE: Figures 4 to 6 ---
+
+EMBEDDED = {  # F4: counts and colours; the normal patches are those stored, Q38
+    "normal": (2000, "#d62728", "real normal"),
+    "malignant_calcification": (1000, "#ff7f0e", "real malignant calcification"),
+    "malignant_mass": (1000, "#2ca02c", "real malignant mass"),
+    "mass": (3560, "#17a2a2", "synthetic mass"),
+    "calcification": (4000, "#1f4fd8", "synthetic calcification"),
+}
+RESCUED = 5  # F5: patches in Figures 5 and 6
+
+
+def pooled_features(regime: Regime, device: torch.device) -> Callable[[np.ndarray], np.ndarray]:
+    """What gives the last features (F4) of patches, (N, F), by the regime's first model."""
+    model, _ = load_classifier(regime.runs[0], device)
+    return lambda patches: classifier_scores(model, patches, device, features=True)[1]
 
 
 def embed(features: np.ndarray, seed: int) -> np.ndarray:
@@ -396,28 +414,11 @@ def embed(features: np.ndarray, seed: int) -> np.ndarray:
 
 
 def rescue(baseline: np.ndarray, augmented: np.ndarray) -> tuple[np.ndarray, dict]:
-    """F5: malignant patches that rise above 0.5, largest rise first; how many fall, too."""
+    """F5: rows of the malignant patches that rise above 0.5, largest rise first, at most five; how
+    many rise and fall, and how far on average (of at most five)."""
     rise = augmented - baseline
     up = np.flatnonzero((baseline < 0.5) & (augmented > 0.5))
     down = np.flatnonzero((baseline > 0.5) & (augmented < 0.5))
     best, worst = (at[np.argsort(-abs(rise[at]), kind="stable")[:RESCUED]] for at in (up, down))
     means = [float(rise[at].mean()) if len(at) else None for at in (best, worst)]
-    found = {"up": len(up), "down": len(down), "rise": means[0], "fall": means[1]}
-    return best, found
-
-
-def roc_band(y, scores, patients, seed: int, draws: int = 300) -> np.ndarray:
-    """Sensitivity (3, 101) at 0, 1 ... 100% false positives: mean over seeds, 2.5%, 97.5%.
-
-    The band is pointwise, over patients drawn with replacement.
-    """
-    drawn = np.concatenate([np.ones((1, len(y)), int), patient_draws(patients, draws, seed)])
-    drawn = drawn[(drawn @ y > 0) & (drawn @ ~y > 0)]
-    curves = np.zeros((len(drawn), len(GRID)))
-    for values in scores:
-        for curve, fpr, tpr in zip(curves, *drawn_curves(y, values, drawn), strict=True):
-            curve += np.interp(GRID, fpr, tpr) / len(scores)
-    return np.array([curves[0], *np.percentile(curves[1:], [2.5, 97.5], axis=0)])
-
-
-GRID = np.linspace(0, 1, 101)  # of false positive rates, for ROC curves
+    return best, {"up": len(up), "down": len(down), "rise": means[0], "fall": means[1]}

@@ -19,12 +19,12 @@ from pathlib import Path
 import click
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import data
 import evaluate
 import train
 from support import files, runs
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def midranks(values: np.ndarray) -> np.ndarray:
@@ -97,7 +97,8 @@ def waiting(device, samples: int, batch: int) -> tuple[str, float, float]:
         train.train_classifier(config, patches, run, [], device)
         first, second = runs.read_log(run)
     waited = second["seconds_waiting"] - first["seconds_waiting"]
-    return preset, waited / second["seconds"], second["drawn"] / second["seconds"]
+    drawn = second["samples_seen"] - first["samples_seen"]
+    return preset, waited / second["seconds"], drawn / second["seconds"]
 
 
 @click.command(help=__doc__)

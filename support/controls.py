@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy import stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import pairwise_distances_argmin_min
@@ -16,16 +15,15 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 import data
-from evaluate import Patches, Regime, clustered_ci, interval
-from support import files, patchset, sources
-from train import classifier_scores, load_classifier
+from evaluate import clustered_ci, interval
+from support import files
+from support.patchset import Patches, SyntheticSet
+from train import classifier_scores
 
-LESIONS = {"mass": "malignant_mass", "calcification": "malignant_calcification"}
-REAL_OF = LESIONS | {"removal": "normal"}  # the real class that a synthetic set imitates
 CONTROL_PATCHES = 1000  # a side, as many as the paper's validation set has of a class (P5)
 
 
-# --- Controls ---
+# --- Does a model see lesions or recognise images? ---
 
 
 def same_image_auc(y, scores, images, clusters) -> tuple[float, float, float, int] | None:
@@ -49,20 +47,25 @@ def same_image_auc(y, scores, images, clusters) -> tuple[float, float, float, in
     return auc, max(0.0, low), min(1.0, high), sum(map(len, pairs.values()))
 
 
-def lesion_or_image(test: "Patches", scores: np.ndarray) -> dict[str, Sequence | None]:
-    """Does a regime (K, N) see lesions or recognise images? AUC, interval, number of images."""
-    scores, found = scores.mean(axis=0), {}
+def lesion_or_image(
+    kind: np.ndarray, patients: np.ndarray, images: np.ndarray, scores: np.ndarray
+) -> dict[str, Sequence | None]:
+    """AUC, interval and number of images, for a regime's scores (K, N) of the test patches (N,)."""
+    scores, rows = scores.mean(axis=0), {}
     malignant, benign, normal = (
-        np.char.startswith(test.kind, name) for name in ("malignant", "benign", "normal")
+        np.char.startswith(kind, name) for name in ("malignant", "benign", "normal")
     )
     for name, lesion in (("Malignant", malignant), ("Benign", benign)):
         at = lesion | normal
-        auc = same_image_auc(lesion[at], scores[at], test.image[at], test.patient[at])
-        found[f"{name} against normal, same image"] = auc
-    y, who = np.isin(test.image, test.image[malignant])[normal], test.patient[normal]
+        auc = same_image_auc(lesion[at], scores[at], images[at], patients[at])
+        rows[f"{name} against normal, same image"] = auc
+    y, who = np.isin(images, images[malignant])[normal], patients[normal]
     enough = min(len(set(who[y])), len(set(who[~y]))) > 1
-    auc = (*clustered_ci(y, scores[normal], who), len(set(test.image[normal]))) if enough else None
-    return found | {"Normal, images with cancer against others": auc}
+    auc = (*clustered_ci(y, scores[normal], who), len(set(images[normal]))) if enough else None
+    return rows | {"Normal, images with cancer against others": auc}
+
+
+# --- Are synthetic patches like real ones? ---
 
 
 def kid(x, y, patients_x, patients_y) -> tuple[float, float, float]:
@@ -135,7 +138,7 @@ def network_detector(device: torch.device, seed: int, steps: int = 200, batch: i
             flip = tuple(np.flatnonzero(rng.random(2) < 0.5) + 1)
             images = np.flip(data.to_float(x[at]), flip).copy()[:, None]
             target = torch.from_numpy(y[at].astype(np.int64)).to(device)
-            loss = F.cross_entropy(net(torch.from_numpy(images).to(device)), target)
+            loss = nn.functional.cross_entropy(net(torch.from_numpy(images).to(device)), target)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -152,19 +155,32 @@ def nearest_training(fake, training, held_out) -> tuple[np.ndarray, np.ndarray, 
     """
     at, distance = pairwise_distances_argmin_min(fake, training)
     reference = pairwise_distances_argmin_min(held_out, training)[1]
-    found = {"median": float(np.median(distance)), "reference": float(np.median(reference))}
-    found["closer"] = float((distance < np.percentile(reference, 1)).mean())
-    return at, distance, found
+    summary = {"median": float(np.median(distance)), "reference": float(np.median(reference))}
+    summary["closer"] = float((distance < np.percentile(reference, 1)).mean())
+    return at, distance, summary
 
 
-def pooled_features(regime: Regime, device: torch.device) -> Callable[[np.ndarray], np.ndarray]:
-    """What gives the pooled features (N, F) of patches by the regime's first model."""
-    model, _ = load_classifier(regime.runs[0], device)
-    return lambda values: classifier_scores(model, values, device, features=True)[1]
+def synthesis_facts(syn: SyntheticSet) -> dict:
+    """What `synthesize` wrote about a set. Raises ValueError when it is damaged."""
+    facts = files.read_json(syn.path / "config.json")
+    with files.reading(syn.path / "config.json", "synthesize it again"):
+        return {
+            **{key: float(facts[key]) for key in ("acceptance", "area_median", "strength")},
+            "warnings": list(map(str, facts["warnings"])),
+            "gan": dict(facts.get("gan", {})),
+            "config": facts["config"],
+            "set": syn.path.name,
+            "task": f"{syn.task} {syn.control}".strip(),
+            "samples": len(syn.combined),
+            "requested": syn.requested,
+            "patients": len(set(syn.index["patient_id"])),
+            "fingerprint": syn.fingerprint,
+            "generator": syn.generator,
+        }
 
 
 def control_of(
-    syn: patchset.SyntheticSet, splits: dict[str, Patches], features: Callable, device, seed: int
+    syn: SyntheticSet, splits: dict[str, Patches], features: Callable, device, seed: int
 ) -> tuple[dict, list[np.ndarray]]:
     """Controls of one synthetic set, and its three closest pairs: synthetic, training patch ...
 
@@ -172,42 +188,30 @@ def control_of(
     and so are real training patches: that is the floor, with all that differs between the splits.
     On pixels it is compared with training patches, which were flipped and resized as its sources.
     """
-    kind, facts = REAL_OF[syn.task], files.read_json(syn.path / "config.json")
-    found = {"set": syn.path.name, "task": f"{syn.task} {syn.control}".strip()}
-    found |= {"samples": len(syn.combined), "requested": syn.requested}
-    found |= {"fingerprint": syn.fingerprint, "generator": syn.generator, "config": facts["config"]}
-    try:
-        found |= {key: float(facts[key]) for key in ("acceptance", "area_median", "strength")}
-        found |= {"warnings": list(map(str, facts["warnings"])), "gan": dict(facts.get("gan", {}))}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{syn.path}/config.json: damaged ({error}); synthesize it again"
-        ) from None
-    found["patients"] = len(set(syn.index["patient_id"]))
-    sides = {
-        s: (splits[s].values.get(kind, ()), splits[s].patients(kind)) for s in sources.SPLITS[:2]
-    }
-    sides["synthetic"] = syn.combined, syn.index["patient_id"]
-    if min(len(set(who)) for _, who in sides.values()) < 3:
-        return found | {"warnings": [f"Not compared: fewer than three patients with {kind}."]}, []
-    n = min(CONTROL_PATCHES, *(len(values) for values, _ in sides.values()))
-    rng, pixels, patients = np.random.default_rng(seed), {}, {}
-    for name, (values, who) in sides.items():
-        at = np.sort(rng.permutation(len(values))[:n])
-        pixels[name], patients[name] = values[at], who[at]
+    kind, control = data.TASKS[syn.task].real, synthesis_facts(syn)  # what the set imitates
+    patches, patients = {"synthetic": syn.combined}, {"synthetic": syn.index["patient_id"]}
+    for split in ("train", "val"):
+        patches[split] = splits[split].parts.get(kind, ())
+        patients[split] = splits[split].column("patient_id")[splits[split].kind == kind]
+    if min(len(set(who)) for who in patients.values()) < 3:
+        return control | {"warnings": [f"Not compared: fewer than three patients with {kind}."]}, []
+    n = min(CONTROL_PATCHES, *map(len, patches.values()))
+    rng, pixels = np.random.default_rng(seed), {}
+    for name in ("train", "val", "synthetic"):
+        at = np.sort(rng.permutation(len(patches[name]))[:n])
+        pixels[name], patients[name] = patches[name][at], patients[name][at]
     deep = {name: features(values) for name, values in pixels.items()}
     scaler = StandardScaler().fit(deep["val"])
     deep = {name: scaler.transform(values) for name, values in deep.items()}
-    for prefix, side in (("", "synthetic"), ("floor_", "train")):
-        pair = deep["val"], deep[side], patients["val"], patients[side]
-        found |= {f"{prefix}linear": detectability(*pair, linear_detector)}
-        found |= {f"{prefix}kid": [1000 * v for v in kid(*pair)]}
+    for prefix, name in (("", "synthetic"), ("floor_", "train")):
+        pair = deep["val"], deep[name], patients["val"], patients[name]
+        control |= {f"{prefix}linear": detectability(*pair, linear_detector)}
+        control |= {f"{prefix}kid": [1000 * v for v in kid(*pair)]}
     pair = (side[name] for side in (pixels, patients) for name in ("train", "synthetic"))
-    found["network"] = detectability(*pair, network_detector(device, seed), folds=3)
-    if syn.task not in LESIONS:
-        return found, []
-    held_out, training = sides["val"][0], sides["train"][0]
-    three = (features(values) for values in (syn.combined, training, held_out))
-    at, distance, found["nearest"] = nearest_training(*three)
+    control["network"] = detectability(*pair, network_detector(device, seed), folds=3)
+    if syn.task == "removal":
+        return control, []
+    three = (features(patches[name]) for name in ("synthetic", "train", "val"))
+    at, distance, control["nearest"] = nearest_training(*three)
     closest = np.argsort(distance, kind="stable")[:3]
-    return found, [p for i in closest for p in (syn.combined[i], training[at[i]])]
+    return control, [p for i in closest for p in (syn.combined[i], patches["train"][at[i]])]

@@ -72,9 +72,8 @@ def _scale_bar(ax, shape: tuple[int, int], mm: float, zoom: int) -> None:
     """A bar of so many mm below a patch, about a third of it at most."""
     bar = max([b for b in BAR_MM if b / mm <= 0.35 * shape[1]], default=BAR_MM[0])
     end, y = bar / mm - 0.5, shape[0] - 0.5 + LINE_PX / 2 / zoom
-    ax.plot(
-        [-0.5, end], [y, y], color="black", linewidth=1.5, clip_on=False, scalex=False, scaley=False
-    )
+    ax.autoscale(False)
+    ax.plot([-0.5, end], [y, y], "black", linewidth=1.5, solid_capstyle="butt", clip_on=False)
     ax.text(end + 8 / zoom, y, f"{bar} mm", fontsize=9, verticalalignment="center")
 
 

@@ -16,6 +16,7 @@ from scipy import ndimage, stats
 
 import data
 import evaluate
+import models
 import train
 from support import controls, figures, files, patchset, report, runs, sources
 
@@ -493,7 +494,7 @@ def write_run(folder: Path, patches: Path, proportion: float, sets=(), seed: int
     """A classifier run with random, but scaled, weights."""
     folder.mkdir(parents=True)
     torch.manual_seed(1000 * seed + int(100 * proportion) + len(sets))
-    model = train.classifier(width=16, blocks=(1, 1, 1, 1), weights="none")
+    model = models.PatchClassifier(width=16, blocks=(1, 1, 1, 1))
     x = torch.from_numpy(data.to_float(np.load(patches / "patches/train/malignant_mass.npy")[:20]))
     z = torch.from_numpy(data.to_float(np.load(patches / "patches/train/normal.npy")[:20]))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -512,9 +513,8 @@ def write_run(folder: Path, patches: Path, proportion: float, sets=(), seed: int
     ]
     facts = {"command": "train-cls", "config": config, "complete": True}
     files.write_json(folder / "config.json", facts)
-    torch.save(
-        {"format": runs.CHECKPOINT_FORMAT, "best": model.state_dict()}, folder / "checkpoint.pt"
-    )
+    state = {"format": runs.CHECKPOINT_FORMAT, "best": {"weights": model.state_dict()}}
+    torch.save(state, folder / "checkpoint.pt")
     return folder
 
 
@@ -557,7 +557,7 @@ def evaluated(tmp_path_factory):
     world = fake_world(root)
     with pytest.MonkeyPatch.context() as patch:
         quick = functools.partial(controls.network_detector, steps=3)
-        patch.setattr(evaluate, "network_detector", quick)
+        patch.setattr(controls, "network_detector", quick)
         rows = report.evaluate(**world, out=root / "out")
         again = report.evaluate(**world, out=root / "again")
         assert rows == again
@@ -680,24 +680,43 @@ def test_names_from_files_are_escaped(evaluated, tmp_path):
     assert not page.handlers and not page.open and "script" not in page.tags
 
 
-def test_E4_holm_corrects_the_rows(evaluated, tmp_path):
+def test_E4_holm_stands_beside_each_p():
     rng = np.random.default_rng(4)
     clusters, y = patients(rng)
     kind = np.where(y, "malignant_mass", "normal")
-    test = evaluate.Patches({}, kind, clusters.astype(str), clusters.astype(str))
     names = ("Baseline", "10% w/ decay", "25% w/ decay", "Blob control")
     values = correlated_scores(rng, y, clusters, 0.3, 4)[:, None]
     scores = dict(zip(names, values, strict=True))
-    plain, holm = (
-        evaluate.condition_table(test, scores, evaluate.MAIN, corrected, 0)["rows"]
-        for corrected in (False, True)
-    )
-    raw = [row["p_clustered"] for row in plain[1:]]
-    # the blob control is no hypothesis: it neither counts nor is corrected
-    assert [row["p_clustered"] for row in holm[1:]] == [*evaluate.holm(raw[:2]), raw[2]]
-    for rows in (plain, holm):
-        assert [row["p_clustered_raw"] for row in rows[1:]] == raw
-        assert [row["p_clustered_holm"] for row in rows[1:3]] == evaluate.holm(raw[:2])
+    rows = evaluate.condition_table(kind, clusters, scores, evaluate.MAIN, 0)["rows"]
+    for key in ("p_clustered", "p_delong"):
+        raw = [row[key] for row in rows[1:]]
+        # the blob control is no hypothesis: it neither counts nor is corrected
+        assert [row[f"{key}_holm"] for row in rows[1:]] == [*evaluate.holm(raw[:2]), raw[2]]
+    expected = evaluate.clustered_test(y, values[1, 0], values[0, 0], clusters)
+    assert rows[1]["p_clustered"] == pytest.approx(expected[5])  # as the paper's, not corrected
+
+
+def test_another_statistic_is_a_function_and_a_line(evaluated, monkeypatch):
+    """It stands in every row of metrics.json and in the report, empty for the baseline itself."""
+
+    def spread(y, scores, baseline, clusters, seed):
+        return {"spread": scores.std(), "spread_low": 0.25, "spread_high": 0.75, "delta_x": 0.125}
+
+    line = {"Spread": (spread, "spread", "spread_low", "spread_high"), "X": (spread, "delta_x")}
+    monkeypatch.setattr(evaluate, "STATISTICS", evaluate.STATISTICS | line)
+    monkeypatch.setattr(report, "STATISTICS", evaluate.STATISTICS)
+    rng = np.random.default_rng(4)
+    clusters, y = patients(rng)
+    kind = np.where(y, "malignant_mass", "normal")
+    names = ("Baseline", "50% w/ decay")
+    scores = dict(zip(names, correlated_scores(rng, y, clusters, 0.3)[:, None], strict=True))
+    metrics = files.read_json(evaluated[1] / "metrics.json")
+    metrics["lesion_or_image"] = {name: {} for name in names}
+    table = evaluate.condition_table(kind, clusters, scores, evaluate.MAIN, 0)
+    metrics["conditions"] = {evaluate.MAIN: table}
+    assert [row["delta_x"] for row in table["rows"]] == [None, 0.125]
+    html = report.report(metrics, evaluated[1])
+    assert html.count(">+0.125<") == 1 and html.count(">(0.250<") == 2
 
 
 @pytest.mark.parametrize("change", [{"acceptance": {}}, {"warnings": 3}, {"gan": [1]}])
@@ -745,7 +764,7 @@ def test_a_run_that_diverged_is_named(evaluated, tmp_path):
     world, _, _ = evaluated
     run = shutil.copytree(world["baseline"], tmp_path / "run")
     state = torch.load(run / "seed-1" / "checkpoint.pt")
-    state["best"]["fc.bias"][0] = math.nan
+    state["best"]["weights"]["fc.bias"][0] = math.nan
     torch.save(state, run / "seed-1" / "checkpoint.pt")
     with pytest.raises(ValueError, match="seed-1: scores are not numbers"):
         report.evaluate(**world | {"baseline": run, "augmented": []}, out=tmp_path / "out")
@@ -779,7 +798,25 @@ def test_baseline_alone_and_one_lesion_type(tmp_path):
     assert "None was run" in html and "<figure><figcaption>" not in html
 
 
-# --- Controls ---
+def test_patches_stand_pixel_by_pixel_in_figures(tmp_path):
+    """Each pixel is a square of whole pixels of its own grey; the bar is as long as it says."""
+    line, gap, rng = figures.LINE_PX, figures.GAP_PX, np.random.default_rng(0)
+    small, large = rng.integers(65536, size=(2, 64, 64)).astype(np.uint16), np.full((256, 300), 0.5)
+    figure = figures.patch_figure([("a", small, ("x", "y")), ("b", [large], ())], mm=[0.33])
+    figures.save_figure(figure, tmp_path / "figure.png")
+    picture = np.asarray(Image.open(tmp_path / "figure.png"))[..., :3]
+    second = line + 256 + line + gap
+    for top, left, patch, zoom in (
+        (line, line, small[0], 4),
+        (line, line + 256 + gap, small[1], 4),
+        (second, line, data.to_uint16(large), 1),
+    ):
+        grey = np.kron(patch >> 8, np.ones((zoom, zoom), int))[..., None]
+        shown = picture[top : top + grey.shape[0], left : left + grey.shape[1]]
+        assert (shown == grey).all()
+    for bottom, length in ((line + 256, 5 / 0.33 * 4), (second + 256, 20 / 0.33)):
+        dark = picture[bottom + line // 2, line:, 0] < 128
+        assert np.argmin(dark) == pytest.approx(length, abs=2)
 
 
 def test_kid_is_the_textbook_estimate_when_every_patch_has_its_own_patient():
@@ -881,13 +918,14 @@ def test_roc_band_is_the_curve_whose_area_is_the_auc():
     rng = np.random.default_rng(9)
     clusters, y = patients(rng, number=120)
     a = correlated_scores(rng, y, clusters, 0.5)[:1]
-    mean, low, high = figures.roc_band(y, a, clusters, seed=0)
-    assert np.trapezoid(mean, figures.GRID) == pytest.approx(evaluate.auc_ci(y, a[0])[0], abs=0.01)
+    mean, low, high = evaluate.roc_band(y, a, clusters, seed=0)
+    grid = np.linspace(0, 1, len(mean))
+    assert np.trapezoid(mean, grid) == pytest.approx(evaluate.auc_ci(y, a[0])[0], abs=0.01)
     assert (low <= mean + 1e-9).all() and (mean <= high + 1e-9).all()
     for area, end in zip(
         evaluate.clustered_ci(y, a[0], clusters)[1:], (low, high), strict=True
     ):  # pointwise bands are wider than the band of the area
-        assert np.trapezoid(end, figures.GRID) == pytest.approx(area, abs=0.05)
+        assert np.trapezoid(end, grid) == pytest.approx(area, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -906,7 +944,7 @@ def test_E3_found_needs_holm_and_a_difference_to_the_blob_control(
     delta, p, p_holm, against, expected
 ):
     row = {"regime": "50% w/ decay", "delta": delta, "detectable": 0.03, "seeds": 3}
-    row |= {"p_clustered_raw": p, "p_clustered_holm": p_holm}
+    row |= {"p_clustered": p, "p_clustered_holm": p_holm}
     rows = [{"regime": "Baseline", "seeds": 3}, row]
     if against:
         delta, p = against
@@ -923,9 +961,9 @@ def test_E3_the_report_says_in_one_sentence_whether_synthetic_lesions_help(evalu
     metrics = files.read_json(evaluated[1] / "metrics.json")
     rows = metrics["conditions"][evaluate.MAIN]["rows"]
     for row in rows[1:]:
-        row |= {"delta": 0.01, "p_clustered_raw": 0.3, "p_clustered_holm": 0.3}
+        row |= {"delta": 0.01, "p_clustered": 0.3, "p_clustered_holm": 0.3}
     assert "No evidence here that synthetic lesions help." in report.report(metrics, evaluated[1])
-    rows[2] |= {"p_clustered_raw": 0.001, "p_clustered_holm": 0.002}
+    rows[2] |= {"p_clustered": 0.001, "p_clustered_holm": 0.002}
     rows[2]["against_blob"] |= {"delta": 0.01, "p_clustered": 0.01}
     assert "lesions helped: 100% w/ decay." in report.report(metrics, evaluated[1])
     rows[2]["against_blob"]["p_clustered"] = 0.5
@@ -936,10 +974,11 @@ def test_lesion_or_image_tells_a_model_of_lesions_from_one_that_recognises_image
     rng, n = np.random.default_rng(13), 40
     kind = np.tile(["malignant_mass", "normal", "benign_mass", "normal"], n)
     image = np.repeat(np.arange(2 * n), 2)  # cancer in every second one
-    test = evaluate.Patches({}, kind, image, image)
     lesion, cancer = np.char.endswith(kind, "mass"), np.tile([1, 1, 0, 0], n)
     of_lesions, of_images = (
-        controls.lesion_or_image(test, (2 * seen + rng.normal(size=4 * n))[None]).values()
+        controls.lesion_or_image(
+            kind, image, image, (2 * seen + rng.normal(size=4 * n))[None]
+        ).values()
         for seen in (lesion, cancer)
     )
     low, high = 1, 2
