@@ -64,8 +64,10 @@ def draw(*key: int) -> tuple[int, np.random.Generator]:
 def load_generator(run: Path, device: torch.device) -> tuple[Generator, dict, str]:
     """The trained generator of a finished run: (G in eval mode, config, hash of its weights)."""
     config = runs.finished(run, "train-gan")["config"]
-    with runs.checkpoint(run) as state:
+    with files.reading(run / "config.json", "train it again"):
         G = Generator(config["patch_size"], config["g_base"], config["g_center"], config["sn_g"])
+        assert config["task"] in data.TASKS, config["task"]
+    with runs.checkpoint(run) as state:
         G.load_state_dict(state["watch"]["chosen"])
     return G.to(device).eval(), config, runs.weights_hash(G)
 
@@ -76,9 +78,7 @@ class Synthesizer:
     def __init__(self, gan: Path, device: torch.device | str, control: str, options: dict):
         self.G, self.run, self.hash = load_generator(gan, torch.device(device))
         self.gan, self.control, self.options = gan, control, options
-        self.task, self.side = self.run.get("task"), self.G.patch_size
-        if self.task not in tuple(data.TASKS):
-            raise ValueError(f"--gan {gan}: its config.json is damaged (task {self.task!r:.80})")
+        self.task, self.side = self.run["task"], self.G.patch_size
         self.config = {"task": self.task, "generator": self.hash, "control": control, **options}
 
     @torch.inference_mode()
@@ -219,7 +219,7 @@ def synthesize_set(
         )
     sources = source_patches(patch_set, synth.task)
     config = {"data": prepared["fingerprint"], "spacing_mm": prepared["spacing_mm"], "n": n}
-    config |= {"patch_size": synth.side, "seed": seed, **synth.config}
+    config |= {"patch_size": synth.side, "seed": seed} | synth.config
     parts = out / "parts"  # a file per batch of attempts: a killed run goes on after the last
     with runs.claim_folder(out, "synthesize", config) as complete:
         if not complete:
@@ -349,9 +349,8 @@ def _warnings(facts: dict) -> list[str]:
     few = f"short, {facts['accepted']} samples: {facts['attempts']} attempts are the most made"
     rare = f"only {facts['acceptance']:.1%} accepted, the generator's rare results. {ADVICE}"
     wide = f"half of the lesions cover over {facts['area_median']:.0%} of the patch. {ADVICE}"
-    applies = {few: facts["short"], rare: facts["acceptance"] < 0.05}
-    applies |= {wide: facts["area_median"] > 0.5}
-    return [text for text, true in applies.items() if true]
+    when = {few: facts["short"], rare: facts["acceptance"] < 0.05, wide: facts["area_median"] > 0.5}
+    return [text for text, applies in when.items() if applies]
 
 
 # --- Control: a bump of the same size that nobody learned ---

@@ -139,7 +139,6 @@ def whole(side: int, n: int, device: torch.device) -> None:
             f"synthesize, {side} px, {device.type}, {n} samples from {facts['attempts']} attempts: "
             f"{total[0]:.1f} s; the generator's forward pass alone {alone[0]:.1f} s: "
             f"{total[0] / alone[0]:.2f} times, in processor time {total[1] / alone[1]:.2f} times"
-            + (" (target 1.3)" if device.type == "cpu" else " (reported)")
         )
 
 

@@ -84,13 +84,14 @@ def synthesize_images(
 def _named(paths: Iterable[Path], marked: bool) -> dict[str, Source]:
     """Images by the names of their outputs: file stems, made unique. With boxes when `marked`."""
     images, named = {}, {}
-    for path in map(Path, paths):
-        rows = sources.read_manifest(path) if path.suffix.lower() == ".csv" else []
-        known = {row.image_path: row.spacing_mm for row in rows} if rows else {str(path): None}
-        for name, spacing_mm in known.items():
-            found = [row.bbox for row in rows if row.image_path == name and row.bbox]
-            boxes = list(dict.fromkeys(found))  # a lesion both mass and calcification has two rows
-            images[name] = Source(name, spacing_mm, boxes if marked else None)
+    for path in map(str, paths):
+        rows = sources.read_manifest(Path(path)) if path.lower().endswith(".csv") else []
+        known = {row.image_path: row.spacing_mm for row in rows} if rows else {path: None}
+        images |= {name: Source(name, mm, [] if marked else None) for name, mm in known.items()}
+        for row in rows:
+            boxes = images[row.image_path].boxes
+            if marked and row.bbox and row.bbox not in boxes:  # of both types: two rows
+                boxes.append(row.bbox)
     for source in images.values():
         stem = Path(source.path).stem
         names = itertools.chain([stem], (f"{stem}_{k}" for k in itertools.count(2)))
@@ -178,10 +179,7 @@ def insert_lesions(
                 raise ValueError(f"lesion {k + 1}: {missing}")
             windows = [(row, col, row + shape[0], col + shape[1]) for row, col in corners]
             tried = _try(synth, display, windows, rng)
-            if boxes and tried:
-                (low, high), middle = tried[0].ends, np.reshape(boxes[k], (2, 2)).mean(axis=0)
-                tried = tried if (low < middle).all() and (middle < high).all() else []
-            if tried:
+            if tried and (not boxes or _holds_middle(tried[0], boxes[k])):
                 break
         else:
             raise ValueError(
@@ -277,6 +275,11 @@ def _is_cut(mask: np.ndarray) -> bool:
     frame = BORDER_PX * len(mask) // 256
     inner = mask[frame:-frame, frame:-frame]
     return bool(inner[[0, -1]].any() or inner[:, [0, -1]].any())
+
+
+def _holds_middle(lesion: Lesion, box: tuple[float, ...]) -> bool:
+    (low, high), middle = lesion.ends, np.reshape(box, (2, 2)).mean(axis=0)
+    return bool((low < middle).all() and (middle < high).all())
 
 
 def _place(display: np.ndarray, lesion: Lesion, annotated: list[tuple[float, ...]]) -> dict:

@@ -321,6 +321,7 @@ def test_bad_places_are_one_clear_message_each(made, phantoms, tmp_path, options
     failed = synthesize_images(made / "bump", [source], tmp_path / "out", device="cpu", **options)
     ((name, reason),) = failed
     assert name == str(source) and re.search(message, reason) and "\n" not in reason
+    assert not list((tmp_path / "out").iterdir())  # free for other options
 
 
 def test_a_file_that_fails_does_not_stop_the_rest(made, phantoms, tmp_path):
@@ -337,6 +338,18 @@ def test_a_file_that_fails_does_not_stop_the_rest(made, phantoms, tmp_path):
     assert set(annotated(out)) == {phantoms[0].stem, phantoms[1].stem}
     stored = json.loads((out / "config.json").read_text())["failed"]
     assert [name for name, _ in stored] == list(failed)
+
+
+def test_failed_files_are_tried_again_by_the_same_command(made, phantoms, tmp_path, capsys):
+    paths, out = [phantoms[0], tmp_path / "late.dcm"], tmp_path / "out"
+    assert len(synthesize_images(made / "bump", paths, out, device="cpu")) == 1
+    assert not json.loads((out / "config.json").read_text())["complete"]
+    shutil.copy(phantoms[1], paths[1])
+    capsys.readouterr()
+    assert synthesize_images(made / "bump", paths, out, device="cpu") == []
+    assert str(phantoms[0]) not in capsys.readouterr().out  # the other one is not made again
+    assert json.loads((out / "config.json").read_text())["complete"]
+    assert set(annotated(out)) == {phantoms[0].stem, "late"} and not (out / "parts").exists()
 
 
 def test_images_without_spacing_need_a_manifest_that_gives_it(made, native, tmp_path):

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -414,6 +415,15 @@ def test_a_run_that_does_not_fit_is_refused(made, tmp_path):
         synthesize_set(tmp_path / "absent", tmp_path / "small", tmp_path / "out", n=2)
     with pytest.raises(ValueError, match=r"'prepare'; expected a folder made by 'train-gan'"):
         synthesize_set(tmp_path / "small", tmp_path / "small", tmp_path / "out", n=2)
+
+
+def test_a_damaged_configuration_of_a_run_is_named(made, tmp_path):
+    shutil.copytree(made / "mass", tmp_path / "run")
+    path = tmp_path / "run/config.json"
+    for task in ('"masses"', "[]"):
+        path.write_text((made / "mass/config.json").read_text().replace('"mass"', task))
+        with pytest.raises(ValueError, match=r"config.json: damaged .*; train it again"):
+            synthesize_set(tmp_path / "run", made / "data", tmp_path / "out", n=3, device="cpu")
 
 
 def test_another_checkpoint_or_option_does_not_go_on_in_the_same_folder(made, tmp_path):
