@@ -11,7 +11,8 @@ RUN python3 -m venv /app/venv \
  && /app/venv/bin/pip install --no-cache-dir --disable-pip-version-check -r /app/requirements.txt
 
 COPY *.py LICENSE /app/
-RUN /app/venv/bin/python -m compileall -q /app/*.py
+COPY support /app/support
+RUN /app/venv/bin/python -m compileall -q /app/*.py /app/support
 
 # Any uid works (docker run --user): nothing is written outside the mounted folders and /tmp.
 ENV HOME=/tmp USER=mamgan TORCH_HOME=/tmp/torch MPLCONFIGDIR=/tmp/matplotlib \

@@ -61,13 +61,11 @@ def evaluate(
     augmented: Sequence[Path],
     synthetic: Sequence[Path],
     out: Path,
-    skipped: Sequence[tuple[str, str]] = (),
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> list[dict]:
     """Table 1 with statistics that hold, controls, Figures 1, 4, 5, 6, and report.html.
 
-    skipped: (regime, reason) of rows that could not be trained; they stay in the table, empty.
     Returns the rows of table1.csv with what was concluded. Raises ValueError: runs or sets of
     another patch set, unfinished runs, fewer than two test patients a class.
     """
@@ -79,7 +77,6 @@ def evaluate(
         patchset.check_synthetic(syn, patch_set)
     claimed = {"data": config["fingerprint"], "regimes": [[r.name, *r.hashes] for r in regimes]}
     claimed |= {"synthetic": [s.fingerprint for s in sets], "seed": seed}
-    claimed["skipped"] = [list(s) for s in skipped]
     stages = sum(len(r.runs) for r in regimes) + len(sets) + 1
     claim = runs.claim_folder(out, "evaluate", claimed)
     with claim, runs.progress(stages, "evaluate") as advance:
@@ -130,8 +127,6 @@ def evaluate(
         facts = [(r.name, r.folder.name, r.seeds, r.hashes, r.config) for r in regimes]
         metrics["runs"] = [dict(zip(names, fact, strict=True)) for fact in facts]
         rows = [row | {"proportion": r.proportion} for row, r in zip(rows, regimes, strict=True)]
-        empty = dict.fromkeys(COLUMNS) | {"seeds": 0}
-        rows += [empty | {"regime": name, "reason": reason} for name, reason in skipped]
         table = ([row[column] for column in COLUMNS] for row in rows)
         files.write_table(out / "table1.csv", COLUMNS, table)
         files.write_json(out / "metrics.json", metrics)

@@ -196,12 +196,10 @@ def test_table_is_printed_with_intervals_and_reasons(tmp_path, capsys):
     base |= dict.fromkeys(("delta", "delta_low", "delta_high", "p_delong", "p_clustered"))
     more = {"regime": "50% w/ decay", "auc": 0.82, "low": 0.72, "high": 0.92, "delta": 0.02}
     more |= {"delta_low": -0.01, "delta_high": 0.05, "p_delong": 0.03, "p_clustered": 0.2}
-    none = {"regime": "Blob control", "auc": None, "reason": "synthetic-mass-blob is empty"}
-    mamgan.print_table([base, more, none], tmp_path)
+    mamgan.print_table([base, more], tmp_path)
     text = capsys.readouterr().out
     assert "0.820 (0.720 to 0.920)" in text
     assert "+0.020 (-0.010 to +0.050)" in text
-    assert "skipped: synthetic-mass-blob is empty" in text
     assert str(tmp_path / "report.html") in text
 
 
