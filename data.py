@@ -69,7 +69,7 @@ SPLIT_SHARES = {"train": 60, "val": 20, "test": 20}  # %
 def split_patients(findings: list[Finding], seed: int) -> dict[str, str]:
     """Patient -> split, stratified by worst pathology (Q20).
 
-    Within a pathology, patients with the same findings are dealt out in turn: whatever the seed,
+    Within a pathology, patients with the same findings are assigned in turn: whatever the seed,
     a class of five patients comes into every split, where chance would leave small sets without.
     Published splits stay. When only some patients carry one, the others are divided over the
     splits that nobody carries, in the proportion of P2 (CBIS-DDSM: test is published).
@@ -87,11 +87,11 @@ def split_patients(findings: list[Finding], seed: int) -> dict[str, str]:
     for level in range(len(PATHOLOGIES)):
         patients = [p for p in open_patients if worst[p] == level]
         order = np.random.default_rng((seed, level)).permutation(len(patients))
-        dealt = np.zeros_like(shares)
+        assigned = np.zeros_like(shares)  # patients of each split
         for place, at in enumerate(sorted(order, key=lambda at: sorted(kinds[patients[at]]))):
-            owed = (shares * (place + 1) - shares.sum() * dealt).argmax()
-            splits[patients[at]] = open_splits[owed]
-            dealt[owed] += 1
+            due = (shares * (place + 1) - shares.sum() * assigned).argmax()
+            splits[patients[at]] = open_splits[due]
+            assigned[due] += 1
     return splits
 
 
@@ -162,8 +162,9 @@ class SourceImage:
 
 
 def source_images(
-    findings: list[Finding], config: PrepareConfig, hide: Callable
+    findings: list[Finding], config: PrepareConfig, hide: Callable[[str], str]
 ) -> list[SourceImage]:
+    """The images in the order of their paths; `hide` gives the names to use in the outputs."""
     by_path, splits, images = defaultdict(list), split_patients(findings, config.seed), []
     for row in findings:
         by_path[row.image_path].append(row)
@@ -181,12 +182,7 @@ def source_images(
     return images
 
 
-# --- §3 "a random location is picked ... that contains at least 90% breast tissue", P6 ---
-
-MASK_CELLS = 200  # cells along the longer side of a breast mask: about 1 mm
-BURNT_OUT = 249  # of 255; what touches the border above it is film frame, not tissue
-SKIN_LEVEL = 0.35  # of the way from air to Otsu's threshold; set by eye on CBIS-DDSM
-DRAWS = 16  # corners drawn at once among those that can be valid; nine in ten are
+# --- §3 "To create patches, a random location is picked on a random mammogram image" ---
 
 
 def patch_seed(seed: int, key: str, patch: int, attempt: int = 0) -> int:
@@ -197,6 +193,14 @@ def patch_seed(seed: int, key: str, patch: int, attempt: int = 0) -> int:
 def random_image(images: Sequence[int], bits: int) -> int:
     """The "random mammogram image" that `patch_seed` means, each equally likely."""
     return images[bits * len(images) >> 60]
+
+
+# --- §3 "that contains at least 90% breast tissue", P6 ---
+
+MASK_CELLS = 200  # cells along the longer side of a breast mask: about 1 mm
+BURNT_OUT = 249  # of 255; what touches the border above it is film frame, not tissue
+SKIN_LEVEL = 0.35  # of the way from air to Otsu's threshold; set by eye on CBIS-DDSM
+DRAWS = 16  # corners drawn at once among those that can be valid; nine in ten are
 
 
 def breast_cells(display: np.ndarray) -> tuple[np.ndarray, int]:
@@ -445,15 +449,6 @@ class DecodedImage:
         box = np.array(place.lesion.bbox) - (row0, col0, row0, col0)
         box = np.clip(whole_box(box * (down, across, down, across)), 0, size).tolist()
         return patch, flip_rotate_box(box, size, place.flip, place.rotation)
-
-    def flipped(self) -> int:
-        """How many boxes in air have their mirror image (rows from the bottom) on tissue."""
-        count = 0
-        for row0, col0, row1, col1 in {whole_box(row.bbox) for row in self.image.rows if row.bbox}:
-            size, mirrored = (row1 - row0, col1 - col0), self.display.shape[0] - row1
-            given, other = (self.tissue.share(row, col0, size) for row in (row0, mirrored))
-            count += int(given < 0.1 and other > 0.9)
-        return count
 
 
 def whole_box(bbox: Iterable[float]) -> tuple[int, int, int, int]:

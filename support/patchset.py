@@ -104,7 +104,7 @@ def visit_image(
     except (ValueError, OSError) as error:  # an OSError would name the file
         reason = getattr(error, "strerror", None) or str(error)
         return visit | {"reason": " ".join(reason.split())}
-    visit |= {"uid": decoded.uid, "flipped": decoded.flipped()}
+    visit |= {"uid": decoded.uid, "flipped": _upside_down(decoded)}
     arrays = {}
     for key in sorted({key for key, _, _ in requests}):
         # Whether a class has any place here may not depend on which patches ask first.
@@ -124,33 +124,44 @@ def visit_image(
     return visit
 
 
+def _upside_down(decoded: DecodedImage) -> int:
+    """How many boxes in air have their mirror image (rows from the bottom) on tissue."""
+    count, height = 0, len(decoded.display)
+    boxes = {data.whole_box(row.bbox) for row in decoded.image.rows if row.bbox}
+    for row0, col0, row1, col1 in boxes:
+        size = row1 - row0, col1 - col0
+        given, mirrored = (decoded.tissue.share(row, col0, size) for row in (row0, height - row1))
+        count += int(given < 0.1 and mirrored > 0.9)
+    return count
+
+
 class PatchWriter:
     """`prepare` at work.
 
     A patch is requested of the image of its first attempt; where that has no place for it, of that
     of its next. Each image is visited once for all patches requested of it; only requests passed on
     to an image that was visited already cause a second visit. `work/visits.jsonl`, the journal, has
-    a line per visit: what it holds is done, whenever the run is killed.
+    a line per visit: what it holds is done and on disk, whenever the run is killed.
     """
 
     def __init__(self, findings: list[Finding], out: Path, config: PrepareConfig):
         self.out, self.config, self.hide = out, config, _pseudonyms(config.pseudonymise)
         self.images = data.source_images(findings, config, self.hide)
-        self.sources = {  # "split/class": images it is drawn from
+        self.images_of = {  # "split/class": images it is drawn from
             key: [index for index, image in enumerate(self.images) if key in image.classes]
             for key in KEYS
             if config.counts.get(key)
         }
         self.skipped: dict[str, str] = {}
-        self.rows = {key: [None] * config.counts[key] for key in self.sources}  # image, columns
+        self.rows = {key: [None] * config.counts[key] for key in self.images_of}  # image, columns
         self.visits: dict[int, dict] = {}  # the last one of each image
         self.requests = defaultdict(list)  # image: what is requested of it
-        self.no_place = {key: set() for key in self.sources}  # images without a place for a class
+        self.no_place = {key: set() for key in self.images_of}  # images without a place for a class
         self.names = defaultdict(set)  # image_uid: images
-        for key in [key for key, indexes in self.sources.items() if not indexes]:
+        for key in [key for key, indexes in self.images_of.items() if not indexes]:
             hint = ", but see --normals-from-annotated" if key.endswith("/normal") else ""
             self.skip(key, f"the source holds none{hint}")
-        if not self.sources:
+        if not self.images_of:
             text = (
                 f"the source: found no wanted class in {len(self.images)} images; expected normal"
             )
@@ -170,7 +181,7 @@ class PatchWriter:
         if key in self.config.required:
             raise ValueError(f"--count {text}{example}")
         self.skipped[key] = why
-        del self.sources[key], self.rows[key]
+        del self.images_of[key], self.rows[key]
         click.echo(f"{text}: skipped", err=True)
 
     def reserve(self) -> None:
@@ -192,21 +203,13 @@ class PatchWriter:
 
     def assign(self, key: str, patch: int, attempt: int) -> None:
         """Request a patch of the image of its first attempt, from `attempt` on, that may do."""
-        while key in self.sources:
+        while key in self.images_of:
             bits = data.patch_seed(self.config.seed, key, patch, attempt)
-            image = data.random_image(self.sources[key], bits)
+            image = data.random_image(self.images_of[key], bits)
             if image not in self.no_place[key]:
                 self.requests[image].append((key, patch, attempt))
                 return
             attempt += 1
-
-    def requested(self, index: int) -> list[Request]:
-        """What an image is visited for; what it is known to have no place for is passed on."""
-        requests = self.requests.pop(index, [])
-        for key, patch, attempt in requests:
-            if index in self.no_place[key]:
-                self.assign(key, patch, attempt + 1)
-        return [request for request in requests if index not in self.no_place[request[0]]]
 
     def record(self, visit: dict) -> None:
         """Take in a visit, this run's or an earlier one's.
@@ -218,9 +221,9 @@ class PatchWriter:
         for key, patch, columns in visit.pop("rows"):
             self.rows[key][patch] = index, columns
         without = image.classes if visit["reason"] else visit["no_place"]
-        for key in sorted(self.sources.keys() & without):
+        for key in sorted(self.images_of.keys() & without):
             self.no_place[key].add(index)
-            if len(self.no_place[key]) == len(self.sources[key]):
+            if len(self.no_place[key]) == len(self.images_of[key]):
                 example = f"; {image.name}: {self.reason(index)}"
                 self.skip(key, "no image has a place for it", example)
         self.names[visit["uid"] or index].add(index)
@@ -242,7 +245,7 @@ class PatchWriter:
             for patch in [patch for patch, row in enumerate(rows) if row is None]:
                 self.assign(key, patch, 0)
         total, left = (sum(map(len, d.values())) for d in (self.rows, self.requests))
-        wanted = {index for indexes in self.sources.values() for index in indexes}
+        wanted = {index for indexes in self.images_of.values() for index in indexes}
         unseen, running = deque(sorted(wanted - self.visits.keys())), {}
         with (
             open(journal, "a", encoding="utf-8") as lines,
@@ -252,9 +255,9 @@ class PatchWriter:
             while unseen or running or self.requests:
                 while (unseen or self.requests) and len(running) < 2 * workers:
                     index = unseen.popleft() if unseen else next(iter(self.requests))
-                    if (requests := self.requested(index)) or index not in self.visits:
-                        work = self.images[index], self.config, self.out, requests
-                        running[pool.submit(visit_image, index, *work)] = index, requests
+                    requests = self.requests.pop(index, [])
+                    work = index, self.images[index], self.config, self.out, requests
+                    running[pool.submit(visit_image, *work)] = index, requests
                 for future in concurrent.futures.wait(running, return_when="FIRST_COMPLETED")[0]:
                     try:
                         visit = future.result()
@@ -389,10 +392,10 @@ def contact_sheet(images: list[SourceImage], config: PrepareConfig, out: Path, n
             colour = colours.get(f"{row.pathology}_{row.finding}", "white")
             shown += [(colour, 2, row.bbox)] if row.bbox else []
         axes = figure.add_subplot(down, across, place)
-        at = np.arange(0, width, step), np.arange(0, height, step)
-        outline = data.breast_mask(decoded.display)[::step, ::step]
         axes.imshow(decoded.display[::step, ::step], cmap="gray", extent=(0, width, height, 0))
-        axes.contour(*at, outline, [0.5], colors="lime", linewidths=0.8)
+        outline = {"levels": [0.5], "colors": "lime", "linewidths": 0.8}
+        mask = data.breast_mask(decoded.display)[::step, ::step]
+        axes.contour(mask, extent=(0, width, 0, height), **outline)
         for colour, line, (row0, col0, row1, col1) in shown:
             corners = [col0, col1, col1, col0, col0], [row0, row0, row1, row1, row0]
             axes.plot(*corners, color=colour, linewidth=line)

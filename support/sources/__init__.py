@@ -100,9 +100,9 @@ def check_findings(findings: list[Finding]) -> list[str]:
     for row in findings:
         images[row.image_path].append(row)
         splits[row.patient_id].add(row.split)
-    for patient, found in sorted(splits.items()):
-        if len(found - {""}) > 1:
-            problems.append(f"patient {patient} in splits {', '.join(sorted(found - {''}))}")
+    for patient, given in sorted(splits.items()):
+        if len(given - {""}) > 1:
+            problems.append(f"patient {patient} in splits {', '.join(sorted(given - {''}))}")
     for path, rows in images.items():
         files = {path: 1} | {row.mask_path: 1 for row in rows if row.mask_path}
         if missing := [file for file in files if not os.path.isfile(file)]:
@@ -127,11 +127,11 @@ def check_findings(findings: list[Finding]) -> list[str]:
 
 
 def raise_all(what: str, problems: list[str], advice: str) -> None:
+    """One ValueError for all problems, when there are any."""
     if problems:
         more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
-        listed = "; ".join(problems[:10]) + more
-        found = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ValueError(f"{what} {found}: {listed}; {advice}")
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ValueError(f"{what} {count}: {'; '.join(problems[:10])}{more}; {advice}")
 
 
 # --- Public data sets: the formats of `prepare` ---

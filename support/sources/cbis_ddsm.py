@@ -25,8 +25,11 @@ COLUMNS = (
 WORDS = {
     "left or right breast": {"LEFT": "L", "RIGHT": "R"},
     "abnormality type": {"mass": "mass", "calcification": "calcification"},
-    "pathology": {"MALIGNANT": "malignant"}
-    | dict.fromkeys(("BENIGN", "BENIGN_WITHOUT_CALLBACK"), "benign"),
+    "pathology": {
+        "MALIGNANT": "malignant",
+        "BENIGN": "benign",
+        "BENIGN_WITHOUT_CALLBACK": "benign",
+    },
 }
 
 
@@ -104,7 +107,7 @@ def _region(finding: Finding, paths: set[Path], traps: Traps) -> Finding:
         traps["Masks of another size than their image, rescaled to it"] += (down, across) != (1, 1)
         box = (rows[0] * down, cols[0] * across, (rows[-1] + 1) * down, (cols[-1] + 1) * across)
         box = common.clip(tuple(map(float, box)), size, traps)
-        return replace(finding, bbox=box, mask_path=str(path) if box else "")
+        return replace(finding, bbox=box, mask_path=str(path))
     traps["Abnormalities without a readable mask: only their image is labelled"] += 1
     return finding
 

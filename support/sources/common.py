@@ -49,11 +49,11 @@ def files(root: Path) -> list[Path]:
 
 def named(paths: Iterable[Path], root: Path, name: str, advice: str = "") -> Path:
     """The one file of this name (case ignored). Raises ValueError when there is none or two."""
-    found = [path for path in paths if path.name.lower() == name.lower()]
-    if len(found) != 1:
-        text = f"found {len(found)} files named {name}; expected exactly one{advice}"
+    same = [path for path in paths if path.name.lower() == name.lower()]
+    if len(same) != 1:
+        text = f"found {len(same)} files named {name}; expected exactly one{advice}"
         raise ValueError(f"{root}: {text}")
-    return found[0]
+    return same[0]
 
 
 def table(path: Path, columns: tuple[str, ...], delimiter: str = ",") -> Iterator[tuple[str, dict]]:

@@ -53,10 +53,10 @@ def _client(client: Path, images: Path, traps: Traps) -> list[Finding]:
     episodes = {key: value for key, value in nbss.items() if isinstance(value, dict)}
     normal = bool(episodes) and all(map(_normal, episodes.values()))
     findings = []
-    for study_id, study in _dict(imagedb.get("STUDIES")).items():
-        episode = _episode(_dict(study), episodes, traps)
-        for series_id, series in _dict(study).items():
-            for image_id, marks in _dict(series).items():
+    for study_id, study in _level(imagedb, "STUDIES").items():
+        episode = _episode(_level(study), episodes, traps)
+        for series_id, series in _level(study).items():
+            for image_id, marks in _level(series).items():
                 if not all(UID.fullmatch(uid) for uid in (study_id, series_id, image_id)):
                     continue  # attributes of a study or series
                 path = images / study_id / f"{image_id}.dcm"
@@ -68,7 +68,7 @@ def _client(client: Path, images: Path, traps: Traps) -> list[Finding]:
                     traps["Images whose header is damaged or tells no side, left out"] += 1
                     continue
                 image, rows = Finding(str(path), client.name, side, view), []
-                for mark in filter(None, map(_dict, _dict(marks).values())):
+                for mark in filter(None, map(_level, _level(marks).values())):
                     rows += _mark(mark, image, episode, traps)
                 pathology = _pathology(episode, side, "", traps)
                 findings += rows or [common.unmarked(image, normal, pathology, traps)]
@@ -106,9 +106,11 @@ def _mark(mark: dict, image: Finding, episode: dict, traps: Traps) -> list[Findi
     return common.typed(image, kinds, pathology, box, traps)
 
 
-def _dict(value: object) -> dict:
+def _level(node: object, *keys: str) -> dict:
     """A level of OMI-DB's JSON; empty where the file holds null or "" in its place."""
-    return value if isinstance(value, dict) else {}
+    for key in keys:
+        node = node.get(key) if isinstance(node, dict) else None
+    return node if isinstance(node, dict) else {}
 
 
 def _json(client: Path, kind: str) -> dict:
@@ -127,7 +129,7 @@ def _leaves(node: dict) -> Iterator[tuple[str, str]]:
 
 def _normal(episode: dict) -> bool:
     """No interval cancer, surgery, benign or malignant opinion, and no examination without one."""
-    events = {name: _dict(episode[name]) for name in EVENTS if episode.get(name) is not None}
+    events = {name: _level(episode, name) for name in EVENTS if episode.get(name) is not None}
     examined = [event for name, event in events.items() if name != "SCREENING"]
     return (
         bool(events)
@@ -160,10 +162,10 @@ def _pathology(episode: dict, side: str, lesion: str, traps: Traps) -> str:
     another lesion: it is benign, the side has a single lesion, or the side is asked for (`lesion`
     empty).
     """
-    single = len(_dict(_dict(episode.get("LESION")).get(side))) <= 1
+    single = len(_level(episode, "LESION", side)) <= 1
     for name in EVENTS:
-        event = _dict(episode.get(name))
-        own = _dict(_dict(event.get(side)).get(lesion)).get("Opinion")
+        event = _level(episode, name)
+        own = _level(event, side, lesion).get("Opinion")
         if verdict := OPINIONS.get(own):
             return verdict
         verdict = OPINIONS.get(event.get("left_opinion" if side == "L" else "right_opinion"))
