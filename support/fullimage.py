@@ -1,32 +1,47 @@
-"""Lesions in full mammograms: boxes, masks, before and after (F3, F7)."""
+"""Lesions in full mammograms (§4 "As a future step", F7; Figure 3): boxes, masks, pictures."""
 
 import io
 import itertools
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar
 
 import data
-from data import resize
 from models import BORDER_PX
-from postprocess import IsolatedLesion, Synthesizer, draw
-from support import derived, files, mammogram, runs, sources
-from support.figures import grey, save_tiles
-
-# --- Reinsertion into full mammograms (§4 "As a future step", F7; Figure 3) ---
+from postprocess import Synthesizer, draw
+from support import derived, figures, files, mammogram, runs, sources
 
 TRIES_PER_LESION, STRIP_MIN_AREA_FRAC = 100, 0.01  # ours
+STRIP_DRAWS = 100  # places for a row of windows that are looked at before a column is taken
 CATEGORY = {"mass": "synthetic mass", "calcification": "synthetic calcification"}
+CATEGORY |= {"removal": "removed lesion"}
+Corner = tuple[int, int]  # row, col of the first pixel of a window, in stored pixels
+Window = tuple[int, int, int, int]  # row0, col0, row1, col1, half-open
+
+
+class Source(NamedTuple):
+    """An image to work on, and what its manifest says of it."""
+
+    path: str
+    spacing_mm: tuple[float, float] | None
+    boxes: list[tuple[float, ...]] | None  # None: it was not asked for them
+
+
+# --- The command ---
 
 
 def synthesize_images(
     gan: Path,
-    files: Iterable[Path],
+    paths: Iterable[Path],
     out: Path,
     at: Sequence[tuple[int, int]] = (),
     lesions: int = 1,
@@ -38,7 +53,7 @@ def synthesize_images(
 ) -> list[tuple[str, str]]:
     """Add lesions to full mammograms, or remove them; returns the files that failed, with reasons.
 
-    files: mammograms, or manifests (.csv) whose images are meant and whose spacing overrides
+    paths: mammograms, or manifests (.csv) whose images are meant and whose spacing overrides
     at: centres of patches in stored pixels, a lesion each; or `strip` contiguous patches in a row,
         where none fits in a column (Figure 3). Without either, removal takes every lesion that
         the manifest marks in an image; else `lesions` random places that satisfy the 90% rule
@@ -46,50 +61,88 @@ def synthesize_images(
     synth = Synthesizer(gan, device, "", {"component": component, **options})
     if strip > 1:  # Figure 3 shows a lesion on every patch, so smaller ones are taken too
         synth.options["min_area_frac"] = options.get("min_area_frac") or STRIP_MIN_AREA_FRAC
-    images, failed = _named(files), []
     marked = synth.task == "removal" and not at and strip == lesions == 1
-    shown = {name: [mm, boxes if marked else []] for name, (_, mm, boxes) in images.items()}
-    config = {"images": shown, "at": at, "lesions": lesions, "strip": strip}
-    config |= {"seed": seed, **synth.config}
-    category = CATEGORY.get(synth.task, "removed lesion")
-    made = f"{category} by contextual GAN {synth.hash[:16]}; research only", f"{seed} {synth.hash}"
-    with runs.claim_folder(out, "synthesize", config), runs.progress(len(images), "images") as tick:
-        parts = out / "parts"  # a record per finished image: a killed run goes on with the others
-        parts.mkdir(exist_ok=True)
-        for number, (name, (file, *_)) in enumerate(images.items(), start=1):
-            part = parts / f"{number:08d}.json"
-            if not part.exists():
-                try:
-                    m, (spacing_mm, boxes) = mammogram.read_mammogram(file), shown[name]
-                    m.spacing_mm = spacing_mm or m.spacing_mm
-                    display, placed = insert_lesions(synth, m, at, lesions, strip, seed, boxes)
-                except (ValueError, OSError) as error:
-                    reason = getattr(error, "strerror", None) or str(error)
-                    failed.append((str(file), reason.removeprefix(f"{file}: ")))
-                    click.echo(f"{file}: failed: {failed[-1][1]}", err=True)
-                else:
-                    note = _write_image(out / name, m, display, placed, strip, made)
-                    image = dict(zip(("height", "width"), m.display.shape, strict=True))
-                    image |= {"id": number, "file_name": f"{name}_synthetic.png"}
-                    label = {"image_id": number, "category": category}
-                    annotations = [label | lesion for lesion in placed]
-                    files.write_json(part, {"image": image, "annotations": annotations})
-                    note += " at random, no box was given" if marked and not boxes else ""
-                    shares = ", ".join(f"{p['covered']:.0%}" for p in placed if "covered" in p)
-                    note += f" that covers {shares} of the annotated box" if shares else ""
-                    click.echo(f"{file}: {len(placed)} x {category}{note}")
-            tick()
-        records = [files.read_json(part) for part in sorted(parts.glob("*.json"))]
-        if not records:  # nothing is there: other options may try in the same folder
-            (out / "config.json").unlink()
-        else:
-            annotations = [a for record in records for a in record["annotations"]]
-            found = derived.coco([record["image"] for record in records], annotations)
-            files.write_json(out / "annotations.json", found)
-            runs.finish_folder(out, failed=failed)
-        shutil.rmtree(parts)
-    click.echo(f"{out}: {len(records)} images written, {len(failed)} failed")
+    images, parts, failed = _named(paths, marked), out / "parts", []
+    places = {"at": at, "lesions": lesions, "strip": strip, "seed": seed}
+    config = {"images": {name: [s.spacing_mm, s.boxes] for name, s in images.items()}}
+    with runs.claim_folder(out, "synthesize", config | places | synth.config) as complete:
+        if not complete:
+            parts.mkdir(exist_ok=True)  # a record per whole image: a killed run does the others
+            with runs.progress(len(images), "images") as advance:
+                for number, (name, source) in enumerate(images.items(), start=1):
+                    part = parts / f"{number:08d}.json"
+                    if not part.exists() and (why := _make(synth, source, part, name, places)):
+                        failed.append((source.path, why))
+                        click.echo(f"{source.path}: failed: {why}", err=True)
+                    advance()
+            _finish(out, sorted(parts.glob("*.json")), failed)
+        if not failed:
+            shutil.rmtree(parts, ignore_errors=True)
     return failed
+
+
+def _named(paths: Iterable[Path], marked: bool) -> dict[str, Source]:
+    """Images by the names of their outputs: file stems, made unique. With boxes when `marked`."""
+    images, named = {}, {}
+    for path in map(str, paths):
+        rows = sources.read_manifest(Path(path)) if path.lower().endswith(".csv") else []
+        known = {row.image_path: row.spacing_mm for row in rows} if rows else {path: None}
+        images |= {name: Source(name, mm, [] if marked else None) for name, mm in known.items()}
+        for row in rows:
+            boxes = images[row.image_path].boxes
+            if marked and row.bbox and row.bbox not in boxes:  # of both types: two rows
+                boxes.append(row.bbox)
+    for source in images.values():
+        stem = Path(source.path).stem
+        names = itertools.chain([stem], (f"{stem}_{k}" for k in itertools.count(2)))
+        named[next(name for name in names if name not in named)] = source
+    return named
+
+
+def _make(synth: Synthesizer, source: Source, part: Path, name: str, places: dict) -> str:
+    """Write everything of one image, its record `part` last; or say why that cannot be."""
+    stem, category = part.parent.parent / name, CATEGORY[synth.task]
+    try:
+        m = mammogram.read_mammogram(source.path)
+        m.spacing_mm = source.spacing_mm or m.spacing_mm
+        display, placed = insert_lesions(synth, m, boxes=source.boxes or (), **places)
+    except (ValueError, OSError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        return reason.removeprefix(f"{source.path}: ")
+    display, note = _write_image(stem, m, display, synth, places["seed"])
+    shown = (m.display, display, placed, m.spacing_mm)
+    figures.save_figure(before_after(*shown), Path(f"{stem}_before_after.png"))
+    if places["strip"] > 1:
+        figures.save_figure(figure3(*shown), Path(f"{stem}_figure3.png"))
+    note += " at random, no box was given" if source.boxes == [] else ""
+    shares = ", ".join(f"{lesion['covered']:.0%}" for lesion in placed if "covered" in lesion)
+    note += f" that covers {shares} of the annotated box" if shares else ""
+    click.echo(f"{source.path}: {len(placed)} x {category}{note}")
+    image = {"id": int(part.stem), "file_name": f"{name}_synthetic.png"}
+    image |= dict(zip(("height", "width"), display.shape, strict=True))
+    annotations = [{"image_id": image["id"], "category": category} | lesion for lesion in placed]
+    files.write_json(part, {"image": image, "annotations": annotations})
+    return ""
+
+
+def _finish(out: Path, parts: list[Path], failed: list[tuple[str, str]]) -> None:
+    """annotations.json of all images (COCO); the folder is whole when none failed."""
+    records, config = [files.read_json(part) for part in parts], out / "config.json"
+    click.echo(f"{out}: {len(records)} images written, {len(failed)} failed")
+    if not records:  # nothing is there: other options may try in the same folder
+        (out / "parts").rmdir()
+        config.unlink()
+        return
+    annotations = [a for record in records for a in record["annotations"]]
+    coco = derived.coco([record["image"] for record in records], annotations)
+    files.write_json(out / "annotations.json", coco)
+    if failed:  # the same command tries them again
+        files.write_json(config, files.read_json(config) | {"failed": failed})
+    else:
+        runs.finish_folder(out, failed=[])
+
+
+# --- Reinsertion: choose windows, try, place ---
 
 
 def insert_lesions(
@@ -104,80 +157,38 @@ def insert_lesions(
     """New display image, equal to the old one wherever a weight is zero, and what was placed.
 
     boxes: annotated lesions in stored pixels, one after the other; what changes must hold their
-    middle, and `placed` tells what share of each box it covers
+        middle, and `placed` tells what share of each box it covers
+    Raises ValueError: no place, or no lesion accepted in it.
     """
     shape = window_shape(synth, m.spacing_mm)
     if (np.array(m.display.shape) < shape).any():
         raise ValueError(f"{_px(m.display.shape)}, smaller than a patch of {_px(shape)}")
-    tissue = data.breast_mask(m.display)
+    tissue = data.Tissue.of(m.display)
     fixed = [_centred(place, shape, tissue) for place in at]
-    valid, step = _side_by_side(data.tissue_windows(tissue, shape), shape, strip)
     display, placed = m.display.copy(), []
-
-    def ends(isolated: IsolatedLesion, corner: tuple[int, int]) -> np.ndarray:
-        """First and last corner (2, 2) of the object in the image."""
-        return np.reshape(isolated.bbox, (2, 2)) * shape / synth.side + corner
-
-    for k in range(len(fixed) or len(boxes) or lesions):
-        if not fixed and not boxes and not valid.any():
-            raise ValueError(f"lesion {k + 1}: no place for {strip} x {_px(shape)} with 90% tissue")
+    for k in range(len(boxes) or len(fixed) or lesions):
         for attempt in range(TRIES_PER_LESION * strip):
             _, rng = draw(seed, int(m.image_uid, 16), k, attempt)
             if boxes:  # first in the middle, then beside it, as training patches hold lesions (P8)
                 shift = rng.uniform(-0.25, 0.25, size=2) * (attempt > 0)
-                row, col = _around(boxes[k], shape, tissue.shape, shift)
-            else:
-                row, col = fixed[k] if fixed else _choose(valid, rng)
-            corners = [(row + k * step[0], col + k * step[1]) for k in range(strip)]
-            windows = [(slice(r, r + shape[0]), slice(c, c + shape[1])) for r, c in corners]
-            patches = np.stack([resize(display[w], (synth.side, synth.side)) for w in windows])
-            found = [synth.isolate(lesion, rng) for lesion in synth.lesions(patches, [rng] * strip)]
-            good = all(isolated is not None and not _is_cut(isolated) for _, isolated in found)
-            if good and boxes:
-                low, high = ends(found[0][1], corners[0])
-                middle = np.add(boxes[k][:2], boxes[k][2:]) / 2
-                good = (low < middle).all() and (middle < high).all()
-            if good:
+                corners = [_around(boxes[k], shape, tissue.shape, shift)]
+            elif fixed:
+                corners = [fixed[k]]
+            elif not (corners := _at_random(tissue, shape, strip, placed, rng)):
+                missing = f"no place for {strip} x {_px(shape)} with 90% tissue"
+                raise ValueError(f"lesion {k + 1}: {missing}")
+            windows = [(row, col, row + shape[0], col + shape[1]) for row, col in corners]
+            tried = _try(synth, display, windows, rng)
+            if tried and (not boxes or _holds_middle(tried[0], boxes[k])):
                 break
         else:
             raise ValueError(
                 f"no lesion accepted in {attempt + 1} attempts, the last in the window of "
-                f"{_px(shape)} at row {row}, column {col}: too small (S5) or cut by its border"
-                + (" or off the middle of the annotated box" if boxes else "")
+                f"{_px(shape)} at row {windows[0][0]}, column {windows[0][1]}: too small (S5) or "
+                "cut by its border" + (" or off the middle of the annotated box" if boxes else "")
             )
-        for corner, window, (lesion, isolated) in zip(corners, windows, found, strict=True):
-            added = resize(isolated.weights * lesion, shape)
-            changed = np.clip(display[window] + added, -1, 1)
-            display[window] = np.where(added == 0, display[window], changed)
-            low, high = ends(isolated, corner)
-            bbox = [int(v) for v in (*np.floor(low), *np.ceil(high))]  # half-open
-            mask = np.zeros(display.shape, bool)
-            mask[window] = resize(isolated.mask, shape) >= 0.5
-            around = [*corner, *(edge.stop for edge in window)]
-            placed.append({"window": around, "bbox": bbox, "segmentation": derived.rle(mask)})
-            if boxes:
-                box = [int(v) for v in (*np.floor(boxes[k][:2]), *np.ceil(boxes[k][2:]))]
-                placed[-1] |= {"annotated": box, "covered": round(float(cut(mask, box).mean()), 3)}
-        near = slice(max(row - shape[0] + 1, 0), row + shape[0])
-        valid[near, max(col - shape[1] + 1, 0) : col + shape[1]] = False  # no overlap
+        placed += [_place(display, lesion, boxes[k : k + 1]) for lesion in tried]
     return display, placed
-
-
-def _side_by_side(valid: np.ndarray, shape: tuple[int, int], count: int) -> tuple:
-    """First corners of `count` valid windows in a row, else in a column; step between them."""
-    for step in ((0, shape[1]), (shape[0], 0)):
-        rows, cols = np.maximum(np.array(valid.shape) - (count - 1) * np.array(step), 0)
-        each = [valid[k * step[0] :, k * step[1] :][:rows, :cols] for k in range(count)]
-        if (together := np.logical_and.reduce(each)).any():
-            break
-    return together, step
-
-
-def _is_cut(isolated: IsolatedLesion) -> bool:
-    """Whether the object ends at the generator's zero frame: its straight edge would show."""
-    frame = BORDER_PX * len(isolated.mask) // 256
-    inner = isolated.mask[frame:-frame, frame:-frame]
-    return bool(inner[[0, -1]].any() or inner[:, [0, -1]].any())
 
 
 def window_shape(synth: Synthesizer, spacing_mm: tuple[float, float] | None) -> tuple[int, int]:
@@ -196,105 +207,160 @@ def _px(shape: Sequence[int]) -> str:
     return f"{shape[0]} x {shape[1]} px"
 
 
-def _choose(valid: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
-    """One top left corner, uniform among the valid ones."""
-    spots = np.flatnonzero(valid)
-    return divmod(int(spots[rng.integers(len(spots))]), valid.shape[1])
-
-
-def _centred(place: tuple[int, int], shape: tuple[int, int], tissue: np.ndarray) -> tuple[int, int]:
+def _centred(place: Corner, shape: tuple[int, int], tissue: data.Tissue) -> Corner:
     """Top left corner of the window around `place`, which must lie in the breast."""
-    low = np.array(shape) // 2
-    room = np.array(tissue.shape) - shape
-    corner = np.array(place) - low
+    low, room = np.array(shape) // 2, np.subtract(tissue.shape, shape)
+    corner = place - low
     if (corner < 0).any() or (corner > room).any():
         raise ValueError(
             f"--at {place[0]} {place[1]}: the patch of {_px(shape)} leaves the image; expected row "
             f"{low[0]} to {low[0] + room[0]} and column {low[1]} to {low[1] + room[1]}"
         )
-    if not tissue[tuple(place)]:
+    if not tissue.share(*place, (1, 1)):
         raise ValueError(f"--at {place[0]} {place[1]}: outside the breast")
-    return int(corner[0]), int(corner[1])
+    return tuple(corner.tolist())
 
 
-def _around(box, shape: tuple[int, int], image: tuple[int, int], shift: np.ndarray) -> tuple:
+def _around(box, shape: tuple[int, int], image: tuple[int, int], shift: np.ndarray) -> Corner:
     """Top left corner of the window about a box, `shift` windows off, moved into the image."""
-    middle = np.reshape(box, (2, 2)).mean(axis=0) + (shift - 0.5) * shape
-    corner = np.clip(np.rint(middle), 0, np.subtract(image, shape))
-    return int(corner[0]), int(corner[1])
+    corner = np.reshape(box, (2, 2)).mean(axis=0) + (shift - 0.5) * shape
+    return tuple(np.clip(np.rint(corner).astype(int), 0, np.subtract(image, shape)).tolist())
 
 
-def _named(files: Iterable[Path]) -> dict[str, tuple]:
-    """Output name -> (file, spacing, boxes of the manifest); names are file stems, made unique."""
-    found = {}
-    for file in map(Path, files):
-        rows = sources.read_manifest(file) if file.suffix.lower() == ".csv" else []
-        found |= {row.image_path: (row.spacing_mm, []) for row in rows} or {str(file): (None, [])}
-        for row in rows:  # a lesion that is both mass and calcification has two rows
-            boxes = found[row.image_path][1]
-            boxes += [row.bbox] if row.bbox and row.bbox not in boxes else []
-    named = {}
-    for path, (spacing_mm, boxes) in found.items():
-        stem = Path(path).stem
-        names = itertools.chain([stem], (f"{stem}_{k}" for k in itertools.count(2)))
-        named[next(name for name in names if name not in named)] = Path(path), spacing_mm, boxes
-    return named
+def _at_random(
+    tissue: data.Tissue, shape: tuple[int, int], strip: int, placed: list[dict], rng
+) -> list[Corner]:
+    """`strip` windows of 90% tissue each (P6), in a row, else in a column; none overlaps."""
+    for down, across in ((1, strip), (strip, 1)):
+        h, w = down * shape[0], across * shape[1]
+        used = [(a - h + 1, b - w + 1, c, d) for a, b, c, d in (old["window"] for old in placed)]
+        for _ in range(STRIP_DRAWS):
+            if not (place := tissue.draw(rng, (h, w), forbidden=used)):
+                break
+            each = itertools.product(range(0, h, shape[0]), range(0, w, shape[1]))
+            corners = [(place[0] + row, place[1] + col) for row, col in each]
+            if min(tissue.share(*corner, shape) for corner in corners) >= tissue.min_tissue - 1e-9:
+                return corners
+    return []
+
+
+class Lesion(NamedTuple):
+    """What the generator made of a window (h, w), in stored pixels."""
+
+    window: Window
+    ends: np.ndarray  # (2, 2) first and last corner of the object in the image, not rounded
+    mask: np.ndarray  # (h, w) bool, the object before expansion
+    added: np.ndarray  # (h, w) float, weights * lesion
+
+
+def _try(
+    synth: Synthesizer, display: np.ndarray, windows: list[Window], rng: np.random.Generator
+) -> list[Lesion]:
+    """A lesion for each window; none at all when one is not accepted or cut by its border."""
+    patches = np.stack([data.resize(_cut(display, w), (synth.side, synth.side)) for w in windows])
+    tried = []
+    for window, lesion in zip(windows, synth.lesions(patches, [rng] * len(windows)), strict=True):
+        lesion, isolated = synth.isolate(lesion, rng)
+        if isolated is None or _is_cut(isolated.mask):
+            return []
+        shape = _cut(display, window).shape
+        ends = window[:2] + np.reshape(isolated.bbox, (2, 2)) * shape / synth.side
+        mask = data.resize(isolated.mask, shape) >= 0.5
+        tried.append(Lesion(window, ends, mask, data.resize(isolated.weights * lesion, shape)))
+    return tried
+
+
+def _is_cut(mask: np.ndarray) -> bool:
+    """Whether the object ends at the generator's zero frame: its straight edge would show."""
+    frame = BORDER_PX * len(mask) // 256
+    inner = mask[frame:-frame, frame:-frame]
+    return bool(inner[[0, -1]].any() or inner[:, [0, -1]].any())
+
+
+def _holds_middle(lesion: Lesion, box: tuple[float, ...]) -> bool:
+    (low, high), middle = lesion.ends, np.reshape(box, (2, 2)).mean(axis=0)
+    return bool((low < middle).all() and (middle < high).all())
+
+
+def _place(display: np.ndarray, lesion: Lesion, annotated: list[tuple[float, ...]]) -> dict:
+    """Add a lesion to the image; its annotation, and the share of an annotated box it covers."""
+    before, mask = _cut(display, lesion.window), np.zeros(display.shape, bool)
+    before[...] = np.where(lesion.added == 0, before, np.clip(before + lesion.added, -1, 1))
+    _cut(mask, lesion.window)[...] = lesion.mask
+    record = {"window": lesion.window, "bbox": data.whole_box(lesion.ends.ravel())}
+    record["segmentation"] = derived.rle(mask)
+    for box in map(data.whole_box, annotated):
+        record |= {"annotated": box, "covered": round(float(_cut(mask, box).mean()), 3)}
+    return record
+
+
+def _cut(image: np.ndarray, window: Sequence[int]) -> np.ndarray:
+    """A view of a window."""
+    return image[window[0] : window[2], window[1] : window[3]]
+
+
+# --- Files and pictures of one mammogram ---
 
 
 def _write_image(
-    stem: Path, m: mammogram.Mammogram, display: np.ndarray, placed: list[dict], strip: int, made
-) -> str:
-    """The files of one mammogram; returns what the user should know about them."""
+    stem: Path, m: mammogram.Mammogram, display: np.ndarray, synth: Synthesizer, seed: int
+) -> tuple[np.ndarray, str]:
+    """The derived image; what a viewer makes of it, and what the user should know about it."""
     note = ""
     try:
         stored = m.restore(display)
     except ValueError as error:
         note = f" ({error}: no DICOM)"
     else:
-        display = m.table.apply(stored)  # what a viewer makes of the new stored values
+        display = m.table.apply(stored)
         if m.ds is not None:
+            made = f"{CATEGORY[synth.task]} by contextual GAN {synth.hash[:16]}; research only"
             whole = io.BytesIO()  # pydicom would hide why a file cannot be written
-            derived.write_derived_dicom(m, stored, whole, *made)
+            derived.write_derived_dicom(m, stored, whole, made, f"{seed} {synth.hash}")
             with files.replace_file(Path(f"{stem}_synthetic.dcm")) as file:
                 file.write(whole.getvalue())
     with files.replace_file(Path(f"{stem}_synthetic.png")) as file:
         derived.write_png16(file, data.to_uint16(display))
-    _before_after(Path(f"{stem}_before_after.png"), m.display, display, placed, m.spacing_mm)
-    if strip > 1:  # Figure 3: before above after, or beside it
-        whole = (*placed[0]["window"][:2], *placed[-1]["window"][2:])
-        pair = [grey(square(cut(a, whole), m.spacing_mm)) for a in (m.display, display)]
-        rows = [[strip] for strip in pair] if pair[0].shape[1] > pair[0].shape[0] else [pair]
-        mm = m.spacing_mm and min(m.spacing_mm)
-        save_tiles(Path(f"{stem}_figure3.png"), rows, len(rows[0]) * [mm])
-    return note
+    return display, note
 
 
-def _before_after(
-    path: Path, before: np.ndarray, after: np.ndarray, placed: list, spacing_mm, height: int = 1200
+def before_after(before: np.ndarray, after: np.ndarray, placed: list[dict], spacing_mm) -> Figure:
+    """The whole mammogram before and after, objects in boxes; below, every window enlarged."""
+    figure = Figure(figsize=(max(8, 2.5 * len(placed)), 13), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(8, 5))
+    whole, windows = upper.subplots(1, 2), lower.subplots(2, len(placed), squeeze=False)
+    images = {"before": before, "after": after}
+    for (title, image), ax, line in zip(images.items(), whole, windows, strict=True):
+        _show(ax, image, (0, 0, *image.shape), spacing_mm, title)
+        for lesion, enlarged in zip(placed, line, strict=True):
+            _show(enlarged, image, lesion["window"], spacing_mm, title, bar_mm=5)
+    for row0, col0, row1, col1 in (lesion["bbox"] for lesion in placed):
+        size = (col1 - col0, row1 - row0)
+        whole[1].add_patch(Rectangle((col0, row0), *size, fill=False, edgecolor="#ffc800"))
+    return figure
+
+
+def figure3(before: np.ndarray, after: np.ndarray, placed: list[dict], spacing_mm) -> Figure:
+    """Figure 3: the windows of a row before (above) and after (below), or of a column (F3)."""
+    window = (*placed[0]["window"][:2], *placed[-1]["window"][2:])
+    down = len({lesion["window"][1] for lesion in placed}) == 1
+    figure = Figure(figsize=(6, 12) if down else (12, 6), layout="constrained")
+    upper, lower = figure.subplots(2 - down, 1 + down)
+    _show(upper, before, window, spacing_mm, "before", bar_mm=5)
+    _show(lower, after, window, spacing_mm, "after", bar_mm=5)
+    return figure
+
+
+def _show(
+    ax: Axes, image: np.ndarray, window: Window, spacing_mm, title: str, bar_mm: int = 0
 ) -> None:
-    """The whole mammogram before and after, boxes drawn in; below, every window at full size."""
-    pair = [square(a, spacing_mm) for a in (before, after)]
-    factor = min(1.0, height / len(pair[0]))
-    shape = tuple(max(1, round(n * factor)) for n in pair[0].shape)
-    whole = [Image.fromarray(grey(resize(a, shape))).convert("RGB") for a in pair]
-    rows, cols = np.divide(shape, before.shape)
-    for lesion in placed:
-        r0, c0, r1, c1 = (round(v) for v in np.multiply(lesion["bbox"], (rows, cols, rows, cols)))
-        box = (c0 - 2, r0 - 2, c1 + 1, r1 + 1)
-        ImageDraw.Draw(whole[1]).rectangle(box, outline=(255, 200, 0), width=2)
-    windows = [
-        [grey(square(cut(a, p["window"]), spacing_mm)) for p in placed] for a in (before, after)
-    ]
-    save_tiles(path, [list(map(np.asarray, whole)), *windows], [])
-
-
-def square(values: np.ndarray, spacing_mm: tuple[float, float] | None) -> np.ndarray:
-    """For pictures: pixels as high as wide, the finer side's size kept."""
-    if not spacing_mm or spacing_mm[0] == spacing_mm[1]:
-        return values
-    stretch = np.divide(spacing_mm, min(spacing_mm))
-    return resize(values, tuple(int(n) for n in np.rint(values.shape * stretch)))
-
-
-def cut(image: np.ndarray, window: Sequence[int]) -> np.ndarray:
-    return image[window[0] : window[2], window[1] : window[3]]
+    """A window of a display image at its place in stored pixels, which are as high as they are."""
+    row0, col0, row1, col1 = window
+    ax.imshow(_cut(image, window), cmap="gray", vmin=-1, vmax=1, extent=(col0, col1, row1, row0))
+    ax.tick_params(labelsize=7)
+    ax.set_title(title, fontsize=9)
+    if spacing_mm:
+        ax.set_aspect(spacing_mm[0] / spacing_mm[1])
+    if spacing_mm and bar_mm:
+        bar = (bar_mm / spacing_mm[1], f"{bar_mm} mm", "lower left")
+        ax.add_artist(AnchoredSizeBar(ax.transData, *bar, color="white", frameon=False))

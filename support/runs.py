@@ -119,7 +119,9 @@ def finished(path: Path, command: str) -> dict:
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder; expected one that {command} made")
     existing = read_json(path / "config.json")
-    if (other := existing.get("command")) != command or not isinstance(existing["config"], dict):
+    if (other := existing.get("command")) != command or not isinstance(
+        existing.get("config"), dict
+    ):
         raise ValueError(f"{path}: made by {other!r}; expected a folder made by {command!r}")
     if existing.get("complete") is not True:
         raise ValueError(f"{path}: not finished; run the same {command} command again")

@@ -125,7 +125,7 @@ def _same_films(films: Iterable[set[str]], traps: Traps) -> dict[str, str]:
 
 
 def _decoded(path: Path) -> Mammogram | None:
-    """None for a file that `prepare` would not read either (damaged, more than 200 megapixels)."""
+    """None for a file that `prepare` would not read either (damaged, more than 120 megapixels)."""
     try:
         return read_mammogram(path)
     except (ValueError, OSError):
