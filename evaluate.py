@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from scipy import special
 from sklearn.manifold import TSNE
+from sklearn.metrics import roc_curve
 from threadpoolctl import threadpool_limits
 
 from support.patchset import Patches
@@ -24,23 +25,11 @@ ALPHA = 0.05  # Q37: two-sided; the paper calls no other level significant
 # --- §3 Results: AUC and the DeLong method (E4) ---
 
 
-def checked_input(y, *scores, clusters=None) -> tuple[np.ndarray, np.ndarray]:
-    """Labels as bool (N,) and scores as float64 (K, N). Raises ValueError for unusable input."""
-    y = np.asarray(y)
-    if y.ndim != 1 or not np.isin(y, (0, 1)).all():
-        found = f"shape {y.shape}, values {np.unique(y)[:4].tolist()}"
-        raise ValueError(f"labels: found {found}; expected one 0 or 1 (or False or True) per patch")
-    y = y.astype(bool)
-    if not 2 <= y.sum() <= len(y) - 2:
-        found = f"{y.sum()} positive and {(~y).sum()} negative patches"
-        raise ValueError(f"labels: found {found}; expected at least two of each class")
-    for name, values in [*(("scores", s) for s in scores), ("clusters", clusters)]:
-        if values is not None and np.shape(values) != y.shape:
-            found = f"shape {np.shape(values)} for {len(y)} labels"
-            raise ValueError(f"{name}: found {found}; expected one value per label")
-    scores = np.array(scores, dtype=np.float64)
-    if np.isnan(scores).any():
-        raise ValueError(f"scores: found {np.isnan(scores).sum()} NaN; expected a number per patch")
+def checked(y, *scores) -> tuple[np.ndarray, np.ndarray]:
+    """Labels as bool (N,) and scores as float64 (K, N): two of each class, numbers all of them."""
+    y, scores = np.asarray(y).astype(bool), np.array(scores, dtype=np.float64)
+    assert scores.shape == (len(scores), len(y)) and not np.isnan(scores).any()
+    assert 2 <= y.sum() <= len(y) - 2
     return y, scores
 
 
@@ -83,11 +72,7 @@ def clustered_covariance(y: np.ndarray, v: np.ndarray, clusters) -> np.ndarray:
     _, at = np.unique(clusters, return_inverse=True)
     patients = at.max() + 1
     with_class = [len(np.unique(at[y])), len(np.unique(at[~y]))]
-    if min(with_class) < 2:
-        raise ValueError(
-            f"clusters: found {with_class[0]} patients with positive and {with_class[1]} with "
-            "negative patches; expected at least two of each"
-        )
+    assert min(with_class) > 1, with_class
     centred = v - v[:, y].mean(axis=1, keepdims=True)
     a, b = (  # (K, I) sums over each patient, as shares of the class
         np.array([np.bincount(at[c], row[c], patients) for row in centred]) / np.count_nonzero(c)
@@ -97,92 +82,33 @@ def clustered_covariance(y: np.ndarray, v: np.ndarray, clusters) -> np.ndarray:
     return s10 * a @ a.T + s01 * b @ b.T + s11 * (a @ b.T + b @ a.T)
 
 
-def interval(value: float, variance: float, df: float = math.inf, level: float = 0.95) -> tuple:
-    """Low, high, z (or t) and its two-sided p; no variance: p = 1 for no difference, else 0."""
+def interval(value: float, variance: float, df: float = math.inf) -> tuple:
+    """Low, high (95%), z (or t), two-sided p; no variance: p = 1 for no difference, else 0."""
     error = math.sqrt(variance)
-    half = float(special.stdtrit(df, (1 + level) / 2)) * error
+    half = float(special.stdtrit(df, 1 - ALPHA / 2)) * error
     z = value / error if error else math.copysign(math.inf, value) if value else 0.0
     return value - half, value + half, z, float(2 * special.stdtr(df, -abs(z)))
 
 
-def _difference_of(y, scores_a, scores_b, clusters=None) -> tuple:
-    """Labels, AUC of a and of b, placements (1, N) of a - b: their covariance is its variance,
-    free of the rounding of C11 + C22 - 2 C12."""
-    y, scores = checked_input(y, scores_a, scores_b, clusters=clusters)
+def delong_test(y, scores_a, scores_b) -> tuple[float, float, float, float]:
+    """AUC of a, AUC of b, z (with the sign of a - b) and the paired two-sided p (E4)."""
+    y, scores = checked(y, scores_a, scores_b)
     v = placements(y, scores)
-    return y, *v[:, y].mean(axis=1).tolist(), v[:1] - v[1:]
+    difference = v[:1] - v[1:]  # free of the rounding of C11 + C22 - 2 C12
+    variance = float(delong_covariance(y, difference)[0, 0])
+    return *v[:, y].mean(axis=1).tolist(), *interval(float(difference[0, y].mean()), variance)[2:]
 
 
-def clustered_ci(y, scores, clusters, level: float = 0.95) -> tuple[float, float, float]:
-    """AUC and Obuchowski's interval (patients are independent), cut at 0 and 1."""
-    y, scores = checked_input(y, scores, clusters=clusters)
+def clustered_ci(y, scores, clusters) -> tuple[float, float, float]:
+    """AUC and Obuchowski's 95% interval (patients are independent), cut at 0 and 1."""
+    y, scores = checked(y, scores)
     v = placements(y, scores)
     auc, variance = float(v[0, y].mean()), float(clustered_covariance(y, v, clusters)[0, 0])
-    low, high, *_ = interval(auc, variance, level=level)
+    low, high, *_ = interval(auc, variance)
     return auc, max(0.0, low), min(1.0, high)
 
 
-def auc_ci(y, scores, level: float = 0.95) -> tuple[float, float, float]:
-    """AUC and DeLong's interval, cut at 0 and 1: Obuchowski's with each patch its own patient."""
-    return clustered_ci(y, scores, np.arange(len(y)), level)
-
-
-def delong_test(y, scores_a, scores_b) -> tuple[float, float, float, float]:
-    """AUC of a, AUC of b, z (with the sign of a - b) and the paired two-sided p (E4)."""
-    y, auc_a, auc_b, d = _difference_of(y, scores_a, scores_b)
-    return auc_a, auc_b, *interval(float(d[0, y].mean()), float(delong_covariance(y, d)[0, 0]))[2:]
-
-
-def clustered_test(
-    y, scores_a, scores_b, clusters, level: float = 0.95
-) -> tuple[float, float, float, float, float, float]:
-    """AUC of a, of b, their difference a - b, its interval and two-sided p (Obuchowski 1997)."""
-    y, auc_a, auc_b, d = _difference_of(y, scores_a, scores_b, clusters)
-    difference, variance = float(d[0, y].mean()), float(clustered_covariance(y, d, clusters)[0, 0])
-    low, high, _, p = interval(difference, variance, level=level)
-    return auc_a, auc_b, difference, low, high, p
-
-
-# --- Beyond the paper: bootstrap of patients, several seeds, Holm, power ---
-
-
-def patient_draws(clusters, draws: int, seed: int) -> np.ndarray:
-    """How often each patch (draws, N) is in test sets of patients drawn with replacement."""
-    _, at = np.unique(clusters, return_inverse=True)
-    patients = at.max() + 1
-    share = np.full(patients, 1 / patients)
-    return np.random.default_rng(seed).multinomial(patients, share, size=draws)[:, at]
-
-
-def drawn_curves(y, scores, drawn) -> tuple[np.ndarray, np.ndarray]:
-    """ROC curves of test sets that hold patch i `drawn[:, i]` times: 1 - specificity, sensitivity.
-
-    (draws, T + 1) each, T the number of distinct scores; NaN where a draw lacks a class.
-    """
-    order = np.argsort(-scores, kind="stable")
-    last = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))  # of each run of ties
-    counts = (np.cumsum((drawn * c)[:, order], axis=1)[:, last] for c in (~y, y))
-    with np.errstate(invalid="ignore"):
-        return tuple(np.pad(n / n[:, -1:], ((0, 0), (1, 0))) for n in counts)
-
-
-def bootstrap_aucs(y, scores, clusters, draws: int = 2000, seed: int = 0) -> np.ndarray:
-    """AUC (draws, K) in test sets of drawn patients; NaN where a draw lacks a class."""
-    y, scores = checked_input(y, *scores, clusters=clusters)
-    drawn, aucs = patient_draws(clusters, draws, seed), np.empty((draws, len(scores)))
-    for k, values in enumerate(scores):
-        for i in range(0, draws, 100):  # 100 draws at a time bound the memory
-            fpr, tpr = drawn_curves(y, values, drawn[i : i + 100])
-            aucs[i : i + 100, k] = np.trapezoid(tpr, fpr, axis=1)
-    return aucs
-
-
-def bootstrap_ends(y, scores, baseline, clusters, seed: int = 0) -> dict[str, float]:
-    """Interval of the difference of mean AUCs: patients drawn, the models stay."""
-    aucs = bootstrap_aucs(y, [*scores, *baseline], clusters, seed=seed)
-    ours, theirs = (part.mean(axis=1) for part in np.split(aucs, [len(scores)], axis=1))
-    low, high = np.nanpercentile(ours - theirs, [2.5, 97.5]).tolist()
-    return {"delta_bootstrap_low": low, "delta_bootstrap_high": high}
+# --- Beyond the paper: a band for ROC curves, several seeds, Holm, power ---
 
 
 def roc_band(y, scores, clusters, seed: int, draws: int = 300) -> np.ndarray:
@@ -190,12 +116,16 @@ def roc_band(y, scores, clusters, seed: int, draws: int = 300) -> np.ndarray:
 
     The band is pointwise, over patients drawn with replacement.
     """
-    drawn = np.concatenate([np.ones((1, len(y)), int), patient_draws(clusters, draws, seed)])
+    names, at = np.unique(clusters, return_inverse=True)
+    share = np.full(len(names), 1 / len(names))
+    drawn = np.random.default_rng(seed).multinomial(len(names), share, size=draws)[:, at]
+    drawn = np.concatenate([np.ones((1, len(y)), int), drawn])  # how often each patch is in
     drawn = drawn[(drawn @ y > 0) & (drawn @ ~y > 0)]
     grid = np.linspace(0, 1, 101)
     curves = np.zeros((len(drawn), len(grid)))
-    for values in scores:
-        for curve, fpr, tpr in zip(curves, *drawn_curves(y, values, drawn), strict=True):
+    for curve, often in zip(curves, drawn, strict=True):
+        for values in scores:
+            fpr, tpr, _ = roc_curve(y, values, sample_weight=often)
             curve += np.interp(grid, fpr, tpr) / len(scores)
     return np.array([curves[0], *np.percentile(curves[1:], [2.5, 97.5], axis=0)])
 
@@ -230,14 +160,14 @@ def _mean_auc(y, v, clusters, groups) -> tuple[float, float, float]:
     return value, variance, free * (variance / seeds) ** 2 if seeds else math.inf
 
 
-def compare(y, scores, baseline, clusters, seed: int = 0) -> dict[str, float]:
+def compare(y, scores, baseline, clusters) -> dict[str, float]:
     """Mean AUC over the seeds of a regime (K, N), alone and against the baseline's (K_b, N).
 
     low, high and delta_low, delta_high, p_clustered: patients vary, and the training seeds where
     both have several. p_delong: these very models, every patch on its own (the paper's test).
-    detectable: the smallest true difference found at 5% with 80% power. Nothing is drawn.
+    detectable: the smallest true difference found at 5% with 80% power.
     """
-    y, v = checked_input(y, *scores, *baseline, clusters=clusters)
+    y, v = checked(y, *scores, *baseline)
     v = placements(y, v)
     ours, theirs = np.arange(len(scores)), np.arange(len(scores), len(v))
     # the baseline's seeds (weight 0) only help to tell how seeds vary
@@ -343,20 +273,19 @@ CONDITIONS = {  # positives, negatives: E4, the whole test set; by lesion; the p
     ),
 }
 # A statistic is a function of labels (N,), scores (K, N) of a regime and (K_b, N) of the baseline,
-# patients (N,) and a seed, that returns named numbers for the regime's row: a line here puts it in
+# and patients (N,), that returns named numbers for the regime's row: a line here puts it in
 # metrics.json and in every table of the report. Names of what compares with the baseline begin with
 # delta, p_ or detectable; each p_ gets Holm's beside it.
 STATISTICS = {  # heading: function, names of the value and its ends, or of the p
     "AUC (95% CI)": (compare, "auc", "low", "high"),
     "Difference (95% CI)": (compare, "delta", "delta_low", "delta_high"),
-    "Bootstrap": (bootstrap_ends, "delta", "delta_bootstrap_low", "delta_bootstrap_high"),
     "p, patients (Holm)": (compare, "p_clustered"),
     "p, DeLong (Holm)": (compare, "p_delong"),
 }
 
 
 def condition_table(
-    kind: np.ndarray, patients: np.ndarray, scores: dict[str, np.ndarray], condition: str, seed: int
+    kind: np.ndarray, patients: np.ndarray, scores: dict[str, np.ndarray], condition: str
 ) -> dict:
     """Rows of one condition; empty when the test set has too few patients for it.
 
@@ -373,7 +302,7 @@ def condition_table(
         row = {"regime": name, "seeds": len(ours), **size}
         row["seed_aucs"] = placements(y, ours)[:, y].mean(axis=1).tolist()
         for statistic in dict.fromkeys(function for function, *_ in STATISTICS.values()):
-            row |= statistic(y, ours, scores[BASELINE], patients, seed)
+            row |= statistic(y, ours, scores[BASELINE], patients)
         if name == BASELINE:
             row |= {k: None for k in row if k.startswith(("delta", "p_", "detectable"))}
         elif BLOB in scores and name != BLOB:

@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -47,19 +46,16 @@ def same_image_auc(y, scores, images, clusters) -> tuple[float, float, float, in
     return auc, max(0.0, low), min(1.0, high), sum(map(len, pairs.values()))
 
 
-def lesion_or_image(
-    kind: np.ndarray, patients: np.ndarray, images: np.ndarray, scores: np.ndarray
-) -> dict[str, Sequence | None]:
+def lesion_or_image(kind, patients, images, scores) -> dict[str, tuple | None]:
     """AUC, interval and number of images, for a regime's scores (K, N) of the test patches (N,)."""
-    scores, rows = scores.mean(axis=0), {}
-    malignant, benign, normal = (
-        np.char.startswith(kind, name) for name in ("malignant", "benign", "normal")
-    )
-    for name, lesion in (("Malignant", malignant), ("Benign", benign)):
+    scores, rows, normal = scores.mean(axis=0), {}, kind == "normal"
+    for name in ("Malignant", "Benign"):
+        lesion = np.char.startswith(kind, name.lower())
         at = lesion | normal
         auc = same_image_auc(lesion[at], scores[at], images[at], patients[at])
         rows[f"{name} against normal, same image"] = auc
-    y, who = np.isin(images, images[malignant])[normal], patients[normal]
+    cancer = images[np.char.startswith(kind, "malignant")]
+    y, who = np.isin(images, cancer)[normal], patients[normal]
     enough = min(len(set(who[y])), len(set(who[~y]))) > 1
     auc = (*clustered_ci(y, scores[normal], who), len(set(images[normal]))) if enough else None
     return rows | {"Normal, images with cancer against others": auc}
@@ -80,26 +76,22 @@ def kid(x, y, patients_x, patients_y) -> tuple[float, float, float]:
     f *= math.sqrt(f.shape[1]) / np.linalg.norm(f, axis=1, keepdims=True).clip(1e-12)
     ids, at = np.unique(np.concatenate([patients_x, patients_y]), return_inverse=True)
     member = np.zeros((2, len(ids), len(f)))
-    member[np.r_[np.zeros(len(x), int), np.ones(len(y), int)], at, np.arange(len(f))] = 1
+    member[np.repeat([0, 1], [len(x), len(y)]), at, np.arange(len(f))] = 1
     kernel = (f @ f.T / f.shape[1] + 1) ** 3
 
     def mean(s: int, t: int) -> np.ndarray:  # of all pairs, then without each patient in turn
-        sums = member[s] @ kernel @ member[t].T
-        pairs = np.outer(member[s].sum(axis=1), member[t].sum(axis=1))
-        total = [
+        sums, pairs = (
             m.sum() - m.trace() - np.r_[0, m.sum(axis=0) + m.sum(axis=1) - 2 * m.diagonal()]
-            for m in (sums, pairs)
-        ]
-        return total[0] / total[1]
+            for m in (member[s] @ k @ member[t].T for k in (kernel, np.ones_like(kernel)))
+        )
+        return sums / pairs
 
     value, *without = (mean(0, 0) + mean(1, 1) - 2 * mean(0, 1)).tolist()
     return value, *interval(value, (len(ids) - 1) * float(np.var(without)))[:2]
 
 
-def detectability(
-    real, fake, patients_real, patients_fake, fit_predict: Callable, folds: int = 5
-) -> tuple[float, float, float]:
-    """AUC at which real and synthetic patches can be told apart; 0.5 is chance.
+def detectability(real, fake, patients_real, patients_fake, fit_predict, folds=5) -> tuple:
+    """AUC at which real and synthetic patches can be told apart, and its ends; 0.5 is chance.
 
     Cross-validated, a patient in one fold only; ranks within the fold, since each has its own
     model. fit_predict(x, y, x_held_out) -> scores. The interval is Obuchowski's.
@@ -161,28 +153,23 @@ def nearest_training(fake, training, held_out) -> tuple[np.ndarray, np.ndarray, 
 
 
 def synthesis_facts(syn: SyntheticSet) -> dict:
-    """What `synthesize` wrote about a set. Raises ValueError when it is damaged."""
+    """What `synthesize` wrote about a set."""
     facts = files.read_json(syn.path / "config.json")
-    with files.reading(syn.path / "config.json", "synthesize it again"):
-        return {
-            **{key: float(facts[key]) for key in ("acceptance", "area_median", "strength")},
-            "warnings": list(map(str, facts["warnings"])),
-            "gan": dict(facts.get("gan", {})),
-            "config": facts["config"],
-            "set": syn.path.name,
-            "task": f"{syn.task} {syn.control}".strip(),
-            "samples": len(syn.combined),
-            "requested": syn.requested,
-            "patients": len(set(syn.index["patient_id"])),
-            "fingerprint": syn.fingerprint,
-            "generator": syn.generator,
-        }
+    names = ("acceptance", "area_median", "strength", "warnings", "gan", "config")
+    return {
+        **{name: facts[name] for name in names},
+        "set": syn.path.name,
+        "task": f"{syn.task} {syn.control}".strip(),
+        "samples": len(syn.combined),
+        "requested": syn.requested,
+        "patients": len(set(syn.index["patient_id"])),
+        "fingerprint": syn.fingerprint,
+        "generator": syn.generator,
+    }
 
 
-def control_of(
-    syn: SyntheticSet, splits: dict[str, Patches], features: Callable, device, seed: int
-) -> tuple[dict, list[np.ndarray]]:
-    """Controls of one synthetic set, and its three closest pairs: synthetic, training patch ...
+def control_of(syn: SyntheticSet, splits: dict[str, Patches], features, device, seed) -> tuple:
+    """Controls of one synthetic set (dict), its three closest pairs: synthetic, training patch ...
 
     On frozen features it is compared with validation patches, which the classifier has not seen,
     and so are real training patches: that is the floor, with all that differs between the splits.

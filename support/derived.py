@@ -1,7 +1,7 @@
 """What leaves for other programs: a derived DICOM file, a 16-bit PNG, COCO annotations (F7)."""
 
+import io
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -9,6 +9,7 @@ from pydicom import Dataset, FileDataset, uid
 from pydicom.dataset import FileMetaDataset
 from pydicom.sr.codedict import Code, codes
 
+from support import files
 from support.mammogram import CODES, LUTS, NUMBERS, WORDS, Mammogram, floats, lut_words, values
 
 LOSSY = (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLSNearLossless, uid.JPEG2000)
@@ -19,7 +20,7 @@ EMPTY = (  # required, may be empty, and nothing of the source is copied into th
 
 
 def write_derived_dicom(
-    source: Mammogram, stored: np.ndarray, path: Path | BinaryIO, derivation: str, seed: str
+    source: Mammogram, stored: np.ndarray, path: Path, derivation: str, seed: str
 ) -> None:
     """A new DICOM file with `stored` in place of the source's pixels, marked as derived.
 
@@ -35,11 +36,10 @@ def write_derived_dicom(
             setattr(ds, keyword, copied if floats(source.ds, keyword) else [])
         elif keyword in WORDS:
             setattr(ds, keyword, copied if set(copied) <= set(WORDS[keyword]) else [])
-    for keyword in CODES:
-        _copy_codes(source.ds, ds, keyword)
-    for keyword in LUTS:
-        if items := source.ds.get(keyword):
-            setattr(ds, keyword, [_copy_lut(source.ds, item) for item in items])
+        elif keyword in CODES:
+            setattr(ds, keyword, _known_codes(copied, keyword))
+        elif keyword in LUTS and copied:
+            setattr(ds, keyword, [_copy_lut(source.ds, item) for item in copied])
     for item in ds.get("ModalityLUTSequence", ()):
         item.ModalityLUTType = "US"  # unspecified
 
@@ -48,9 +48,9 @@ def write_derived_dicom(
 
     origin = source.ds.get("SOPInstanceUID") or source.image_uid
     study = source.ds.get("StudyInstanceUID") or origin
-    reference = Dataset()
     kind = uid.UID(source.ds.get("SOPClassUID") or "")
     ds.SOPClassUID = kind if kind.type == "SOP Class" else uid.SecondaryCaptureImageStorage
+    reference = Dataset()
     reference.ReferencedSOPClassUID = ds.SOPClassUID
     reference.ReferencedSOPInstanceUID = new_uid("source", origin)
     purpose = codes.DCM.SourceImageForImageProcessingOperation
@@ -78,7 +78,10 @@ def write_derived_dicom(
     ds.SeriesNumber, ds.InstanceNumber = 1, 1
     ds.add_new("PixelData", "OW", _little_endian(stored))
     ds.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
-    ds.save_as(path, enforce_file_format=True)
+    whole = io.BytesIO()  # pydicom would hide why a file cannot be written
+    ds.save_as(whole, enforce_file_format=True)
+    with files.replace_file(path) as file:
+        file.write(whole.getvalue())
 
 
 def _little_endian(array: np.ndarray) -> bytes:
@@ -89,22 +92,21 @@ def _little_endian(array: np.ndarray) -> bytes:
 
 def code_item(code: Code) -> Dataset:
     item = Dataset()
-    item.CodeValue, item.CodingSchemeDesignator = code.value, code.scheme_designator
-    item.CodeMeaning = code.meaning
+    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning, _ = code
     return item
 
 
-def _copy_codes(source: Dataset, target: Dataset, keyword: str) -> None:
-    """CODES[keyword] found in the source's sequence, and their modifiers."""
-    items = []
-    for item in source.get(keyword) or ():
+def _known_codes(items: list[Dataset], keyword: str) -> list[Dataset]:
+    """CODES[keyword] found among the items, and their modifiers."""
+    known = []
+    for item in items:
         found = Code(str(item.get("CodeValue")), str(item.get("CodingSchemeDesignator")), "")
         for code in CODES[keyword]:
             if code == found:  # SNOMED's older codes (SRT) equal the newer ones (SCT)
-                items.append(code_item(code))
-                _copy_codes(item, items[-1], "ViewModifierCodeSequence")
-    if keyword in source:
-        setattr(target, keyword, items)
+                known.append(code_item(code))
+                if (modifier := "ViewModifierCodeSequence") in item:
+                    setattr(known[-1], modifier, _known_codes(values(item, modifier), modifier))
+    return known
 
 
 def _copy_lut(source: Dataset, item: Dataset) -> Dataset:
@@ -114,10 +116,11 @@ def _copy_lut(source: Dataset, item: Dataset) -> Dataset:
     return copy
 
 
-def write_png16(path: Path | BinaryIO, display: np.ndarray) -> None:
+def write_png16(path: Path, display: np.ndarray) -> None:
     """(H, W) uint16 as a PNG."""
     assert display.dtype == np.uint16
-    Image.fromarray(display).save(path, format="PNG")
+    with files.replace_file(path) as file:
+        Image.fromarray(display).save(file, format="PNG")
 
 
 def rle(mask: np.ndarray) -> dict:

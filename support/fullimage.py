@@ -1,6 +1,5 @@
 """Lesions in full mammograms (§4 "As a future step", F7; Figure 3): boxes, masks, pictures."""
 
-import io
 import itertools
 import shutil
 from collections.abc import Iterable, Sequence
@@ -10,7 +9,6 @@ from typing import NamedTuple
 import click
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar
@@ -26,6 +24,7 @@ CATEGORY = {"mass": "synthetic mass", "calcification": "synthetic calcification"
 CATEGORY |= {"removal": "removed lesion"}
 Corner = tuple[int, int]  # row, col of the first pixel of a window, in stored pixels
 Window = tuple[int, int, int, int]  # row0, col0, row1, col1, half-open
+Images = tuple[np.ndarray, np.ndarray]  # display values before and after
 
 
 class Source(NamedTuple):
@@ -33,7 +32,7 @@ class Source(NamedTuple):
 
     path: str
     spacing_mm: tuple[float, float] | None
-    boxes: list[tuple[float, ...]] | None  # None: it was not asked for them
+    boxes: list[tuple[float, ...]]  # of lesions to remove
 
 
 # --- The command ---
@@ -64,20 +63,19 @@ def synthesize_images(
     marked = synth.task == "removal" and not at and strip == lesions == 1
     images, parts, failed = _named(paths, marked), out / "parts", []
     places = {"at": at, "lesions": lesions, "strip": strip, "seed": seed}
-    config = {"images": {name: [s.spacing_mm, s.boxes] for name, s in images.items()}}
+    config = {"images": {name: source[1:] for name, source in images.items()}}
     with runs.claim_folder(out, "synthesize", config | places | synth.config) as complete:
-        if not complete:
-            parts.mkdir(exist_ok=True)  # a record per whole image: a killed run does the others
-            with runs.progress(len(images), "images") as advance:
-                for number, (name, source) in enumerate(images.items(), start=1):
-                    part = parts / f"{number:08d}.json"
-                    if not part.exists() and (why := _make(synth, source, part, name, places)):
-                        failed.append((source.path, why))
-                        click.echo(f"{source.path}: failed: {why}", err=True)
-                    advance()
-            _finish(out, sorted(parts.glob("*.json")), failed)
-        if not failed:
-            shutil.rmtree(parts, ignore_errors=True)
+        if complete:
+            return []
+        parts.mkdir(exist_ok=True)  # a record per whole image: a killed run does the others
+        with runs.progress(len(images), "images") as advance:
+            for number, (name, source) in enumerate(images.items(), start=1):
+                part = parts / f"{number:08d}.json"
+                if not part.exists() and (why := _make(synth, source, part, name, places)):
+                    failed.append((source.path, why))
+                    click.echo(f"{source.path}: failed: {why}", err=True)
+                advance()
+        _finish(out, parts, failed)
     return failed
 
 
@@ -87,59 +85,71 @@ def _named(paths: Iterable[Path], marked: bool) -> dict[str, Source]:
     for path in map(str, paths):
         rows = sources.read_manifest(Path(path)) if path.lower().endswith(".csv") else []
         known = {row.image_path: row.spacing_mm for row in rows} if rows else {path: None}
-        images |= {name: Source(name, mm, [] if marked else None) for name, mm in known.items()}
-        for row in rows:
+        images |= {name: Source(name, mm, []) for name, mm in known.items()}
+        for row in rows if marked else ():
             boxes = images[row.image_path].boxes
-            if marked and row.bbox and row.bbox not in boxes:  # of both types: two rows
+            if row.bbox and row.bbox not in boxes:  # of both types: two rows
                 boxes.append(row.bbox)
     for source in images.values():
-        stem = Path(source.path).stem
-        names = itertools.chain([stem], (f"{stem}_{k}" for k in itertools.count(2)))
-        named[next(name for name in names if name not in named)] = source
+        name = Path(source.path).stem
+        while name in named:
+            name += "_2"
+        named[name] = source
     return named
 
 
 def _make(synth: Synthesizer, source: Source, part: Path, name: str, places: dict) -> str:
     """Write everything of one image, its record `part` last; or say why that cannot be."""
-    stem, category = part.parent.parent / name, CATEGORY[synth.task]
+    out, category, note = part.parent.parent, CATEGORY[synth.task], ""
     try:
         m = mammogram.read_mammogram(source.path)
         m.spacing_mm = source.spacing_mm or m.spacing_mm
-        display, placed = insert_lesions(synth, m, boxes=source.boxes or (), **places)
+        display, placed = insert_lesions(synth, m, boxes=source.boxes, **places)
     except (ValueError, OSError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        return reason.removeprefix(f"{source.path}: ")
-    display, note = _write_image(stem, m, display, synth, places["seed"])
-    shown = (m.display, display, placed, m.spacing_mm)
-    figures.save_figure(before_after(*shown), Path(f"{stem}_before_after.png"))
+        return str(error).removeprefix(f"{source.path}: ")
+    try:
+        stored = m.restore(display)
+    except ValueError as error:
+        note = f" ({error}: no DICOM)"
+    else:
+        display = m.table.apply(stored)  # what a viewer makes of it
+        if m.ds is not None:
+            made = f"{category} by contextual GAN {synth.hash[:16]}; research only"
+            seed = f"{places['seed']} {synth.hash}"
+            derived.write_derived_dicom(m, stored, out / f"{name}_synthetic.dcm", made, seed)
+    derived.write_png16(out / f"{name}_synthetic.png", data.to_uint16(display))
+    shown = (m.display, display), placed, m.spacing_mm
+    figures.save_figure(before_after(*shown), out / f"{name}_before_after.png")
     if places["strip"] > 1:
-        figures.save_figure(figure3(*shown), Path(f"{stem}_figure3.png"))
-    note += " at random, no box was given" if source.boxes == [] else ""
+        figures.save_figure(figure3(*shown), out / f"{name}_figure3.png")
     shares = ", ".join(f"{lesion['covered']:.0%}" for lesion in placed if "covered" in lesion)
-    note += f" that covers {shares} of the annotated box" if shares else ""
+    if shares:
+        note += f" that covers {shares} of the annotated box"
+    elif not places["at"]:
+        note += " at random places"
     click.echo(f"{source.path}: {len(placed)} x {category}{note}")
     image = {"id": int(part.stem), "file_name": f"{name}_synthetic.png"}
-    image |= dict(zip(("height", "width"), display.shape, strict=True))
+    image |= {"height": display.shape[0], "width": display.shape[1]}
     annotations = [{"image_id": image["id"], "category": category} | lesion for lesion in placed]
     files.write_json(part, {"image": image, "annotations": annotations})
     return ""
 
 
-def _finish(out: Path, parts: list[Path], failed: list[tuple[str, str]]) -> None:
+def _finish(out: Path, parts: Path, failed: list[tuple[str, str]]) -> None:
     """annotations.json of all images (COCO); the folder is whole when none failed."""
-    records, config = [files.read_json(part) for part in parts], out / "config.json"
+    records = [files.read_json(part) for part in sorted(parts.glob("*.json"))]
+    config = out / "config.json"
     click.echo(f"{out}: {len(records)} images written, {len(failed)} failed")
     if not records:  # nothing is there: other options may try in the same folder
-        (out / "parts").rmdir()
+        parts.rmdir()
         config.unlink()
         return
     annotations = [a for record in records for a in record["annotations"]]
     coco = derived.coco([record["image"] for record in records], annotations)
     files.write_json(out / "annotations.json", coco)
-    if failed:  # the same command tries them again
-        files.write_json(config, files.read_json(config) | {"failed": failed})
-    else:
-        runs.finish_folder(out, failed=[])
+    if not failed:  # else the same command tries them again
+        shutil.rmtree(parts)
+    files.write_json(config, files.read_json(config) | {"failed": failed, "complete": not failed})
 
 
 # --- Reinsertion: choose windows, try, place ---
@@ -163,28 +173,24 @@ def insert_lesions(
     shape = window_shape(synth, m.spacing_mm)
     if (np.array(m.display.shape) < shape).any():
         raise ValueError(f"{_px(m.display.shape)}, smaller than a patch of {_px(shape)}")
-    tissue = data.Tissue.of(m.display)
-    fixed = [_centred(place, shape, tissue) for place in at]
-    display, placed = m.display.copy(), []
-    for k in range(len(boxes) or len(fixed) or lesions):
+    tissue, display, placed = data.Tissue.of(m.display), m.display.copy(), []
+    for k in range(len(boxes) or len(at) or lesions):
         for attempt in range(TRIES_PER_LESION * strip):
             _, rng = draw(seed, int(m.image_uid, 16), k, attempt)
             if boxes:  # first in the middle, then beside it, as training patches hold lesions (P8)
                 shift = rng.uniform(-0.25, 0.25, size=2) * (attempt > 0)
                 corners = [_around(boxes[k], shape, tissue.shape, shift)]
-            elif fixed:
-                corners = [fixed[k]]
-            elif not (corners := _at_random(tissue, shape, strip, placed, rng)):
-                missing = f"no place for {strip} x {_px(shape)} with 90% tissue"
-                raise ValueError(f"lesion {k + 1}: {missing}")
-            windows = [(row, col, row + shape[0], col + shape[1]) for row, col in corners]
-            tried = _try(synth, display, windows, rng)
-            if tried and (not boxes or _holds_middle(tried[0], boxes[k])):
+            elif at:
+                corners = [_centred(at[k], shape, tissue)]
+            else:
+                corners = _at_random(tissue, shape, strip, placed, rng)
+            tried = _try(synth, display, corners, shape, rng)
+            if tried and (not boxes or _holds_middle(tried[0].bbox, boxes[k])):
                 break
         else:
             raise ValueError(
                 f"no lesion accepted in {attempt + 1} attempts, the last in the window of "
-                f"{_px(shape)} at row {windows[0][0]}, column {windows[0][1]}: too small (S5) or "
+                f"{_px(shape)} at row {corners[0][0]}, column {corners[0][1]}: too small (S5) or "
                 "cut by its border" + (" or off the middle of the annotated box" if boxes else "")
             )
         placed += [_place(display, lesion, boxes[k : k + 1]) for lesion in tried]
@@ -195,10 +201,8 @@ def window_shape(synth: Synthesizer, spacing_mm: tuple[float, float] | None) -> 
     """Stored pixels of one patch: its own size, or the physical size that it was trained at."""
     trained_mm = synth.run["spacing_mm"]
     if trained_mm and not spacing_mm:
-        raise ValueError(
-            f"pixel spacing unknown; the generator was trained at {trained_mm} mm. Give a manifest "
-            "with spacing_row_mm and spacing_col_mm"
-        )
+        text = f"pixel spacing unknown; the generator was trained at {trained_mm} mm"
+        raise ValueError(f"{text}. Give a manifest with spacing_row_mm and spacing_col_mm")
     rows, cols = (trained_mm / mm for mm in spacing_mm) if trained_mm else (1, 1)
     return round(synth.side * rows), round(synth.side * cols)
 
@@ -209,22 +213,19 @@ def _px(shape: Sequence[int]) -> str:
 
 def _centred(place: Corner, shape: tuple[int, int], tissue: data.Tissue) -> Corner:
     """Top left corner of the window around `place`, which must lie in the breast."""
-    low, room = np.array(shape) // 2, np.subtract(tissue.shape, shape)
-    corner = place - low
-    if (corner < 0).any() or (corner > room).any():
-        raise ValueError(
-            f"--at {place[0]} {place[1]}: the patch of {_px(shape)} leaves the image; expected row "
-            f"{low[0]} to {low[0] + room[0]} and column {low[1]} to {low[1] + room[1]}"
-        )
+    corner = np.subtract(place, np.array(shape) // 2)
+    if (corner < 0).any() or (corner + shape > tissue.shape).any():
+        text = f"the patch of {_px(shape)} leaves the image of {_px(tissue.shape)}"
+        raise ValueError(f"--at {place[0]} {place[1]}: {text}")
     if not tissue.share(*place, (1, 1)):
         raise ValueError(f"--at {place[0]} {place[1]}: outside the breast")
-    return tuple(corner.tolist())
+    return corner.tolist()
 
 
 def _around(box, shape: tuple[int, int], image: tuple[int, int], shift: np.ndarray) -> Corner:
     """Top left corner of the window about a box, `shift` windows off, moved into the image."""
     corner = np.reshape(box, (2, 2)).mean(axis=0) + (shift - 0.5) * shape
-    return tuple(np.clip(np.rint(corner).astype(int), 0, np.subtract(image, shape)).tolist())
+    return np.clip(np.rint(corner).astype(int), 0, np.subtract(image, shape)).tolist()
 
 
 def _at_random(
@@ -241,32 +242,34 @@ def _at_random(
             corners = [(place[0] + row, place[1] + col) for row, col in each]
             if min(tissue.share(*corner, shape) for corner in corners) >= tissue.min_tissue - 1e-9:
                 return corners
-    return []
+    missing = f"no place for {strip} x {_px(shape)} with 90% tissue"
+    raise ValueError(f"{missing} beside the {len(placed)} lesions there")
 
 
 class Lesion(NamedTuple):
     """What the generator made of a window (h, w), in stored pixels."""
 
     window: Window
-    ends: np.ndarray  # (2, 2) first and last corner of the object in the image, not rounded
+    bbox: Window  # of the object
     mask: np.ndarray  # (h, w) bool, the object before expansion
     added: np.ndarray  # (h, w) float, weights * lesion
 
 
 def _try(
-    synth: Synthesizer, display: np.ndarray, windows: list[Window], rng: np.random.Generator
+    synth: Synthesizer, display: np.ndarray, corners: list[Corner], shape: tuple[int, int], rng
 ) -> list[Lesion]:
     """A lesion for each window; none at all when one is not accepted or cut by its border."""
-    patches = np.stack([data.resize(_cut(display, w), (synth.side, synth.side)) for w in windows])
-    tried = []
+    side, tried = (synth.side, synth.side), []
+    windows = [(row, col, row + shape[0], col + shape[1]) for row, col in corners]
+    patches = np.stack([data.resize(_cut(display, window), side) for window in windows])
     for window, lesion in zip(windows, synth.lesions(patches, [rng] * len(windows)), strict=True):
         lesion, isolated = synth.isolate(lesion, rng)
         if isolated is None or _is_cut(isolated.mask):
             return []
-        shape = _cut(display, window).shape
         ends = window[:2] + np.reshape(isolated.bbox, (2, 2)) * shape / synth.side
-        mask = data.resize(isolated.mask, shape) >= 0.5
-        tried.append(Lesion(window, ends, mask, data.resize(isolated.weights * lesion, shape)))
+        mask, added = data.resize(isolated.mask, shape) >= 0.5, isolated.weights * lesion
+        bbox = data.whole_box(ends.ravel())
+        tried.append(Lesion(window, bbox, mask, data.resize(added, shape)))
     return tried
 
 
@@ -277,8 +280,8 @@ def _is_cut(mask: np.ndarray) -> bool:
     return bool(inner[[0, -1]].any() or inner[:, [0, -1]].any())
 
 
-def _holds_middle(lesion: Lesion, box: tuple[float, ...]) -> bool:
-    (low, high), middle = lesion.ends, np.reshape(box, (2, 2)).mean(axis=0)
+def _holds_middle(outer: Window, box: tuple[float, ...]) -> bool:
+    (low, high), middle = np.reshape(outer, (2, 2)), np.reshape(box, (2, 2)).mean(axis=0)
     return bool((low < middle).all() and (middle < high).all())
 
 
@@ -287,8 +290,7 @@ def _place(display: np.ndarray, lesion: Lesion, annotated: list[tuple[float, ...
     before, mask = _cut(display, lesion.window), np.zeros(display.shape, bool)
     before[...] = np.where(lesion.added == 0, before, np.clip(before + lesion.added, -1, 1))
     _cut(mask, lesion.window)[...] = lesion.mask
-    record = {"window": lesion.window, "bbox": data.whole_box(lesion.ends.ravel())}
-    record["segmentation"] = derived.rle(mask)
+    record = {"window": lesion.window, "bbox": lesion.bbox, "segmentation": derived.rle(mask)}
     for box in map(data.whole_box, annotated):
         record |= {"annotated": box, "covered": round(float(_cut(mask, box).mean()), 3)}
     return record
@@ -299,68 +301,42 @@ def _cut(image: np.ndarray, window: Sequence[int]) -> np.ndarray:
     return image[window[0] : window[2], window[1] : window[3]]
 
 
-# --- Files and pictures of one mammogram ---
+# --- Pictures of one mammogram ---
 
 
-def _write_image(
-    stem: Path, m: mammogram.Mammogram, display: np.ndarray, synth: Synthesizer, seed: int
-) -> tuple[np.ndarray, str]:
-    """The derived image; what a viewer makes of it, and what the user should know about it."""
-    note = ""
-    try:
-        stored = m.restore(display)
-    except ValueError as error:
-        note = f" ({error}: no DICOM)"
-    else:
-        display = m.table.apply(stored)
-        if m.ds is not None:
-            made = f"{CATEGORY[synth.task]} by contextual GAN {synth.hash[:16]}; research only"
-            whole = io.BytesIO()  # pydicom would hide why a file cannot be written
-            derived.write_derived_dicom(m, stored, whole, made, f"{seed} {synth.hash}")
-            with files.replace_file(Path(f"{stem}_synthetic.dcm")) as file:
-                file.write(whole.getvalue())
-    with files.replace_file(Path(f"{stem}_synthetic.png")) as file:
-        derived.write_png16(file, data.to_uint16(display))
-    return display, note
-
-
-def before_after(before: np.ndarray, after: np.ndarray, placed: list[dict], spacing_mm) -> Figure:
+def before_after(images: Images, placed: list[dict], spacing_mm) -> Figure:
     """The whole mammogram before and after, objects in boxes; below, every window enlarged."""
     figure = Figure(figsize=(max(8, 2.5 * len(placed)), 13), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(8, 5))
     whole, windows = upper.subplots(1, 2), lower.subplots(2, len(placed), squeeze=False)
-    images = {"before": before, "after": after}
-    for (title, image), ax, line in zip(images.items(), whole, windows, strict=True):
-        _show(ax, image, (0, 0, *image.shape), spacing_mm, title)
-        for lesion, enlarged in zip(placed, line, strict=True):
-            _show(enlarged, image, lesion["window"], spacing_mm, title, bar_mm=5)
-    for row0, col0, row1, col1 in (lesion["bbox"] for lesion in placed):
+    _show(whole, images, (0, 0, *images[0].shape), spacing_mm)
+    for lesion, axes in zip(placed, windows.T, strict=True):
+        row0, col0, row1, col1 = lesion["bbox"]
         size = (col1 - col0, row1 - row0)
         whole[1].add_patch(Rectangle((col0, row0), *size, fill=False, edgecolor="#ffc800"))
+        _show(axes, images, lesion["window"], spacing_mm, bar_mm=5)
     return figure
 
 
-def figure3(before: np.ndarray, after: np.ndarray, placed: list[dict], spacing_mm) -> Figure:
+def figure3(images: Images, placed: list[dict], spacing_mm) -> Figure:
     """Figure 3: the windows of a row before (above) and after (below), or of a column (F3)."""
     window = (*placed[0]["window"][:2], *placed[-1]["window"][2:])
     down = len({lesion["window"][1] for lesion in placed}) == 1
     figure = Figure(figsize=(6, 12) if down else (12, 6), layout="constrained")
-    upper, lower = figure.subplots(2 - down, 1 + down)
-    _show(upper, before, window, spacing_mm, "before", bar_mm=5)
-    _show(lower, after, window, spacing_mm, "after", bar_mm=5)
+    _show(figure.subplots(2 - down, 1 + down), images, window, spacing_mm, bar_mm=5)
     return figure
 
 
-def _show(
-    ax: Axes, image: np.ndarray, window: Window, spacing_mm, title: str, bar_mm: int = 0
-) -> None:
-    """A window of a display image at its place in stored pixels, which are as high as they are."""
+def _show(axes: np.ndarray, images: Images, window: Window, spacing_mm, bar_mm: int = 0) -> None:
+    """A window before and after at its place in stored pixels, which are as high as they are."""
     row0, col0, row1, col1 = window
-    ax.imshow(_cut(image, window), cmap="gray", vmin=-1, vmax=1, extent=(col0, col1, row1, row0))
-    ax.tick_params(labelsize=7)
-    ax.set_title(title, fontsize=9)
-    if spacing_mm:
-        ax.set_aspect(spacing_mm[0] / spacing_mm[1])
-    if spacing_mm and bar_mm:
-        bar = (bar_mm / spacing_mm[1], f"{bar_mm} mm", "lower left")
-        ax.add_artist(AnchoredSizeBar(ax.transData, *bar, color="white", frameon=False))
+    for ax, image, title in zip(axes, images, ("before", "after"), strict=True):
+        extent = (col0, col1, row1, row0)
+        ax.imshow(_cut(image, window), cmap="gray", vmin=-1, vmax=1, extent=extent)
+        ax.tick_params(labelsize=7)
+        ax.set_title(title, fontsize=9)
+        if spacing_mm:
+            ax.set_aspect(spacing_mm[0] / spacing_mm[1])
+        if spacing_mm and bar_mm:
+            bar = (bar_mm / spacing_mm[1], f"{bar_mm} mm", "lower left")
+            ax.add_artist(AnchoredSizeBar(ax.transData, *bar, color="white", frameon=False))

@@ -6,7 +6,6 @@ VOI LUT or window -> inversion -> a fixed linear map, PS3.3 C.11 (C.x and CID n:
 
 import contextlib
 import functools
-import hashlib
 import logging
 import math
 import os
@@ -24,6 +23,8 @@ from PIL import Image
 from pydicom import Dataset, encaps, uid
 from pydicom.pixels import pixel_array
 from pydicom.sr.codedict import codes
+
+from support.files import sha256
 
 # A header that claims more is refused before anything is decoded, which takes up to 12 bytes a
 # pixel; film of 24 x 30 cm at 25 micrometres has 115 megapixels.
@@ -123,27 +124,19 @@ class Mammogram:
     @functools.cached_property
     def image_uid(self) -> str:
         """16 hex digits over stored pixels and shape: the same image under two names is found."""
-        digest = hashlib.sha256(repr((self.stored.shape, self.stored.dtype.str)).encode())
-        digest.update(np.ascontiguousarray(self.stored))
-        return digest.hexdigest()[:16]
+        shape = repr((self.stored.shape, self.stored.dtype.str))
+        return sha256(shape.encode(), self.stored.tobytes())[:16]
 
-    def restore(self, display: np.ndarray, where: np.ndarray | None = None) -> np.ndarray:
+    def restore(self, display: np.ndarray) -> np.ndarray:
         """New stored integers for new display values: the inverse of the display pipeline.
 
-        A pixel outside `where` (bool (H, W), e.g. weights > 0), or whose display value is the one
-        it had, keeps its stored integer bit for bit. Of several integers with the nearest display
-        value a pixel takes the one closest to its own.
+        A pixel whose display value is the one it had keeps its stored integer bit for bit. Of
+        several integers with the nearest display value a pixel takes the one closest to its own.
         Raises ValueError where the pipeline has no inverse (a LUT that rises and falls).
         """
         assert display.shape == self.stored.shape and np.isfinite(display).all()
-        changed = display != self.display
-        if where is not None:
-            changed &= where
-        restored = self.stored.copy()
-        try:
-            restored[changed] = self.table.invert(display[changed], self.stored[changed])
-        except ValueError as error:
-            raise ValueError(f"{self.path}: {error}; write the display image instead") from None
+        changed, restored = display != self.display, self.stored.copy()
+        restored[changed] = self.table.invert(display[changed], self.stored[changed])
         return restored
 
 
@@ -161,11 +154,7 @@ def read_mammogram(path: Path) -> Mammogram:
 @functools.cache
 def image_size(path: str) -> tuple[int, int] | None:
     """(rows, columns) by the header alone; None when read_mammogram would not read it either."""
-    with (
-        contextlib.suppress(NotUsable, OSError),
-        open(path, "rb") as file,
-        _reading("header is damaged"),
-    ):
+    with contextlib.suppress(NotUsable, OSError), open(path, "rb") as file, _reading("damaged"):
         if _is_dicom(file):
             ds = read_header(path, file, ("Rows", "Columns"))
             return int(ds.Rows), int(ds.Columns)
@@ -236,9 +225,7 @@ def read_header(path: Path, file: BinaryIO, keywords: tuple[str, ...] = KEYWORDS
         meta = pydicom.filereader.read_file_meta_info(path)
         syntax = uid.UID(meta.get("TransferSyntaxUID") or "")
         if syntax not in NATIVE and syntax not in DECODERS:  # to inflate could fill the memory
-            raise NotUsable(
-                f"TransferSyntaxUID is {_shown(syntax)}; expected a plain or a JPEG or RLE syntax"
-            )
+            raise NotUsable(f"TransferSyntaxUID is {_shown(syntax)}; expected plain, JPEG or RLE")
         ds = pydicom.dcmread(
             file, stop_before_pixels=True, defer_size="1 MB", specific_tags=list(keywords)
         )
@@ -277,8 +264,7 @@ def _exclude(ds: Dataset) -> None:
     sop_class = uid.UID(word("SOPClassUID"))
     other = re.search("For Processing|Tomosynthesis", sop_class.name)
     need(not other, "SOPClassUID", "a 2-D image for presentation")
-    one = ds.get("NumberOfFrames") in (None, "", 0, 1)
-    need(one, "NumberOfFrames", "1, not tomosynthesis or a loop")
+    need(ds.get("NumberOfFrames") in (None, "", 0, 1), "NumberOfFrames", "1, a single image")
     image_type = {str(v).upper() for v in values(ds, "ImageType")}
     sliced = SLICED & image_type and "GENERATED_2D" not in image_type
     need(not sliced, "ImageType", "a 2-D image, not tomosynthesis")
@@ -298,10 +284,9 @@ def _exclude(ds: Dataset) -> None:
     need(monochrome, "PhotometricInterpretation", "MONOCHROME1 or MONOCHROME2")
     need(ds.get("SamplesPerPixel") in (None, 1), "SamplesPerPixel", "1")
     need(ds.get("BitsAllocated") in (8, 16), "BitsAllocated", "8 or 16")
-    depths = range(2, ds.BitsAllocated + 1)
-    need(ds.get("BitsStored") in depths, "BitsStored", f"2 to {ds.BitsAllocated}")
-    top = ds.BitsStored - 1
-    need(ds.get("HighBit") in (None, top), "HighBit", f"{top}")
+    most = ds.BitsAllocated
+    need(ds.get("BitsStored") in range(2, most + 1), "BitsStored", f"2 to {most}")
+    need(ds.get("HighBit") in (None, ds.BitsStored - 1), "HighBit", f"{ds.BitsStored - 1}")
     need(ds.get("PixelRepresentation") in (0, 1), "PixelRepresentation", "0 or 1")
 
 
@@ -364,7 +349,7 @@ def _read_pixels(ds: Dataset, file: BinaryIO) -> np.ndarray:
         whole.update(ds)
         if not whole.get("PixelData"):
             raise NotUsable("PixelData is absent or cut off")
-        if syntax in DECODERS:
+        if syntax in DECODERS and syntax != uid.RLELossless:
             _check_stream(whole, syntax)
         stored = pixel_array(whole, index=0, raw=True, decoding_plugin=plugin, number_of_frames=1)
     kind = "ui"[ds.PixelRepresentation]
@@ -382,24 +367,19 @@ def _check_stream(ds: Dataset, syntax: uid.UID) -> None:
     _, *fragments = encaps.generate_fragments(ds.PixelData)
     stream = b"".join(fragments)
     # JPEG and JPEG-LS streams end in a marker, which some makers leave out of JPEG 2000.
-    marked = "JPEG" in syntax.name and "2000" not in syntax.name
-    if marked and b"\xff\xd9" not in stream[-16:]:
+    if "2000" not in syntax.name and b"\xff\xd9" not in stream[-16:]:
         raise NotUsable("PixelData is cut off: no end of image")
     try:
-        rows, columns = _codestream_shape(stream[: 1 << 20], syntax) or (ds.Rows, ds.Columns)
+        rows, columns = _codestream_shape(stream[: 1 << 20], syntax)
     except (ValueError, IndexError, struct.error):
         raise NotUsable(f"PixelData holds no {syntax.name} image") from None
     if (rows, columns) != (ds.Rows, ds.Columns):
-        raise NotUsable(
-            f"PixelData is an image of {rows} x {columns} pixels; "
-            f"Rows and Columns say {ds.Rows} x {ds.Columns}"
-        )
+        other = f"Rows and Columns say {ds.Rows} x {ds.Columns}"
+        raise NotUsable(f"PixelData is an image of {rows} x {columns} pixels; {other}")
 
 
-def _codestream_shape(stream: bytes, syntax: uid.UID) -> tuple[int, int] | None:
-    """(rows, columns) that a JPEG, JPEG-LS or JPEG 2000 stream claims; None for RLE."""
-    if syntax == uid.RLELossless:
-        return None
+def _codestream_shape(stream: bytes, syntax: uid.UID) -> tuple[int, int]:
+    """(rows, columns) that a JPEG, JPEG-LS or JPEG 2000 stream claims."""
     if syntax in (uid.JPEG2000, uid.JPEG2000Lossless):
         at = stream.index(b"\xff\x4f\xff\x51") + 8  # SOC and SIZ, ISO 15444-1 A.5.1
         x1, y1, x0, y0 = struct.unpack_from(">4L", stream, at)
@@ -407,8 +387,7 @@ def _codestream_shape(stream: bytes, syntax: uid.UID) -> tuple[int, int] | None:
     at = stream.index(b"\xff\xd8\xff") + 2  # SOI, then segments up to SOF, ISO 10918-1 B.2.2
     while not (0xC0 <= stream[at + 1] <= 0xCF or stream[at + 1] == 0xF7) or stream[at + 1] == 0xC4:
         at += 1 if stream[at + 1] == 0xFF else 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
-    rows, columns = struct.unpack_from(">2H", stream, at + 5)
-    return rows, columns
+    return struct.unpack_from(">2H", stream, at + 5)
 
 
 # --- Display pipeline, PS3.3 C.11: one table over all stored values ---
@@ -505,10 +484,8 @@ def window(x: np.ndarray, center: float, width: float, function: str) -> np.ndar
         if width == 0:
             return np.where(x <= center, -1.0, 1.0)
     elif function not in ("LINEAR_EXACT", "SIGMOID") or width <= 0:
-        raise NotUsable(
-            f"WindowWidth is {width:g} with VOILUTFunction {_shown(function)}; expected at least 1 "
-            "with LINEAR or more than 0 with LINEAR_EXACT or SIGMOID"
-        )
+        words = f"WindowWidth is {width:g} with VOILUTFunction {_shown(function)}"
+        raise NotUsable(f"{words}; expected LINEAR from 1 on, LINEAR_EXACT or SIGMOID above 0")
     y = 2 * (x - center) / width
     # tanh(v / 2) = 2 / (1 + exp(-v)) - 1, without its overflow
     return np.tanh(y) if function == "SIGMOID" else np.clip(y, -1, 1)
@@ -554,9 +531,7 @@ def _read_raster(path: Path, file: BinaryIO) -> Mammogram:
         try:
             image = Image.open(file, formats=RASTERS)  # decodes nothing yet
         except Image.UnidentifiedImageError:
-            raise NotUsable(
-                "neither DICOM nor PNG, PGM, TIFF or JPEG (DICOM files have DICM at byte 128)"
-            ) from None
+            raise NotUsable("neither DICOM nor PNG, PGM, TIFF or JPEG") from None
         _check_size(file, image.height, image.width)
         wide = image.mode in ("I;16", "I;16L", "I;16B")
         wide |= (image.format, image.mode) == ("PPM", "I")

@@ -90,7 +90,7 @@ def evaluate(
 
         tested = {c: np.isin(kind, [*pos, *neg]) for c, (pos, neg) in CONDITIONS.items()}
         conditions = {  # with one kind of lesion only, the whole test set is not shown again
-            c: condition_table(kind, patients, scores, c, seed)
+            c: condition_table(kind, patients, scores, c)
             for c, at in tested.items()
             if c == MAIN or (at != tested[MAIN]).any()
         }
