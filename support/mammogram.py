@@ -198,10 +198,8 @@ def _check_size(file: BinaryIO, rows: int, columns: int) -> None:
     """Raise NotUsable for what decoders would fill the memory with, or make up."""
     size = os.fstat(file.fileno()).st_size
     claim = f"header claims {rows} x {columns} pixels"
-    if rows < 1 or columns < 1:
-        raise NotUsable(f"{claim}; expected at least 1 x 1")
-    if rows * columns > MAX_PIXELS:
-        raise NotUsable(f"{claim}, more than {MAX_PIXELS // 10**6} megapixels")
+    if min(rows, columns) < 1 or rows * columns > MAX_PIXELS:
+        raise NotUsable(f"{claim}; expected 1 x 1 to {MAX_PIXELS // 10**6} megapixels")
     if rows * columns > max(PLAUSIBLE_PIXELS, PIXELS_A_BYTE * size):
         raise NotUsable(f"{claim} in a file of {size} bytes")
 
@@ -261,8 +259,7 @@ def _exclude(ds: Dataset) -> None:
 
     processing = word("PresentationIntentType") == "FOR PROCESSING"
     need(not processing, "PresentationIntentType", "FOR PRESENTATION")
-    sop_class = uid.UID(word("SOPClassUID"))
-    other = re.search("For Processing|Tomosynthesis", sop_class.name)
+    other = re.search("For Processing|Tomosynthesis", uid.UID(word("SOPClassUID")).name)
     need(not other, "SOPClassUID", "a 2-D image for presentation")
     need(ds.get("NumberOfFrames") in (None, "", 0, 1), "NumberOfFrames", "1, a single image")
     image_type = {str(v).upper() for v in values(ds, "ImageType")}
@@ -324,9 +321,8 @@ def _spacing(ds: Dataset) -> tuple[tuple[float, float] | None, str]:
     """
     for keyword in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing"):
         spacing = floats(ds, keyword)
-        if len(spacing) != 2 or not all(1e-3 < v < 10 for v in spacing):
-            continue
-        if max(spacing[0] * ds.Rows, spacing[1] * ds.Columns) > WIDEST_MM:
+        pair = len(spacing) == 2 and all(1e-3 < v < 10 for v in spacing)
+        if not pair or max(spacing[0] * ds.Rows, spacing[1] * ds.Columns) > WIDEST_MM:
             continue
         factor = floats(ds, "EstimatedRadiographicMagnificationFactor")
         if keyword == "ImagerPixelSpacing" and len(factor) == 1 and 1 < factor[0] < 10:
