@@ -54,7 +54,8 @@ def _one_line(error: Exception) -> str:
     return str(error)
 
 
-SHARE = click.FloatRange(0, 1)
+FOLDER = click.Path(path_type=Path)
+COUNT, SHARE = click.IntRange(1), click.FloatRange(0, 1)
 RANGES = {  # of the options that override a preset; other whole numbers begin at 1
     **dict.fromkeys(("iters_base", "iters_fade", "iters_final"), click.IntRange(0)),
     **dict.fromkeys(("g_lr", "d_lr", "learning_rate"), click.FloatRange(0, min_open=True)),
@@ -63,6 +64,11 @@ RANGES = {  # of the options that override a preset; other whole numbers begin a
     "decay": SHARE,
     "gp_noise": click.Choice(["uniform", "std"]),
 }
+
+
+def option(flags: str, kind: object, text: str | None, **more: object):
+    """click's option, its type and help in one line; `flags` may name the parameter, too."""
+    return click.option(*flags.split(), type=kind, help=text, **more)
 
 
 def preset_options(presets: dict, texts: dict[str, str]):
@@ -74,20 +80,11 @@ def preset_options(presets: dict, texts: dict[str, str]):
             known = next(v for v in values.values() if v is not None)
             shown = ", ".join(f"{preset} {value}" for preset, value in values.items())
             flag = "--" + name.replace("_", "-")
-            kind = RANGES.get(name, click.IntRange(1) if type(known) is int else type(known))
-            command = click.option(
-                f"{flag}/--no-{flag[2:]}" if isinstance(known, bool) else flag,
-                default=None,
-                type=None if isinstance(known, bool) else kind,
-                help=f"{text}  [{shown}]",
-            )(command)
-        return click.option(
-            "--preset",
-            type=click.Choice(list(presets)),
-            default="paper",
-            show_default=True,
-            help="A whole configuration: the paper's, 128 px for one GPU, 64 px for two CPU cores.",
-        )(command)
+            kind = RANGES.get(name, COUNT if type(known) is int else type(known))
+            flag, kind = (f"{flag}/--no-{flag[2:]}", None) if kind is bool else (flag, kind)
+            command = option(flag, kind, f"{text}  [{shown}]", default=None)(command)
+        text = "A whole configuration: the paper's, 128 px for one GPU, 64 px for two CPU cores."
+        return option("--preset", click.Choice(list(presets)), text, default="paper")(command)
 
     return decorate
 
@@ -98,13 +95,8 @@ def configure(presets: dict, preset: str, overrides: dict, **fixed: object):
     return dataclasses.replace(presets[preset], **given, **fixed)
 
 
-FOLDER = click.Path(path_type=Path)
-seed_option = click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of every random draw."
-)
-device_option = click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
-)
+seed_option = option("--seed", click.IntRange(0), "Of every random draw.", default=0)
+device_option = option("--device", click.Choice(["auto", "cpu", "cuda"]), None, default="auto")
 
 
 @click.group(cls=Commands, context_settings={"show_default": True, "max_content_width": 100})
@@ -121,13 +113,12 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("source", type=FOLDER)
-@click.option("--out", type=FOLDER, required=True, help="Patch set to write.")
-@click.option(
-    "--format",
-    "source_format",
-    type=click.Choice(["manifest", *sources.READERS]),
+@option("--out", FOLDER, "Patch set to write.", required=True)
+@option(
+    "--format source_format",
+    click.Choice(["manifest", *sources.READERS]),
+    "What SOURCE is: a manifest (CSV), or a public data set as distributed.",
     default="manifest",
-    help="What SOURCE is: a manifest (CSV), or a public data set as distributed.",
 )
 @preset_options(
     data.PREPARE_PRESETS,
@@ -137,31 +128,26 @@ def cli() -> None:
         "pseudonymise": "Hash patient ids and paths with the key in MAMGAN_PSEUDONYM_KEY.",
     },
 )
-@click.option(
-    "--count",
-    "counts",
-    multiple=True,
-    metavar="SPLIT/CLASS=N",
-    help="Patches of one class in one split; repeat. Paper: train/normal=400000, malignant_mass "
+@option(
+    "--count counts",
+    None,
+    "Patches of one class in one split; repeat. Paper: train/normal=400000, malignant_mass "
     "42280, benign_mass 3500, malignant_calcification 24100, benign_calcification 6580 (P4); in "
     "val and in test 1000 each of normal and the malignant ones (P5).",
+    multiple=True,
+    metavar="SPLIT/CLASS=N",
 )
-@click.option(
+@option(
     "--birads-as-pathology",
+    bool,
+    "VinDr-Mammo, INbreast: BI-RADS 4 to 6 stand for malignant, 2 and 3 for benign.",
     is_flag=True,
-    help="VinDr-Mammo, INbreast: BI-RADS 4 to 6 stand for malignant, 2 and 3 for benign.",
 )
-@click.option(
-    "--qc",
-    type=click.IntRange(0),
-    default=0,
-    help="Contact sheet of so many images: mask, boxes, windows.",
+@option(
+    "--qc", click.IntRange(0), "Contact sheet of so many images: mask, boxes, windows.", default=0
 )
-@click.option(
-    "--workers",
-    type=click.IntRange(1),
-    default=os.cpu_count() or 1,
-    help="Processes; any number writes the same bytes.",
+@option(
+    "--workers", COUNT, "Processes; any number writes the same bytes.", default=os.cpu_count() or 1
 )
 @seed_option
 def prepare(
@@ -190,11 +176,9 @@ def prepare(
 
 
 @cli.command("train-gan")
-@click.option(
-    "--task", type=click.Choice(list(data.TASKS)), required=True, help="One GAN each (G14)."
-)
-@click.option("--data", "patches", type=FOLDER, required=True, help="Patch set of prepare.")
-@click.option("--run", type=FOLDER, required=True, help="Run folder to write.")
+@option("--task", click.Choice(list(data.TASKS)), "One GAN each (G14).", required=True)
+@option("--data patches", FOLDER, "Patch set of prepare.", required=True)
+@option("--run", FOLDER, "Run folder to write.", required=True)
 @preset_options(
     train.GAN_PRESETS,
     {
@@ -235,60 +219,42 @@ def train_gan(task, patches, run, preset, seed, device, **options):
 
 
 @cli.command()
-@click.option("--gan", type=FOLDER, required=True, help="Run of train-gan.")
-@click.option("--data", "patches", type=FOLDER, help="Patch set that the GAN was trained on.")
-@click.option("--out", type=FOLDER, required=True, help="Synthetic set, or folder of full images.")
-@click.option("-n", "number", type=click.IntRange(1), help="Samples to write (S10).  [5000]")
-@click.option(
+@option("--gan", FOLDER, "Run of train-gan.", required=True)
+@option("--data patches", FOLDER, "Patch set that the GAN was trained on.")
+@option("--out", FOLDER, "Synthetic set, or folder of full images.", required=True)
+@option("-n number", COUNT, "Samples to write (S10).  [5000]")
+@option(
     "--component",
-    type=click.Choice(["largest", "cluster"]),
-    default="largest",
-    help="largest: one connected object, as the paper (S4); cluster: joins grains widened by "
+    click.Choice(["largest", "cluster"]),
+    "largest: one connected object, as the paper (S4); cluster: joins grains widened by "
     "10 px, recommended for calcifications (Q27).",
+    default="largest",
 )
-@click.option(
+@option(
     "--control",
-    type=click.Choice(["blob"]),
-    help="A featureless bump of the same size in place of the lesion.",
+    click.Choice(["blob"]),
+    "A featureless bump of the same size in place of the lesion.",
 )
-@click.option(
-    "--min-area",
-    "min_area_frac",
-    type=click.FloatRange(0, 1),
-    help="Smallest object, share of the patch (S5).  [largest 0.10, cluster 0.02]",
+@option(
+    "--min-area min_area_frac",
+    SHARE,
+    "Smallest object, share of the patch (S5).  [largest 0.10, cluster 0.02]",
 )
-@click.option(
-    "--expand",
-    "dilate_px",
-    type=click.FloatRange(0),
-    default=postprocess.DILATE_PX,
-    help="px at 256 px (S6).",
+@option(
+    "--expand dilate_px", click.FloatRange(0), "px at 256 px (S6).", default=postprocess.DILATE_PX
 )
-@click.option(
-    "--smoothing",
-    "smooth_sigma",
-    type=click.FloatRange(0, min_open=True),
+@option(
+    "--smoothing smooth_sigma",
+    click.FloatRange(0, min_open=True),
+    "Sigma of the Gaussian, px at 256 px (S7, Q29).",
     default=postprocess.SMOOTH_SIGMA,
-    help="Sigma of the Gaussian, px at 256 px (S7, Q29).",
 )
-@click.option(
-    "--image", "images", type=FOLDER, multiple=True, help="Full mammogram or manifest. Repeat."
+@option("--image images", FOLDER, "Full mammogram or manifest. Repeat.", multiple=True)
+@option(
+    "--at", int, "Patch centre in stored pixels. Repeat.", nargs=2, multiple=True, metavar="ROW COL"
 )
-@click.option(
-    "--at",
-    nargs=2,
-    type=int,
-    multiple=True,
-    metavar="ROW COL",
-    help="Patch centre in stored pixels. Repeat.",
-)
-@click.option("--lesions", type=click.IntRange(1), default=1, help="Lesions at random places.")
-@click.option(
-    "--strip",
-    type=click.IntRange(1),
-    default=1,
-    help="So many contiguous patches in a row (Figure 3).",
-)
+@option("--lesions", COUNT, "Lesions at random places.", default=1)
+@option("--strip", COUNT, "So many contiguous patches in a row (Figure 3).", default=1)
 @seed_option
 @device_option
 def synthesize(gan, patches, out, number, control, images, at, lesions, strip, device, **options):
@@ -324,13 +290,13 @@ def synthesize(gan, patches, out, number, control, images, at, lesions, strip, d
 
 
 @cli.command("train-cls")
-@click.option("--data", "patches", type=FOLDER, required=True, help="Patch set of prepare.")
-@click.option("--run", type=FOLDER, required=True, help="Run folder to write.")
-@click.option("--synthetic", type=FOLDER, multiple=True, help="Synthetic set to mix in. Repeat.")
-@click.option(
+@option("--data patches", FOLDER, "Patch set of prepare.", required=True)
+@option("--run", FOLDER, "Run folder to write.", required=True)
+@option("--synthetic", FOLDER, "Synthetic set to mix in. Repeat.", multiple=True)
+@option(
     "--proportion",
-    type=click.FloatRange(0, 1),
-    help="Initial share of synthetic patches (C5, C6).  [0.5 with --synthetic, else 0]",
+    SHARE,
+    "Initial share of synthetic patches (C5, C6).  [0.5 with --synthetic, else 0]",
 )
 @preset_options(
     train.CLASSIFIER_PRESETS,
@@ -347,9 +313,7 @@ def synthesize(gan, patches, out, number, control, images, at, lesions, strip, d
         "bfloat16": "Autocast on a GPU; the CPU always computes in float32.",
     },
 )
-@click.option(
-    "--seeds", type=click.IntRange(1), default=1, help="Repeat the regime: RUN/seed-0 ..."
-)
+@option("--seeds", COUNT, "Repeat the regime: RUN/seed-0 ...", default=1)
 @seed_option
 @device_option
 def train_cls(patches, run, synthetic, proportion, preset, seeds, seed, device, **options):
@@ -359,11 +323,8 @@ def train_cls(patches, run, synthetic, proportion, preset, seeds, seed, device, 
     if (run / "config.json").exists() if seeds > 1 else any(run.glob("seed-*")):
         held = "one run" if seeds > 1 else "runs of several --seeds"
         raise click.UsageError(f"--run {run}: holds {held}, not to be mixed; give another folder")
-    side, usual = (
-        patchset.patch_config(patches)["patch_size"],
-        data.PREPARE_PRESETS[preset].patch_size,
-    )
-    if side != usual:
+    side = patchset.patch_config(patches)["patch_size"]
+    if side != (usual := data.PREPARE_PRESETS[preset].patch_size):
         note = f"note: {side} px patches with the preset {preset}, which is for {usual} px"
         click.secho(note, fg="red", err=True)
     for k in range(seeds):
@@ -391,13 +352,11 @@ def print_table(rows: list[dict], out: Path) -> None:
 
 
 @cli.command()
-@click.option("--data", "patches", type=FOLDER, required=True, help="Patch set of prepare.")
-@click.option(
-    "--baseline", type=FOLDER, required=True, help="Run of train-cls on real patches only."
-)
-@click.option("--augmented", type=FOLDER, multiple=True, help="Run of another regime. Repeat.")
-@click.option("--synthetic", type=FOLDER, multiple=True, help="Set for the controls. Repeat.")
-@click.option("--out", type=FOLDER, required=True, help="Folder for table1.csv, report.html ...")
+@option("--data patches", FOLDER, "Patch set of prepare.", required=True)
+@option("--baseline", FOLDER, "Run of train-cls on real patches only.", required=True)
+@option("--augmented", FOLDER, "Run of another regime. Repeat.", multiple=True)
+@option("--synthetic", FOLDER, "Set for the controls. Repeat.", multiple=True)
+@option("--out", FOLDER, "Folder for table1.csv, report.html ...", required=True)
 @seed_option
 @device_option
 def evaluate(patches, baseline, augmented, synthetic, out, seed, device):
@@ -424,7 +383,7 @@ DEMO_PATIENTS = 72
 
 
 @cli.command()
-@click.option("--out", type=FOLDER, required=True, help="Folder for everything.")
+@option("--out", FOLDER, "Folder for everything.", required=True)
 @seed_option
 def demo(out, seed):
     """All of it on synthetic phantoms: about ten minutes on two CPU cores.

@@ -21,7 +21,7 @@ def rows() -> list[list[str]]:
 
 
 @functools.cache
-def tests_in(file: str) -> set[str]:
+def functions_of(file: str) -> set[str]:
     tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
 
@@ -52,4 +52,4 @@ def test_named_code_and_tests_exist(row):
         if not dotted.endswith((".csv", ".json", ".html", ".py", ".png", ".pt", ".jsonl")):
             resolve(dotted)
     for file, name in TEST.findall(" | ".join(row)):
-        assert name in tests_in(file), f"{file}::{name}"
+        assert name in functions_of(file), f"{file}::{name}"
