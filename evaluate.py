@@ -26,10 +26,17 @@ ALPHA = 0.05  # Q37: two-sided; the paper calls no other level significant
 
 
 def checked(y, *scores) -> tuple[np.ndarray, np.ndarray]:
-    """Labels as bool (N,) and scores as float64 (K, N): two of each class, numbers all of them."""
-    y, scores = np.asarray(y).astype(bool), np.array(scores, dtype=np.float64)
-    assert scores.shape == (len(scores), len(y)) and not np.isnan(scores).any()
-    assert 2 <= y.sum() <= len(y) - 2
+    """Labels as bool (N,) and scores as float64 (K, N). Raises ValueError for unusable input."""
+    y, shapes = np.asarray(y), [np.shape(s) for s in scores]
+    if y.ndim != 1 or not np.isin(y, (0, 1)).all() or any(shape != y.shape for shape in shapes):
+        found = f"labels of shape {y.shape}, values {np.unique(y)[:4].tolist()}, scores {shapes}"
+        raise ValueError(f"found {found}; expected one 0 or 1 and one score per patch")
+    y, scores = y.astype(bool), np.array(scores, dtype=np.float64)
+    if np.isnan(scores).any():
+        raise ValueError(f"scores: found {np.isnan(scores).sum()} NaN; expected a number per patch")
+    if not 2 <= y.sum() <= len(y) - 2:
+        found = f"{y.sum()} positive and {(~y).sum()} negative patches"
+        raise ValueError(f"labels: found {found}; expected at least two of each class")
     return y, scores
 
 
@@ -69,10 +76,14 @@ def clustered_covariance(y: np.ndarray, v: np.ndarray, clusters) -> np.ndarray:
     Obuchowski 1997 (Biometrics 53:567), with its factors I/(I-1) over the patients that have
     positives, negatives, or either. With one patch per patient it *is* DeLong's, factor included.
     """
+    if np.shape(clusters) != y.shape:
+        raise ValueError(f"clusters: found shape {np.shape(clusters)} for {len(y)} patches")
     _, at = np.unique(clusters, return_inverse=True)
     patients = at.max() + 1
     with_class = [len(np.unique(at[y])), len(np.unique(at[~y]))]
-    assert min(with_class) > 1, with_class
+    if min(with_class) < 2:
+        found = f"{with_class[0]} patients with positive and {with_class[1]} with negative patches"
+        raise ValueError(f"clusters: found {found}; expected at least two of each")
     centred = v - v[:, y].mean(axis=1, keepdims=True)
     a, b = (  # (K, I) sums over each patient, as shares of the class
         np.array([np.bincount(at[c], row[c], patients) for row in centred]) / np.count_nonzero(c)
@@ -82,33 +93,53 @@ def clustered_covariance(y: np.ndarray, v: np.ndarray, clusters) -> np.ndarray:
     return s10 * a @ a.T + s01 * b @ b.T + s11 * (a @ b.T + b @ a.T)
 
 
-def interval(value: float, variance: float, df: float = math.inf) -> tuple:
-    """Low, high (95%), z (or t), two-sided p; no variance: p = 1 for no difference, else 0."""
+def interval(value: float, variance: float, df: float = math.inf, level: float = 0.95) -> tuple:
+    """Low, high, z (or t), two-sided p; no variance: p = 1 for no difference, else 0."""
     error = math.sqrt(variance)
-    half = float(special.stdtrit(df, 1 - ALPHA / 2)) * error
+    half = float(special.stdtrit(df, (1 + level) / 2)) * error
     z = value / error if error else math.copysign(math.inf, value) if value else 0.0
     return value - half, value + half, z, float(2 * special.stdtr(df, -abs(z)))
 
 
-def delong_test(y, scores_a, scores_b) -> tuple[float, float, float, float]:
-    """AUC of a, AUC of b, z (with the sign of a - b) and the paired two-sided p (E4)."""
+def _difference(y, scores_a, scores_b) -> tuple[np.ndarray, float, float, np.ndarray]:
+    """Labels, AUC of a and of b, placements (1, N) of a - b: their covariance is its variance,
+    free of the rounding of C11 + C22 - 2 C12."""
     y, scores = checked(y, scores_a, scores_b)
     v = placements(y, scores)
-    difference = v[:1] - v[1:]  # free of the rounding of C11 + C22 - 2 C12
-    variance = float(delong_covariance(y, difference)[0, 0])
-    return *v[:, y].mean(axis=1).tolist(), *interval(float(difference[0, y].mean()), variance)[2:]
+    return y, *v[:, y].mean(axis=1).tolist(), v[:1] - v[1:]
 
 
-def clustered_ci(y, scores, clusters) -> tuple[float, float, float]:
-    """AUC and Obuchowski's 95% interval (patients are independent), cut at 0 and 1."""
+def auc_ci(y, scores, level: float = 0.95) -> tuple[float, float, float]:
+    """AUC and DeLong's interval, cut at 0 and 1: Obuchowski's with each patch its own patient."""
+    return clustered_ci(y, scores, np.arange(len(y)), level)
+
+
+def delong_test(y, scores_a, scores_b) -> tuple[float, float, float, float]:
+    """AUC of a, AUC of b, z (with the sign of a - b) and the paired two-sided p (E4)."""
+    y, auc_a, auc_b, d = _difference(y, scores_a, scores_b)
+    return auc_a, auc_b, *interval(float(d[0, y].mean()), float(delong_covariance(y, d)[0, 0]))[2:]
+
+
+# --- Beyond the paper: patients as units, a band for ROC curves, several seeds, Holm, power ---
+
+
+def clustered_ci(y, scores, clusters, level: float = 0.95) -> tuple[float, float, float]:
+    """AUC and Obuchowski's interval (patients are independent), cut at 0 and 1."""
     y, scores = checked(y, scores)
     v = placements(y, scores)
     auc, variance = float(v[0, y].mean()), float(clustered_covariance(y, v, clusters)[0, 0])
-    low, high, *_ = interval(auc, variance)
+    low, high, *_ = interval(auc, variance, level=level)
     return auc, max(0.0, low), min(1.0, high)
 
 
-# --- Beyond the paper: a band for ROC curves, several seeds, Holm, power ---
+def clustered_test(
+    y, scores_a, scores_b, clusters, level: float = 0.95
+) -> tuple[float, float, float, float, float, float]:
+    """AUC of a, of b, their difference a - b, its interval and two-sided p (Obuchowski 1997)."""
+    y, auc_a, auc_b, d = _difference(y, scores_a, scores_b)
+    difference, variance = float(d[0, y].mean()), float(clustered_covariance(y, d, clusters)[0, 0])
+    low, high, _, p = interval(difference, variance, level=level)
+    return auc_a, auc_b, difference, low, high, p
 
 
 def roc_band(y, scores, clusters, seed: int, draws: int = 300) -> np.ndarray:

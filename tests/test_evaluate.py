@@ -89,18 +89,6 @@ def correlated_scores(rng, y, clusters, icc, models=2, effect=1.2):
     return effect * y + icc**0.5 * per_patient[:, clusters] + (1 - icc) ** 0.5 * per_patch
 
 
-def auc_ci(y, scores):
-    """AUC and DeLong's interval: Obuchowski's with each patch its own patient."""
-    return evaluate.clustered_ci(y, scores, np.arange(len(y)))
-
-
-def clustered_test(y, a, b, clusters):
-    """AUC of a, of b, their difference, its interval and p, by what Table 1 is made with."""
-    row = evaluate.compare(y, [a], [b], clusters)
-    auc_b = evaluate.clustered_ci(y, b, clusters)[0]
-    return row["auc"], auc_b, *(row[k] for k in ("delta", "delta_low", "delta_high", "p_clustered"))
-
-
 # --- AUC and DeLong ---
 
 
@@ -166,7 +154,7 @@ def test_E4_delong_agrees_with_pROC(seed):
     assert len(np.unique(a)) < len(a) / 2  # ties, and many
     p, auc, low, high = PROC[seed]
     assert evaluate.delong_test(y, a, b)[3] == pytest.approx(p, abs=1e-9, rel=1e-9)
-    assert auc_ci(y, a) == pytest.approx((auc, low, high), abs=1e-9)
+    assert evaluate.auc_ci(y, a) == pytest.approx((auc, low, high), abs=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -185,7 +173,7 @@ def test_E4_many_classifiers_at_once_equal_pairs():
     covariance = evaluate.delong_covariance(y, evaluate.placements(y, scores))
     for i in range(5):
         z = evaluate.delong_test(y, scores[i], scores[i + 1])[2]
-        auc = [auc_ci(y, s)[0] for s in scores[i : i + 2]]
+        auc = [evaluate.auc_ci(y, s)[0] for s in scores[i : i + 2]]
         pair = covariance[i : i + 2, i : i + 2]
         assert z == pytest.approx((auc[0] - auc[1]) / math.sqrt([1, -1] @ pair @ [1, -1]))
 
@@ -205,10 +193,41 @@ def test_E4_identical_scores_give_p_one():
     y, a, _ = with_ties(2)
     for same in (a, 2 * a + 1):
         assert evaluate.delong_test(y, a, same)[2:] == (0.0, 1.0)
-        assert clustered_test(y, a, same, np.arange(len(y)) // 3)[2:] == (0, 0, 0, 1)
+        assert evaluate.clustered_test(y, a, same, np.arange(len(y)) // 3)[2:] == (0, 0, 0, 1)
     assert evaluate.delong_test(y, y, 2 * y)[3] == 1.0  # both perfect
     assert evaluate.delong_test(y, y, -y)[2:] == (math.inf, 0.0)  # perfect against inverted
-    assert auc_ci(y, np.zeros(len(y))) == (0.5, 0.5, 0.5)
+    assert evaluate.auc_ci(y, np.zeros(len(y))) == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("y", "scores", "message"),
+    [
+        ([1] * 6, range(6), "6 positive and 0 negative"),
+        ([0] * 5 + [1], range(6), "1 positive"),
+        ([], [], "0 positive and 0 negative"),
+        ([0, 1, 2, 1, 0, 1], range(6), "expected one 0 or 1"),
+        ([0, 1, math.nan, 1, 0, 1], range(6), "expected one 0 or 1"),
+        ([-1, 1, -1, 1, -1, 1], range(6), "expected one 0 or 1"),
+        ([0, 1, 0, 1, 0, 1], [0.1, math.nan, 0.2, 0.3, 0.1, 0.1], "NaN; expected"),
+        ([0, 1, 0, 1, 0, 1], range(5), r"scores \[\(5,\)"),
+        ([0, 1, 0, 1, 0, 1], np.ones((6, 1)), r"scores \[\(6, 1\)"),
+    ],
+)
+def test_unusable_input_is_a_clear_error(y, scores, message):
+    scores = np.asarray(scores, dtype=float)
+    with pytest.raises(ValueError, match=message):
+        evaluate.auc_ci(y, scores)
+    with pytest.raises(ValueError, match=message):
+        evaluate.delong_test(y, scores, scores)
+    with pytest.raises(ValueError, match=message):
+        evaluate.clustered_test(y, scores, scores, np.arange(len(y)))
+
+
+def test_clusters_must_fit_and_be_several():
+    with pytest.raises(ValueError, match="clusters: found shape"):
+        evaluate.clustered_test(Y, S1, S2, range(3))
+    with pytest.raises(ValueError, match="found 1 patients with positive"):
+        evaluate.clustered_ci(Y, S1, [0] * 5 + list(range(6)))
 
 
 # --- Patients ---
@@ -221,7 +240,7 @@ def test_obuchowski_equals_the_direct_definition(seed):
     a, b = np.round(correlated_scores(rng, y, clusters, 0.5), 1)
     variance_a, variance = direct_clustered(y, a, b, clusters)
     half = 1.959963984540054 * math.sqrt(variance)
-    auc_a, auc_b, difference, low, high, p = clustered_test(y, a, b, clusters)
+    auc_a, auc_b, difference, low, high, p = evaluate.clustered_test(y, a, b, clusters)
     assert difference == pytest.approx(auc_a - auc_b, abs=1e-12)
     assert (low, high) == pytest.approx((difference - half, difference + half), abs=1e-10)
     assert p == pytest.approx(math.erfc(abs(difference) / math.sqrt(2 * variance)), abs=1e-10)
@@ -235,21 +254,21 @@ def test_obuchowski_with_one_patch_a_patient_is_delong(seed):
     """The finite-sample factors I/(I-1) per class are then DeLong's m/(m-1) and n/(n-1)."""
     y, a, b = with_ties(seed + 3)
     names = [f"P{i:04d}" for i in range(len(y))]
-    _, _, difference, low, high, p = clustered_test(y, a, b, names)
+    _, _, difference, low, high, p = evaluate.clustered_test(y, a, b, names)
     _, _, z, p_delong = evaluate.delong_test(y, a, b)
     assert p == pytest.approx(p_delong, rel=1e-10)
     assert (high - low) / 2 == pytest.approx(1.959963984540054 * difference / z, rel=1e-10)
-    assert evaluate.clustered_ci(y, a, names) == pytest.approx(auc_ci(y, a), abs=1e-12)
+    assert evaluate.clustered_ci(y, a, names) == pytest.approx(evaluate.auc_ci(y, a), abs=1e-12)
 
 
 def test_patients_named_otherwise_or_in_another_order_change_nothing():
     rng = np.random.default_rng(1)
     clusters, y = patients(rng)
     a, b = correlated_scores(rng, y, clusters, 0.5)
-    expected = clustered_test(y, a, b, clusters)
+    expected = evaluate.clustered_test(y, a, b, clusters)
     order = rng.permutation(len(y))
     names = np.array([f"patient {9999 - c}" for c in clusters])
-    found = clustered_test(y[order], a[order], b[order], names[order])
+    found = evaluate.clustered_test(y[order], a[order], b[order], names[order])
     assert found == pytest.approx(expected, abs=1e-12)
 
 
@@ -258,8 +277,8 @@ def test_copies_of_patches_do_not_make_evidence():
     rng = np.random.default_rng(3)
     clusters, y = patients(rng)
     a, b = correlated_scores(rng, y, clusters, 0.5) + [[0.0], [0.3]] * y
-    once = clustered_test(y, a, b, clusters)
-    twice = clustered_test(*(np.tile(v, 2) for v in (y, a, b, clusters)))
+    once = evaluate.clustered_test(y, a, b, clusters)
+    twice = evaluate.clustered_test(*(np.tile(v, 2) for v in (y, a, b, clusters)))
     assert twice == pytest.approx(once, abs=1e-12)
     delong_once = evaluate.delong_test(y, a, b)[3]
     assert evaluate.delong_test(*(np.tile(v, 2) for v in (y, a, b)))[3] < delong_once
@@ -275,7 +294,7 @@ def test_size_of_the_clustered_test_is_nominal(icc):
         scores = correlated_scores(rng, y, clusters, icc)
         rejected += [
             evaluate.delong_test(y, *scores)[3] < 0.05,
-            clustered_test(y, *scores, clusters)[5] < 0.05,
+            evaluate.clustered_test(y, *scores, clusters)[5] < 0.05,
         ]
     delong, clustered = rejected / 4000
     print(f"ICC {icc}: DeLong rejects {delong:.2%}, clustered {clustered:.2%}")
@@ -380,7 +399,7 @@ def test_detectable_difference_is_found_with_80_percent_power():
     more, less = (effects[np.argmin(abs(aucs - base - d))] - 1.2 for d in (goal / 2, -goal / 2))
     for _ in range(1500):
         a, b = correlated_scores(rng, y, clusters, 0.5)
-        found += clustered_test(y, a + more * y, b + less * y, clusters)[5] < 0.05
+        found += evaluate.clustered_test(y, a + more * y, b + less * y, clusters)[5] < 0.05
     assert found / 1500 == pytest.approx(0.8, abs=0.05)
 
 
@@ -544,7 +563,7 @@ def test_table_is_what_the_models_score(evaluated):
         loaded = [train.load_classifier(run, torch.device("cpu"))[0] for run in runs]
         cpu = torch.device("cpu")
         scores[name] = np.array([train.classifier_scores(m, patches, cpu) for m in loaded])
-    aucs = [auc_ci(y, s)[0] for s in scores["aug-50"]]
+    aucs = [evaluate.auc_ci(y, s)[0] for s in scores["aug-50"]]
     assert rows[1]["auc"] == pytest.approx(np.mean(aucs))
     found = evaluate.compare(y, scores["aug-50"], scores["baseline"], np.concatenate(who))
     assert rows[1]["p_clustered"] == pytest.approx(found["p_clustered"])
@@ -638,7 +657,7 @@ def test_E4_holm_stands_beside_each_p():
         raw = [row[key] for row in rows[1:]]
         # the blob control is no hypothesis: it neither counts nor is corrected
         assert [row[f"{key}_holm"] for row in rows[1:]] == [*evaluate.holm(raw[:2]), raw[2]]
-    expected = clustered_test(y, values[1, 0], values[0, 0], clusters)
+    expected = evaluate.clustered_test(y, values[1, 0], values[0, 0], clusters)
     assert rows[1]["p_clustered"] == pytest.approx(expected[5])  # as the paper's, not corrected
 
 
@@ -857,7 +876,7 @@ def test_roc_band_is_the_curve_whose_area_is_the_auc():
     a = correlated_scores(rng, y, clusters, 0.5)[:1]
     mean, low, high = evaluate.roc_band(y, a, clusters, seed=0)
     grid = np.linspace(0, 1, len(mean))
-    assert np.trapezoid(mean, grid) == pytest.approx(auc_ci(y, a[0])[0], abs=0.01)
+    assert np.trapezoid(mean, grid) == pytest.approx(evaluate.auc_ci(y, a[0])[0], abs=0.01)
     assert (low <= mean + 1e-9).all() and (mean <= high + 1e-9).all()
     for area, end in zip(
         evaluate.clustered_ci(y, a[0], clusters)[1:], (low, high), strict=True
