@@ -25,11 +25,8 @@ COLUMNS = (
 WORDS = {
     "left or right breast": {"LEFT": "L", "RIGHT": "R"},
     "abnormality type": {"mass": "mass", "calcification": "calcification"},
-    "pathology": {
-        "MALIGNANT": "malignant",
-        "BENIGN": "benign",
-        "BENIGN_WITHOUT_CALLBACK": "benign",
-    },
+    "pathology": {"MALIGNANT": "malignant"}
+    | dict.fromkeys(("BENIGN", "BENIGN_WITHOUT_CALLBACK"), "benign"),
 }
 
 
@@ -106,7 +103,7 @@ def _region(finding: Finding, paths: set[Path], traps: Traps) -> Finding:
         down, across = (n / m for n, m in zip(size or mask.shape, mask.shape, strict=True))
         traps["Masks of another size than their image, rescaled to it"] += (down, across) != (1, 1)
         box = (rows[0] * down, cols[0] * across, (rows[-1] + 1) * down, (cols[-1] + 1) * across)
-        box = common.clip(tuple(map(float, box)), size, traps)
+        box = common.clip(tuple(map(float, box)), finding.image_path, traps)
         return replace(finding, bbox=box, mask_path=str(path))
     traps["Abnormalities without a readable mask: only their image is labelled"] += 1
     return finding

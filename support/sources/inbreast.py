@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 
 from support.files import reading
-from support.mammogram import image_size
 from support.sources import common
 from support.sources.common import Box, Finding, Traps
 
@@ -49,11 +48,9 @@ def read_inbreast(root: Path, traps: Traps) -> list[Finding]:
         pathology = common.birads(row["Bi-Rads"])
         regions = _regions(contours[name]) if name in contours else []
         for kinds, box in regions:
-            box = common.clip(box, image_size(str(path)), traps)
             findings += common.typed(image, kinds, pathology, box, traps)
         if not regions:
-            normal = row["Bi-Rads"].startswith("1")
-            findings.append(common.unmarked(image, normal, pathology, traps))
+            findings.append(common.unmarked(image, pathology, traps))
     if findings and not contours:
         raise ValueError(f"{root}: found no .xml in a folder AllXML; put INbreast's contours there")
     return findings
@@ -66,12 +63,11 @@ def _regions(path: Path) -> list[tuple[set[str], Box]]:
         # plistlib refuses entity declarations and fetches nothing
         document = plistlib.loads(path.read_bytes(), fmt=plistlib.FMT_XML)
         for roi in document["Images"][0]["ROIs"]:
-            points = [point.strip("() ").split(",") for point in roi["Point_px"]]
-            xy = np.array([[float(x), float(y)] for x, y in points])
+            xy = np.array([point.strip("() ").split(",") for point in roi["Point_px"]], float)
             if not np.isfinite(xy).all():
-                raise ValueError(f"points {points[:4]}")
+                raise ValueError(f"points {roi['Point_px'][:4]}")
             (x0, y0), (x1, y1) = np.floor(xy.min(axis=0)), np.floor(xy.max(axis=0)) + 1
             name = "calcification" if len(xy) == 1 else roi["Name"].strip().lower()
             kinds = {NAMES[name]} if name in NAMES else set()
-            regions.append((kinds, (float(y0), float(x0), float(y1), float(x1))))
+            regions.append((kinds, tuple(map(float, (y0, x0, y1, x1)))))
     return regions

@@ -45,14 +45,13 @@ def read_mini_mias(root: Path, traps: Traps) -> list[Finding]:
         if (path := images.get(row["name"])) is None:
             traps[common.ABSENT] += 1
             continue
-        box, size = None, image_size(str(path)) or SIZE
-        if size != SIZE:  # the circles are in its pixels, and so is the spacing
+        if (size := image_size(str(path))) not in (SIZE, None):  # circles are in its pixels
             raise ValueError(f"{path}: found {size} pixels; expected mini-MIAS's own {SIZE}")
+        box = None
         if row["x"]:
             x, y, radius = (float(row[key]) for key in ("x", "y", "radius"))
-            middle = size[0] - y
-            circle = (middle - radius, x - radius, middle + radius, x + radius)
-            box = common.clip(circle, size, traps)
+            y = SIZE[0] - y
+            box = common.clip((y - radius, x - radius, y + radius, x + radius), str(path), traps)
         elif row["kind"]:
             traps["Findings without coordinates: only their image is labelled"] += 1
         n, kind = int(row["n"]), CLASSES.get(row["kind"], "")

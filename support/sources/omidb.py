@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from support.files import numbers, read_json
-from support.mammogram import WORDS, NotUsable, image_size, read_header
+from support.mammogram import WORDS, NotUsable, read_header
 from support.runs import progress
 from support.sources import common
 from support.sources.common import Finding, Traps
@@ -49,7 +49,8 @@ def read_omidb(root: Path, traps: Traps) -> list[Finding]:
 
 
 def _client(client: Path, images: Path, traps: Traps) -> list[Finding]:
-    imagedb, nbss = (_json(client, kind) for kind in ("imagedb", "nbss"))
+    names = (f"{kind}_{client.name}.json" for kind in ("imagedb", "nbss"))
+    imagedb, nbss = (read_json(common.named(client.iterdir(), client, name)) for name in names)
     episodes = {key: value for key, value in nbss.items() if isinstance(value, dict)}
     normal = bool(episodes) and all(map(_normal, episodes.values()))
     findings = []
@@ -70,8 +71,8 @@ def _client(client: Path, images: Path, traps: Traps) -> list[Finding]:
                 image, rows = Finding(str(path), client.name, side, view), []
                 for mark in filter(None, map(_level, _level(marks).values())):
                     rows += _mark(mark, image, episode, traps)
-                pathology = _pathology(episode, side, "", traps)
-                findings += rows or [common.unmarked(image, normal, pathology, traps)]
+                pathology = "normal" if normal else _pathology(episode, side, "", traps)
+                findings += rows or [common.unmarked(image, pathology, traps)]
     return findings
 
 
@@ -94,7 +95,6 @@ def _mark(mark: dict, image: Finding, episode: dict, traps: Traps) -> list[Findi
         x1, y1, x2, y2 = numbers(mark, ("X1", "Y1", "X2", "Y2"))
         traps["Boxes with corners in another order, sorted"] += x1 > x2 or y1 > y2
         box = min(y1, y2), min(x1, x2), max(y1, y2), max(x1, x2)
-        box = common.clip(box, image_size(image.image_path), traps)
     except ValueError:
         traps["Marks without four corners: only their image is labelled"] += 1
     linked = re.findall(r"\d+", str(mark.get("LinkedNBSSLesionNumber") or "")) or ["0"]
@@ -111,11 +111,6 @@ def _level(node: object, *keys: str) -> dict:
     for key in keys:
         node = node.get(key) if isinstance(node, dict) else None
     return node if isinstance(node, dict) else {}
-
-
-def _json(client: Path, kind: str) -> dict:
-    upper = client / f"{kind.upper()}_{client.name}.json"
-    return read_json(upper if upper.is_file() else client / f"{kind}_{client.name}.json")
 
 
 def _leaves(node: dict) -> Iterator[tuple[str, str]]:

@@ -48,15 +48,14 @@ def read_vindr(root: Path, traps: Traps) -> list[Finding]:
             raise ValueError(f"{where}: found {text[:80]!r}; expected a list such as ['Mass']")
         categories = re.findall(r"'([^']+)'", text)
         if categories == ["No Finding"]:
-            grade = row["breast_birads"]
-            normal = grade.endswith("1")
-            findings.append(common.unmarked(image, normal, common.birads(grade), traps))
+            pathology = common.birads(row["breast_birads"])
+            findings.append(common.unmarked(image, pathology, traps))
             continue
         size = numbers(row, ("height", "width"), f"{where}: ")
         box = numbers(row, ("ymin", "xmin", "ymax", "xmax"), f"{where}: ")
         resized = image_size(str(path)) not in (size, None)
         traps["Images of another size than in their table: boxes not used"] += resized
-        box = None if resized else common.clip(box, size, traps)
-        kinds = {CATEGORIES[name] for name in categories if name in CATEGORIES}
-        findings += common.typed(image, kinds, common.birads(row["finding_birads"]), box, traps)
+        kinds, pathology = CATEGORIES.keys() & categories, common.birads(row["finding_birads"])
+        kinds = {CATEGORIES[name] for name in kinds}
+        findings += common.typed(image, kinds, pathology, None if resized else box, traps)
     return findings
