@@ -114,9 +114,8 @@ def check_findings(findings: list[Finding]) -> list[str]:
             problems.append(f"{path}: normal, and yet with a finding")
         if len({(row.finding, row.bbox) for row in rows}) < len(rows):
             problems.append(f"{path}: the same finding and box twice")
-        boxes = [row.bbox for row in rows if row.bbox]
-        height, width = (boxes and image_size(path)) or (math.inf, math.inf)
-        for box in boxes:
+        for box in [row.bbox for row in rows if row.bbox]:
+            height, width = image_size(path) or (math.inf, math.inf)
             if box[2] > height or box[3] > width:
                 problems.append(f"{path}: box {box} outside the image of {height, width} pixels")
     return problems

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from scipy import ndimage
 
 from support.mammogram import Mammogram, image_size, read_mammogram
 from support.runs import progress
@@ -62,11 +63,11 @@ def read_cbis_ddsm(root: Path, traps: Traps) -> list[Finding]:
     with progress(len(rows), "CBIS-DDSM masks") as advance:
         for where, _, row in rows:
             advance(1)
-            film, *regions = (common.inside(row[column]) for column in COLUMNS[-3:])
-            if not film or not all(regions):
+            paths = [common.inside(row[column]) for column in COLUMNS[-3:]]
+            if not all(paths):
                 traps[common.ESCAPES] += 1
                 continue
-            film, *regions = (_files(parts, folders) for parts in (film, *regions))
+            film, *regions = (_files(parts, folders) for parts in paths)
             if not film:
                 traps[common.ABSENT] += 1
                 continue
@@ -91,19 +92,18 @@ def _files(parts: tuple[str, ...], folders: dict[str, set[Path]]) -> set[Path]:
 def _region(finding: Finding, paths: set[Path], traps: Traps) -> Finding:
     """Add mask and box: the mask is the largest file with two values; the crop is a photograph."""
     size = image_size(finding.image_path)
-    sizes = {path: image_size(str(path)) or (0, 0) for path in paths}
-    for path in sorted(paths, key=lambda path: (-math.prod(sizes[path]), path)):
+    for path in sorted(paths, key=lambda path: (-math.prod(image_size(str(path)) or (0,)), path)):
         if (file := _decoded(path)) is None:
             continue
         low, high = file.stored.min(), file.stored.max()
         mask = file.stored == high
         if low == high or not np.all(mask | (file.stored == low)):
             continue
-        rows, cols = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+        rows, cols = ndimage.find_objects(mask.astype(np.uint8))[0]
         down, across = (n / m for n, m in zip(size or mask.shape, mask.shape, strict=True))
         traps["Masks of another size than their image, rescaled to it"] += (down, across) != (1, 1)
-        box = (rows[0] * down, cols[0] * across, (rows[-1] + 1) * down, (cols[-1] + 1) * across)
-        box = common.clip(tuple(map(float, box)), finding.image_path, traps)
+        box = rows.start * down, cols.start * across, rows.stop * down, cols.stop * across
+        box = common.clip(box, finding.image_path, traps)
         return replace(finding, bbox=box, mask_path=str(path))
     traps["Abnormalities without a readable mask: only their image is labelled"] += 1
     return finding

@@ -19,7 +19,7 @@ Traps = Counter  # sentence -> how often it was met
 
 ABSENT = "Images that the data set lists but its folder does not hold, left out"
 ESCAPES = "Rows whose path leaves the data set's folder, left out"
-BIRADS = dict(zip("123456", ("normal", *2 * ["benign"], *3 * ["malignant"]), strict=True))
+BIRADS = {"1": "normal", **dict.fromkeys("23", "benign"), **dict.fromkeys("456", "malignant")}
 NO_TYPE = "Marked regions that are no mass, calcification, distortion or asymmetry: no lesion patch"
 NOT_NORMAL = "Images without a mark that are not known to be normal: no patches"
 

@@ -1,6 +1,7 @@
 """INbreast: digital mammograms, exact contours, BI-RADS."""
 
 import plistlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ NAMES = {  # lower case, with the spellings that occur
 }
 
 
-def read_inbreast(root: Path, traps: Traps) -> list[Finding]:
+def read_inbreast(root: Path, traps: Traps) -> Iterator[Finding]:
     """INbreast (digital, exact contours; Centro Hospitalar de Sao Joao, Porto).
 
     Access: "INbreast" of the Breast Research Group at INESC Porto, on request.
@@ -34,26 +35,22 @@ def read_inbreast(root: Path, traps: Traps) -> list[Finding]:
     images = {p.name.split("_")[0]: p for p in files if p.suffix.lower() == ".dcm"}
     drawn = [p for p in files if p.parent.name.lower() == "allxml"]
     contours = {p.stem: p for p in drawn if p.suffix.lower() == ".xml"}
-    findings = []
     for where, row in common.table(table, COLUMNS, ";"):
         if not (name := row["File Name"]):
             continue  # the spreadsheet ends in empty rows
         if (path := images.get(name)) is None:
             traps[common.ABSENT] += 1
             continue
-        if len(path.name.split("_")) < 3:
-            raise ValueError(f"{path}: expected a name such as <file>_<patient>_MG_R_CC_ANON.dcm")
         side = common.known({"L": "L", "R": "R"}, row["Laterality"], where)
         image = Finding(str(path), path.name.split("_")[1], side, row["View"])
         pathology = common.birads(row["Bi-Rads"])
         regions = _regions(contours[name]) if name in contours else []
         for kinds, box in regions:
-            findings += common.typed(image, kinds, pathology, box, traps)
+            yield from common.typed(image, kinds, pathology, box, traps)
         if not regions:
-            findings.append(common.unmarked(image, pathology, traps))
-    if findings and not contours:
+            yield common.unmarked(image, pathology, traps)
+    if not contours:
         raise ValueError(f"{root}: found no .xml in a folder AllXML; put INbreast's contours there")
-    return findings
 
 
 def _regions(path: Path) -> list[tuple[set[str], Box]]:

@@ -1,6 +1,7 @@
 """mini-MIAS: digitised film, circles, pathology."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from support.mammogram import image_size
@@ -22,7 +23,7 @@ ROW = re.compile(
 )
 
 
-def read_mini_mias(root: Path, traps: Traps) -> list[Finding]:
+def read_mini_mias(root: Path, traps: Traps) -> Iterator[Finding]:
     """mini-MIAS, the reduced database of the Mammographic Image Analysis Society (film, MLO).
 
     Access: "The mini-MIAS database of mammograms" at the Pilot European Image Processing Archive,
@@ -34,7 +35,6 @@ def read_mini_mias(root: Path, traps: Traps) -> list[Finding]:
     files = common.files(root)
     table = common.named(files, root, "Info.txt")
     images = {path.stem.lower(): path for path in files if path.suffix.lower() == ".pgm"}
-    findings = []
     for number, line in enumerate(table.read_text(encoding="latin-1").splitlines(), 1):
         line = line.strip()
         if not re.match(r"mdb\d", line, re.IGNORECASE):
@@ -58,5 +58,4 @@ def read_mini_mias(root: Path, traps: Traps) -> list[Finding]:
         patient, side = f"mias{(n + 1) // 2:03d}", "R" if n % 2 else "L"
         pathology = {"B": "benign", "M": "malignant"}.get(row["severity"], "normal")
         image = str(path), patient, side, "MLO"
-        findings.append(Finding(*image, kind, pathology, box, spacing_mm=SPACING_MM))
-    return findings
+        yield Finding(*image, kind, pathology, box, spacing_mm=SPACING_MM)

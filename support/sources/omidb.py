@@ -26,7 +26,7 @@ FLAGS = {
 UID = re.compile(r"\d+(\.\d+)+")
 
 
-def read_omidb(root: Path, traps: Traps) -> list[Finding]:
+def read_omidb(root: Path, traps: Traps) -> Iterator[Finding]:
     """OMI-DB, the OPTIMAM Mammography Image Database.
 
     Access: "OMI-DB, sharing" at Royal Surrey NHS Foundation Trust, on application.
@@ -36,24 +36,20 @@ def read_omidb(root: Path, traps: Traps) -> list[Finding]:
     pathology), `nbss_<client>.json` the opinions of each episode by event, side and lesion number.
     Not guessed: an image without marks is normal only when all its client's episodes are.
     """
-    data, images = root / "data", root / "images"
-    if not data.is_dir() or not images.is_dir():
-        raise ValueError(f"{root}: expected OMI-DB's folders data and images in it")
-    clients = sorted(p for p in data.iterdir() if p.is_dir() and p.name[:4] in ("demd", "optm"))
-    findings = []
+    clients = sorted(p for p in root.glob("data/*/") if p.name[:4] in ("demd", "optm"))
+    if not clients:
+        raise ValueError(f"{root}: found no client in data; expected OMI-DB's data and images")
     with progress(len(clients), "OMI-DB clients") as advance:
         for client in clients:
-            findings += _client(client, images / client.name, traps)
-            advance(1)
-    return findings
+            yield from _client(client, root / "images" / client.name, traps)
+            advance()
 
 
-def _client(client: Path, images: Path, traps: Traps) -> list[Finding]:
+def _client(client: Path, images: Path, traps: Traps) -> Iterator[Finding]:
     names = (f"{kind}_{client.name}.json" for kind in ("imagedb", "nbss"))
     imagedb, nbss = (read_json(common.named(client.iterdir(), client, name)) for name in names)
     episodes = {key: value for key, value in nbss.items() if isinstance(value, dict)}
     normal = bool(episodes) and all(map(_normal, episodes.values()))
-    findings = []
     for study_id, study in _level(imagedb, "STUDIES").items():
         episode = _episode(_level(study), episodes, traps)
         for series_id, series in _level(study).items():
@@ -72,8 +68,7 @@ def _client(client: Path, images: Path, traps: Traps) -> list[Finding]:
                 for mark in filter(None, map(_level, _level(marks).values())):
                     rows += _mark(mark, image, episode, traps)
                 pathology = "normal" if normal else _pathology(episode, side, "", traps)
-                findings += rows or [common.unmarked(image, pathology, traps)]
-    return findings
+                yield from rows or [common.unmarked(image, pathology, traps)]
 
 
 def _side_and_view(path: Path) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """VinDr-Mammo: digital mammograms, boxes, BI-RADS."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from support.files import numbers
@@ -20,7 +21,7 @@ CATEGORIES = {
 }
 
 
-def read_vindr(root: Path, traps: Traps) -> list[Finding]:
+def read_vindr(root: Path, traps: Traps) -> Iterator[Finding]:
     """VinDr-Mammo (digital, boxes, BI-RADS; two hospitals in Hanoi).
 
     Access: "VinDr-Mammo" at PhysioNet, restricted: sign the data use agreement.
@@ -30,7 +31,6 @@ def read_vindr(root: Path, traps: Traps) -> list[Finding]:
     of BI-RADS 3 and above are boxed, so "No Finding" is normal only in a breast of BI-RADS 1.
     """
     table = common.named(common.files(root), root, "finding_annotations.csv")
-    findings = []
     for where, row in common.table(table, COLUMNS):
         inner = common.inside(f"images/{row['study_id']}/{row['image_id']}.dicom")
         if len(inner) != 3:
@@ -48,14 +48,12 @@ def read_vindr(root: Path, traps: Traps) -> list[Finding]:
             raise ValueError(f"{where}: found {text[:80]!r}; expected a list such as ['Mass']")
         categories = re.findall(r"'([^']+)'", text)
         if categories == ["No Finding"]:
-            pathology = common.birads(row["breast_birads"])
-            findings.append(common.unmarked(image, pathology, traps))
+            yield common.unmarked(image, common.birads(row["breast_birads"]), traps)
             continue
         size = numbers(row, ("height", "width"), f"{where}: ")
         box = numbers(row, ("ymin", "xmin", "ymax", "xmax"), f"{where}: ")
         resized = image_size(str(path)) not in (size, None)
         traps["Images of another size than in their table: boxes not used"] += resized
-        kinds, pathology = CATEGORIES.keys() & categories, common.birads(row["finding_birads"])
-        kinds = {CATEGORIES[name] for name in kinds}
-        findings += common.typed(image, kinds, pathology, None if resized else box, traps)
-    return findings
+        kinds = {CATEGORIES[name] for name in categories if name in CATEGORIES}
+        pathology = common.birads(row["finding_birads"])
+        yield from common.typed(image, kinds, pathology, None if resized else box, traps)
