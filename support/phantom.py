@@ -315,9 +315,8 @@ def store(ds: Dataset, shade: np.ndarray, bits: int, voi: str, inverse: bool) ->
             half = 0.5 * (voi == "LINEAR")
             stored = center - half + (output - 0.5) * (width - 2 * half)
     pixels = np.rint(np.clip(stored, 0, top)).astype(np.uint16)
-    kind, ds.PresentationLUTShape = (
-        ("MONOCHROME1", "INVERSE") if inverse else ("MONOCHROME2", "IDENTITY")
-    )
+    kind = "MONOCHROME1" if inverse else "MONOCHROME2"
+    ds.PresentationLUTShape = "INVERSE" if inverse else "IDENTITY"
     ds.set_pixel_data(pixels, kind, bits, generate_instance_uid=False)
     ds.PixelIntensityRelationship, ds.PixelIntensityRelationshipSign = "LOG", 1 - 2 * inverse
 

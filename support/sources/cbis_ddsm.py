@@ -12,7 +12,6 @@ from scipy import ndimage
 from support.mammogram import Mammogram, image_size, read_mammogram
 from support.runs import progress
 from support.sources import common
-from support.sources.common import Finding, Traps
 
 TABLES = {
     f"{kind}_case_description_{part}_set.csv": split
@@ -31,7 +30,7 @@ WORDS = {
 }
 
 
-def read_cbis_ddsm(root: Path, traps: Traps) -> list[Finding]:
+def read_cbis_ddsm(root: Path, traps: common.Traps) -> list[common.Finding]:
     """CBIS-DDSM, the Curated Breast Imaging Subset of DDSM (digitised film, masks, pathology).
 
     Access: "CBIS-DDSM" at The Cancer Imaging Archive, open. Licence: CC BY 3.0.
@@ -75,7 +74,7 @@ def read_cbis_ddsm(root: Path, traps: Traps) -> list[Finding]:
             side, *words = (common.known(known, row[name], where) for name, known in WORDS.items())
             image = str(path), row["patient_id"], side, row["image view"]
             split = "test" if row["patient_id"] in tested else ""
-            finding = Finding(*image, *words, split=split)
+            finding = common.Finding(*image, *words, split=split)
             films[image[1:]].add(image[0])
             findings.append(_region(finding, set().union(*regions), traps))
     same = _same_films(films.values(), traps)
@@ -89,7 +88,7 @@ def _files(parts: tuple[str, ...], folders: dict[str, set[Path]]) -> set[Path]:
     return case & series or case or series
 
 
-def _region(finding: Finding, paths: set[Path], traps: Traps) -> Finding:
+def _region(finding: common.Finding, paths: set[Path], traps: common.Traps) -> common.Finding:
     """Add mask and box: the mask is the largest file with two values; the crop is a photograph."""
     size = image_size(finding.image_path)
     for path in sorted(paths, key=lambda path: (-math.prod(image_size(str(path)) or (0,)), path)):
@@ -109,7 +108,7 @@ def _region(finding: Finding, paths: set[Path], traps: Traps) -> Finding:
     return finding
 
 
-def _same_films(films: Iterable[set[str]], traps: Traps) -> dict[str, str]:
+def _same_films(films: Iterable[set[str]], traps: common.Traps) -> dict[str, str]:
     """A film with masses and calcifications is distributed twice: copy -> the one to use."""
     same = {}
     for paths in films:

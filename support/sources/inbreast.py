@@ -8,7 +8,6 @@ import numpy as np
 
 from support.files import reading
 from support.sources import common
-from support.sources.common import Box, Finding, Traps
 
 COLUMNS = ("Laterality", "View", "File Name", "Bi-Rads")
 NAMES = {  # lower case, with the spellings that occur
@@ -20,7 +19,7 @@ NAMES = {  # lower case, with the spellings that occur
 }
 
 
-def read_inbreast(root: Path, traps: Traps) -> Iterator[Finding]:
+def read_inbreast(root: Path, traps: common.Traps) -> Iterator[common.Finding]:
     """INbreast (digital, exact contours; Centro Hospitalar de Sao Joao, Porto).
 
     Access: "INbreast" of the Breast Research Group at INESC Porto, on request.
@@ -42,7 +41,7 @@ def read_inbreast(root: Path, traps: Traps) -> Iterator[Finding]:
             traps[common.ABSENT] += 1
             continue
         side = common.known({"L": "L", "R": "R"}, row["Laterality"], where)
-        image = Finding(str(path), path.name.split("_")[1], side, row["View"])
+        image = common.Finding(str(path), path.name.split("_")[1], side, row["View"])
         pathology = common.birads(row["Bi-Rads"])
         regions = _regions(contours[name]) if name in contours else []
         for kinds, box in regions:
@@ -53,7 +52,7 @@ def read_inbreast(root: Path, traps: Traps) -> Iterator[Finding]:
         raise ValueError(f"{root}: found no .xml in a folder AllXML; put INbreast's contours there")
 
 
-def _regions(path: Path) -> list[tuple[set[str], Box]]:
+def _regions(path: Path) -> list[tuple[set[str], common.Box]]:
     """(type, box) of each OsiriX region; a single point is a single calcification."""
     regions = []
     with reading(path, "expected OsiriX regions"):

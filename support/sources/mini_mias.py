@@ -6,7 +6,6 @@ from pathlib import Path
 
 from support.mammogram import image_size
 from support.sources import common
-from support.sources.common import Finding, Traps
 
 SIZE = (1024, 1024)  # of every image
 SPACING_MM = (0.2, 0.2)  # "reduced to 200 micron pixel edge"
@@ -23,7 +22,7 @@ ROW = re.compile(
 )
 
 
-def read_mini_mias(root: Path, traps: Traps) -> Iterator[Finding]:
+def read_mini_mias(root: Path, traps: common.Traps) -> Iterator[common.Finding]:
     """mini-MIAS, the reduced database of the Mammographic Image Analysis Society (film, MLO).
 
     Access: "The mini-MIAS database of mammograms" at the Pilot European Image Processing Archive,
@@ -58,4 +57,4 @@ def read_mini_mias(root: Path, traps: Traps) -> Iterator[Finding]:
         patient, side = f"mias{(n + 1) // 2:03d}", "R" if n % 2 else "L"
         pathology = {"B": "benign", "M": "malignant"}.get(row["severity"], "normal")
         image = str(path), patient, side, "MLO"
-        yield Finding(*image, kind, pathology, box, spacing_mm=SPACING_MM)
+        yield common.Finding(*image, kind, pathology, box, spacing_mm=SPACING_MM)

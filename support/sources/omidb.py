@@ -8,7 +8,6 @@ from support.files import numbers, read_json
 from support.mammogram import WORDS, NotUsable, read_header
 from support.runs import progress
 from support.sources import common
-from support.sources.common import Finding, Traps
 
 # The events of an NBSS episode: those that look at tissue decide before the others.
 EVENTS = ("SURGERY", "BIOPSYWIDE", "BIOPSYFINE", "ASSESSMENT", "CLINICAL", "SCREENING")
@@ -26,7 +25,7 @@ FLAGS = {
 UID = re.compile(r"\d+(\.\d+)+")
 
 
-def read_omidb(root: Path, traps: Traps) -> Iterator[Finding]:
+def read_omidb(root: Path, traps: common.Traps) -> Iterator[common.Finding]:
     """OMI-DB, the OPTIMAM Mammography Image Database.
 
     Access: "OMI-DB, sharing" at Royal Surrey NHS Foundation Trust, on application.
@@ -45,7 +44,7 @@ def read_omidb(root: Path, traps: Traps) -> Iterator[Finding]:
             advance()
 
 
-def _client(client: Path, images: Path, traps: Traps) -> Iterator[Finding]:
+def _client(client: Path, images: Path, traps: common.Traps) -> Iterator[common.Finding]:
     names = (f"{kind}_{client.name}.json" for kind in ("imagedb", "nbss"))
     imagedb, nbss = (read_json(common.named(client.iterdir(), client, name)) for name in names)
     episodes = {key: value for key, value in nbss.items() if isinstance(value, dict)}
@@ -64,7 +63,7 @@ def _client(client: Path, images: Path, traps: Traps) -> Iterator[Finding]:
                 if side not in ("L", "R"):
                     traps["Images whose header is damaged or tells no side, left out"] += 1
                     continue
-                image, rows = Finding(str(path), client.name, side, view), []
+                image, rows = common.Finding(str(path), client.name, side, view), []
                 for mark in filter(None, map(_level, _level(marks).values())):
                     rows += _mark(mark, image, episode, traps)
                 pathology = "normal" if normal else _pathology(episode, side, "", traps)
@@ -83,7 +82,7 @@ def _side_and_view(path: Path) -> tuple[str, str]:
     return side, view if view in WORDS["ViewPosition"] else ""
 
 
-def _mark(mark: dict, image: Finding, episode: dict, traps: Traps) -> list[Finding]:
+def _mark(mark: dict, image: common.Finding, episode: dict, traps: common.Traps) -> list:
     """One mark -> a row for each of its types; a mass with calcification is two rows (Q24)."""
     box = None
     try:
@@ -131,7 +130,7 @@ def _normal(episode: dict) -> bool:
     )
 
 
-def _episode(study: dict, episodes: dict[str, dict], traps: Traps) -> dict:
+def _episode(study: dict, episodes: dict[str, dict], traps: common.Traps) -> dict:
     """The study's episode, by its id or else by an event on the day of the study."""
     if (key := str(study.get("EpisodeID"))) in episodes:
         return episodes[key]
@@ -145,7 +144,7 @@ def _episode(study: dict, episodes: dict[str, dict], traps: Traps) -> dict:
     return {}
 
 
-def _pathology(episode: dict, side: str, lesion: str, traps: Traps) -> str:
+def _pathology(episode: dict, side: str, lesion: str, traps: common.Traps) -> str:
     """What NBSS says of a side's lesion: the first event that decides; "" when none does.
 
     An event's opinion of the whole side stands in for a lesion's own only where it cannot mean

@@ -7,7 +7,6 @@ from pathlib import Path
 from support.files import numbers
 from support.mammogram import image_size
 from support.sources import common
-from support.sources.common import Finding, Traps
 
 COLUMNS = (
     *("study_id", "image_id", "laterality", "view_position", "height", "width", "breast_birads"),
@@ -21,7 +20,7 @@ CATEGORIES = {
 }
 
 
-def read_vindr(root: Path, traps: Traps) -> Iterator[Finding]:
+def read_vindr(root: Path, traps: common.Traps) -> Iterator[common.Finding]:
     """VinDr-Mammo (digital, boxes, BI-RADS; two hospitals in Hanoi).
 
     Access: "VinDr-Mammo" at PhysioNet, restricted: sign the data use agreement.
@@ -42,7 +41,7 @@ def read_vindr(root: Path, traps: Traps) -> Iterator[Finding]:
             continue
         side = common.known({"L": "L", "R": "R"}, row["laterality"], where)
         split = common.known({"training": "", "test": "test"}, row["split"], where)
-        image = Finding(str(path), row["study_id"], side, row["view_position"], split=split)
+        image = common.Finding(str(path), row["study_id"], side, row["view_position"], split=split)
         text = row["finding_categories"]
         if not re.fullmatch(r"\['[^']+'(, '[^']+')*\]", text):
             raise ValueError(f"{where}: found {text[:80]!r}; expected a list such as ['Mass']")
