@@ -56,8 +56,7 @@ def prepare(
     """
     sources.raise_all("the source: found", sources.check_findings(findings), "correct it")
     if config.spacing_mm and not 1e-3 < config.spacing_mm < 10:
-        text = "expected 0.001 to 10, or 0 for native pixels"
-        raise ValueError(f"--spacing-mm {config.spacing_mm}: {text}")
+        raise ValueError(f"--spacing-mm {config.spacing_mm}: expected 0.001 to 10, or 0 (native)")
     writer = PatchWriter(findings, out, config)
     base = os.path.commonpath([os.path.dirname(row.image_path) for row in findings])
     rows = [(os.path.relpath(row.image_path, base), row) for im in writer.images for row in im.rows]
@@ -388,8 +387,7 @@ def contact_sheet(images: list[SourceImage], config: PrepareConfig, out: Path, n
             colour = colours.get(f"{row.pathology}_{row.finding}", "white")
             shown += [(colour, 2, row.bbox)] if row.bbox else []
         axes = figure.add_subplot(down, across, place, xticks=[], yticks=[])
-        aspect = decoded.side[1] / decoded.side[0]
-        axes.imshow(decoded.display, cmap="gray", aspect=aspect)
+        axes.imshow(decoded.display, cmap="gray", aspect=decoded.side[1] / decoded.side[0])
         cells, f = data.breast_cells(decoded.display)
         rows, cols = (f * (np.arange(n) + 0.5) for n in cells.shape)
         axes.contour(cols, rows, cells, levels=[0.5], colors="lime", linewidths=0.8)
