@@ -56,8 +56,7 @@ def prepare(
     """
     sources.raise_all("the source: found", sources.check_findings(findings), "correct it")
     if config.spacing_mm and not 1e-3 < config.spacing_mm < 10:
-        text = "expected 0.001 to 10, or 0 for native pixels"
-        raise ValueError(f"--spacing-mm {config.spacing_mm}: {text}")
+        raise ValueError(f"--spacing-mm {config.spacing_mm}: expected 0.001 to 10, or 0 (native)")
     writer = PatchWriter(findings, out, config)
     base = os.path.commonpath([os.path.dirname(row.image_path) for row in findings])
     rows = [(os.path.relpath(row.image_path, base), row) for im in writer.images for row in im.rows]
@@ -83,10 +82,9 @@ def _pseudonyms(wanted: bool) -> Callable[[str], str]:
         return str
     key = os.environ.get(PSEUDONYM_KEY, "").encode()
     if len(key) < 16:
-        raise ValueError(
-            f"--pseudonymise: environment variable {PSEUDONYM_KEY} has {len(key)} characters; "
-            f"expected a secret of 16 or more; export {PSEUDONYM_KEY}=$(openssl rand -hex 32)"
-        )
+        text = f"environment variable {PSEUDONYM_KEY} has {len(key)} characters; expected a secret"
+        advice = f"export {PSEUDONYM_KEY}=$(openssl rand -hex 32)"
+        raise ValueError(f"--pseudonymise: {text} of 16 or more; {advice}")
     return lambda text: hmac.new(key, text.encode(), "sha256").hexdigest()[:16]
 
 
@@ -162,11 +160,9 @@ class PatchWriter:
             hint = ", but see --normals-from-annotated" if key.endswith("/normal") else ""
             self.skip(key, f"the source holds none{hint}")
         if not self.images_of:
-            text = (
-                f"the source: found no wanted class in {len(self.images)} images; expected normal"
-            )
-            text += " images, or boxes with a pathology; see --normals-from-annotated"
-            raise ValueError(f"{text} and --birads-as-pathology")
+            text = f"found no wanted class in {len(self.images)} images; expected normal images, or"
+            advice = "see --normals-from-annotated and --birads-as-pathology"
+            raise ValueError(f"the source: {text} boxes with a pathology; {advice}")
         self.splits = {image.patient_id: image.split for image in self.images}
         self.patients = {split: list(self.splits.values()).count(split) for split in SPLITS}
         text = ", ".join(f"{split} {number}" for split, number in self.patients.items())
@@ -263,9 +259,9 @@ class PatchWriter:
                         visit = future.result()
                     except concurrent.futures.process.BrokenProcessPool:
                         names = ", ".join(self.images[index].name for index, _ in running.values())
+                        text = f"a worker process died at one of {names}; leave the damaged one out"
                         raise ValueError(
-                            f"a worker process died at one of {names}; leave the damaged one out, "
-                            "or give fewer --workers if the memory was too small"
+                            f"{text}, or give fewer --workers to save memory"
                         ) from None
                     lines.write(json.dumps(visit) + "\n")
                     lines.flush()
@@ -304,20 +300,18 @@ class PatchWriter:
         write_table(out / "splits.csv", ("patient_id", "split"), sorted(self.splits.items()))
         findings = []
         for image in (images[index] for index in sorted(used)):
-            names = {"image_path": image.name, "patient_id": image.patient_id}
+            names = {"image_path": image.name, "patient_id": image.patient_id, "split": image.split}
             for row in image.rows:
                 mask = row.mask_path and self.hide(row.mask_path)
-                findings.append(replace(row, **names, mask_path=mask, split=image.split))
+                findings.append(replace(row, **names, mask_path=mask))
         sources.write_manifest(out / "manifest.csv", findings)
         text = f"{len(used)} of {len(images)} images gave patches"
         click.echo(f"{text}{'; the others: excluded.csv' if excluded else ''}", err=True)
         if not used:
-            raise ValueError(
-                f"{out}: no patch could be cut; excluded.csv says why for each image, the first: "
-                f"{excluded[0][1]}; give other options and a new --out"
-            )
-        duplicates = sorted(sorted(same) for same in self.names.values() if len(same) > 1)
-        duplicates = [[images[index].name for index in same] for same in duplicates]
+            text = f"no patch could be cut; excluded.csv says why for each image: {excluded[0][1]}"
+            raise ValueError(f"{out}: {text}; give other options and a new --out")
+        same = sorted(sorted(indexes) for indexes in self.names.values() if len(indexes) > 1)
+        duplicates = [[images[index].name for index in indexes] for indexes in same]
         for names in duplicates:
             click.echo(f"the same image under {len(names)} names: {', '.join(names)}", err=True)
         if flipped := sum(visit["flipped"] for visit in self.visits.values()):
@@ -385,29 +379,26 @@ def contact_sheet(images: list[SourceImage], config: PrepareConfig, out: Path, n
         for uid, *window in zip(*table.values(), strict=True):
             windows[uid].append((colours[key.split("/")[1]], 0.7, map(float, window)))
     down, across = -(-len(images) // 4), min(4, len(images))
-    figure = Figure((4 * across, 4.6 * down), dpi=100)
+    figure = Figure((4 * across, 4.6 * down), layout="constrained")
     for place, image in enumerate(images, start=1):
         decoded, first = DecodedImage(image, config), image.rows[0]
-        (height, width), step = decoded.display.shape, max(decoded.display.shape) // 900 + 1
         shown = windows[decoded.uid][:12]
         for row in image.rows:
             colour = colours.get(f"{row.pathology}_{row.finding}", "white")
             shown += [(colour, 2, row.bbox)] if row.bbox else []
-        axes = figure.add_subplot(down, across, place)
-        axes.imshow(decoded.display[::step, ::step], cmap="gray", extent=(0, width, height, 0))
-        outline = {"levels": [0.5], "colors": "lime", "linewidths": 0.8}
-        mask = data.breast_mask(decoded.display)[::step, ::step]
-        axes.contour(mask, extent=(0, width, 0, height), **outline)
+        axes = figure.add_subplot(down, across, place, xticks=[], yticks=[])
+        axes.imshow(decoded.display, cmap="gray", aspect=decoded.side[1] / decoded.side[0])
+        cells, f = data.breast_cells(decoded.display)
+        rows, cols = (f * (np.arange(n) + 0.5) for n in cells.shape)
+        axes.contour(cols, rows, cells, levels=[0.5], colors="lime", linewidths=0.8)
         for colour, line, (row0, col0, row1, col1) in shown:
             corners = [col0, col1, col1, col0, col0], [row0, row0, row1, row1, row0]
             axes.plot(*corners, color=colour, linewidth=line)
-        axes.set(aspect=decoded.side[1] / decoded.side[0], xticks=[], yticks=[])
         title = f"{decoded.uid} {image.split} {first.laterality} {first.view}"
         axes.set_title(f"{title}: {len(windows[decoded.uid])} patches", fontsize=7)
-    text = "lime: breast mask; thick: lesion boxes; thin: the first patch windows; "
-    text += ", ".join(f"{name} {colour}" for name, colour in colours.items())
+    text = ", ".join(f"{name} {colour}" for name, colour in colours.items())
+    text = f"lime: breast mask; thick: lesion boxes; thin: the first patch windows; {text}"
     figure.suptitle(text, fontsize=8)
-    figure.tight_layout()
     save_figure(figure, out / "qc.png")
 
 
@@ -419,9 +410,8 @@ def patch_config(data: Path) -> dict:
     facts = finished(Path(data), "prepare")
     with reading(Path(data) / "config.json", "run prepare again"):
         config, held = facts["config"], facts["counts"]
-        whole = all(isinstance(n, int) and n > 0 for n in (config["patch_size"], *held.values()))
-        if not whole or not held.keys() <= set(KEYS):
-            raise ValueError("patch_size or counts")
+        if not held.keys() <= set(KEYS):
+            raise ValueError("counts")
     notes = {"notes": facts["notes"]} if facts.get("notes") else {}  # BI-RADS as pathology, say
     return config | {"held": held, "fingerprint": fingerprint(data)} | notes
 
@@ -445,7 +435,7 @@ def open_patches(data: Path, split: str, name: str) -> np.ndarray:
 def split_of(data: Path) -> dict[str, str]:
     """Patient -> split."""
     table = read_table(Path(data) / "splits.csv", ("patient_id", "split"))
-    return dict(zip(table["patient_id"].tolist(), table["split"].tolist(), strict=True))
+    return dict(zip(*(column.tolist() for column in table.values()), strict=True))
 
 
 class Patches:
@@ -498,7 +488,6 @@ class SyntheticSet:
     task: str  # mass, calcification, removal
     control: str  # "" or blob
     label: int  # 1 lesion added, 0 removed
-    patch_size: int
     short: bool  # fewer accepted than requested
     requested: int
     fingerprint: str
@@ -516,11 +505,10 @@ def open_synthetic(path: Path) -> SyntheticSet:
     path = Path(path)
     facts, index = finished(path, "synthesize"), read_table(path / "index.csv", SYNTHETIC_COLUMNS)
     with reading(path / "config.json", "run synthesize again"):
-        config = facts["config"]
-        values = {name: str(config[name]) for name in ("task", "control", "generator")}
-        values |= {"data_fingerprint": str(config["data"]), "requested": int(config["n"])}
-        values |= {"short": bool(facts["short"]), "patch_size": int(config["patch_size"])}
-    shape = (len(index["sample"]), values["patch_size"], values["patch_size"])
+        config, short = facts["config"], facts["short"]
+        values = {name: config[name] for name in ("task", "control", "generator")}
+        values |= {"data_fingerprint": config["data"], "requested": config["n"], "short": short}
+        shape = (len(index["sample"]), config["patch_size"], config["patch_size"])
     types = {"input": np.uint16, "combined": np.uint16, "lesion": np.int32, "mask": np.bool_}
     return SyntheticSet(
         path=path,
@@ -537,16 +525,13 @@ def check_synthetic(syn: SyntheticSet, data: Path) -> None:
 
     Sets carry the hash of the patch set and of each source image: both are compared, not trusted.
     """
-    config, splits, again = patch_config(data), split_of(data), f"synthesize it again from {data}"
-    if syn.patch_size != config["patch_size"]:
-        text = f"patches of {syn.patch_size} px; expected {config['patch_size']} as {data}"
-        raise ValueError(f"{syn.path}: {text}")
-    if syn.data_fingerprint != config["fingerprint"]:
+    again, train = f"synthesize it again from {data}", Patches.open(data, "train")
+    if syn.data_fingerprint != fingerprint(data):
         raise ValueError(f"{syn.path}: made from another patch set; {again}")
-    columns, trained = ("image_uid", "patient_id"), set()
-    for path in Path(data).glob("patches/train/*.csv"):
-        trained |= set(zip(*read_table(path, columns).values(), strict=True))
-    if foreign := set(zip(*(syn.index[c] for c in columns), strict=True)) - trained:
+    names = ("image_uid", "patient_id")
+    known = set(zip(*map(train.column, names), strict=True))
+    if foreign := set(zip(*(syn.index[name] for name in names), strict=True)) - known:
         image, patient = min(foreign)
-        text = f"{len(foreign)} source images are not in train, such as {image} of {patient} "
-        raise ValueError(f"{syn.path}: {text}({splits.get(patient, 'unknown')}); {again}")
+        split = split_of(data).get(patient, "unknown")
+        text = f"{len(foreign)} source images are not in train, such as {image} of {patient}"
+        raise ValueError(f"{syn.path}: {text} ({split}); {again}")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 from pydicom import uid
-from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.dataset import Dataset
 from pydicom.sr.codedict import Code
 from scipy import fft, ndimage
 from scipy.interpolate import PchipInterpolator
@@ -314,14 +314,11 @@ def store(ds: Dataset, shade: np.ndarray, bits: int, voi: str, inverse: bool) ->
         else:  # C.11.2.1.2.1: the window of LINEAR is half a value lower and one narrower
             half = 0.5 * (voi == "LINEAR")
             stored = center - half + (output - 0.5) * (width - 2 * half)
-    pixels = np.rint(np.clip(stored, 0, top)).astype("<u2")
-    ds.Rows, ds.Columns = pixels.shape
-    ds.SamplesPerPixel, ds.PixelRepresentation = 1, 0
-    ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, bits, bits - 1
-    ds.PhotometricInterpretation = "MONOCHROME1" if inverse else "MONOCHROME2"
+    pixels = np.rint(np.clip(stored, 0, top)).astype(np.uint16)
+    kind = "MONOCHROME1" if inverse else "MONOCHROME2"
     ds.PresentationLUTShape = "INVERSE" if inverse else "IDENTITY"
+    ds.set_pixel_data(pixels, kind, bits, generate_instance_uid=False)
     ds.PixelIntensityRelationship, ds.PixelIntensityRelationshipSign = "LOG", 1 - 2 * inverse
-    ds.add_new("PixelData", "OW", pixels.tobytes())
 
 
 def dicom(seed: int, number: int, laterality: str, view: str, shade, spacing) -> bytes:
@@ -331,7 +328,7 @@ def dicom(seed: int, number: int, laterality: str, view: str, shade, spacing) ->
         return uid.generate_uid(entropy_srcs=["phantom", *map(str, (FORMAT, seed, *what))])
 
     index = len(IMAGES) * number + IMAGES.index((laterality, view)) + seed
-    ds = FileDataset("", {}, preamble=bytes(128), file_meta=FileMetaDataset())
+    ds = Dataset()
     for keyword in (*derived.EMPTY, "DetectorType", "AcquisitionContextSequence"):
         setattr(ds, keyword, None)
     ds.SpecificCharacterSet, ds.ImageType = "ISO_IR 100", ["DERIVED", "PRIMARY"]
@@ -353,10 +350,9 @@ def dicom(seed: int, number: int, laterality: str, view: str, shade, spacing) ->
     ds.LossyImageCompression, ds.DerivationDescription = "00", "Synthetic phantom, no patient"
     bits, voi, inverse = BITS[index % 3], VOIS[index // 4 % 4], bool(index // 2 % 2)
     store(ds, shade, bits, voi, inverse)
-    ds.file_meta.TransferSyntaxUID = syntax = SYNTAXES[index % 5]
-    if syntax.is_compressed:
-        ds.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
+    if (syntax := SYNTAXES[index % 5]).is_compressed:
         ds.compress(syntax, generate_instance_uid=False)
+    ds.file_meta.TransferSyntaxUID = syntax
     buffer = io.BytesIO()
     ds.save_as(buffer, enforce_file_format=True)
     return buffer.getvalue()
@@ -373,14 +369,13 @@ def write_phantoms(out: Path, patients: int = 72, seed: int = 0) -> Path:
     manifest, rows = out / "manifest.csv", []
     options = {"format": FORMAT, "patients": patients, "seed": seed}
     with runs.claim_folder(out, "phantoms", options) as complete:
-        if complete:
-            return manifest
-        with runs.progress(patients * len(IMAGES), "phantoms") as advance:
-            for number, image in itertools.product(range(patients), IMAGES):
-                rows.append(write_image(out, seed, number, *image))
-                advance()
-        files.write_table(manifest, (*sources.MANIFEST_COLUMNS, "mask_path"), rows)
-        runs.finish_folder(out)
+        if not complete:
+            with runs.progress(patients * len(IMAGES), "phantoms") as advance:
+                for number, image in itertools.product(range(patients), IMAGES):
+                    rows.append(write_image(out, seed, number, *image))
+                    advance()
+            files.write_table(manifest, (*sources.MANIFEST_COLUMNS, "mask_path"), rows)
+            runs.finish_folder(out)
     return manifest
 
 
@@ -388,11 +383,11 @@ def write_image(out: Path, seed: int, number: int, laterality: str, view: str) -
     """One image, the mask of its lesion if it has one, and its row of the manifest."""
     who, name = patient(seed, number), f"P{number:04d}_{laterality}_{view}"
     shade, lesion, _ = render(seed, number, laterality, view)
-    content = dicom(seed, number, laterality, view, shade, who.spacing)
-    (out / f"{name}.dcm").write_bytes(content)
+    file = dicom(seed, number, laterality, view, shade, who.spacing)
+    (out / f"{name}.dcm").write_bytes(file)
     about = f"{name}.dcm", f"P{number:04d}", laterality, view
     if not lesion.any():
-        return (*about, "", "normal", "", "", "", "", "")
+        return (*about, "", "normal", *5 * [""])
     mask = lesion.astype(np.uint8)
     Image.fromarray(mask * 255).save(out / f"{name}_mask.png")
     row, col = ndimage.find_objects(mask)[0]

@@ -1032,7 +1032,6 @@ def test_S1_S9_synthetic_set_is_read_and_belongs_to_its_patch_set(patches, tmp_p
     ("changes", "text"),
     [
         ({"data": "f" * 64}, "made from another patch set"),
-        ({"size": 64}, "patches of 64 px; expected 32"),
         ({"patient": "patient of nowhere"}, r"1 source images are not in train.*unknown"),
         ({"image": "0" * 16}, r"1 source images are not in train, such as 0{16} of patient"),
     ],

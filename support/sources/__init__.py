@@ -11,7 +11,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 from support.files import csv_rows, numbers, write_table
@@ -84,12 +84,8 @@ def _finding(row: dict[str, str], folder: Path) -> Finding:
 def write_manifest(path: Path, findings: list[Finding]) -> None:
     """What `read_manifest` reads."""
     rows = (
-        (
-            *(row.image_path, row.patient_id, row.laterality, row.view, row.finding),
-            *(row.pathology, *(row.bbox or ("",) * 4)),
-            *(row.mask_path, *(row.spacing_mm or ("",) * 2), row.split),
-        )
-        for row in findings
+        (*words, *(box or ("",) * 4), mask, *(spacing or ("",) * 2), split)
+        for *words, box, mask, spacing, split in map(astuple, findings)
     )
     write_table(path, MANIFEST_COLUMNS + MANIFEST_OPTIONAL, rows)
 
@@ -118,9 +114,8 @@ def check_findings(findings: list[Finding]) -> list[str]:
             problems.append(f"{path}: normal, and yet with a finding")
         if len({(row.finding, row.bbox) for row in rows}) < len(rows):
             problems.append(f"{path}: the same finding and box twice")
-        boxes = [row.bbox for row in rows if row.bbox]
-        height, width = (boxes and image_size(path)) or (math.inf, math.inf)
-        for box in boxes:
+        for box in [row.bbox for row in rows if row.bbox]:
+            height, width = image_size(path) or (math.inf, math.inf)
             if box[2] > height or box[3] > width:
                 problems.append(f"{path}: box {box} outside the image of {height, width} pixels")
     return problems

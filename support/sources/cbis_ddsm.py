@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from scipy import ndimage
 
 from support.mammogram import Mammogram, image_size, read_mammogram
 from support.runs import progress
 from support.sources import common
-from support.sources.common import Finding, Traps
 
 TABLES = {
     f"{kind}_case_description_{part}_set.csv": split
@@ -25,15 +25,12 @@ COLUMNS = (
 WORDS = {
     "left or right breast": {"LEFT": "L", "RIGHT": "R"},
     "abnormality type": {"mass": "mass", "calcification": "calcification"},
-    "pathology": {
-        "MALIGNANT": "malignant",
-        "BENIGN": "benign",
-        "BENIGN_WITHOUT_CALLBACK": "benign",
-    },
+    "pathology": {"MALIGNANT": "malignant"}
+    | dict.fromkeys(("BENIGN", "BENIGN_WITHOUT_CALLBACK"), "benign"),
 }
 
 
-def read_cbis_ddsm(root: Path, traps: Traps) -> list[Finding]:
+def read_cbis_ddsm(root: Path, traps: common.Traps) -> list[common.Finding]:
     """CBIS-DDSM, the Curated Breast Imaging Subset of DDSM (digitised film, masks, pathology).
 
     Access: "CBIS-DDSM" at The Cancer Imaging Archive, open. Licence: CC BY 3.0.
@@ -65,11 +62,11 @@ def read_cbis_ddsm(root: Path, traps: Traps) -> list[Finding]:
     with progress(len(rows), "CBIS-DDSM masks") as advance:
         for where, _, row in rows:
             advance(1)
-            film, *regions = (common.inside(row[column]) for column in COLUMNS[-3:])
-            if not film or not all(regions):
+            paths = [common.inside(row[column]) for column in COLUMNS[-3:]]
+            if not all(paths):
                 traps[common.ESCAPES] += 1
                 continue
-            film, *regions = (_files(parts, folders) for parts in (film, *regions))
+            film, *regions = (_files(parts, folders) for parts in paths)
             if not film:
                 traps[common.ABSENT] += 1
                 continue
@@ -77,7 +74,7 @@ def read_cbis_ddsm(root: Path, traps: Traps) -> list[Finding]:
             side, *words = (common.known(known, row[name], where) for name, known in WORDS.items())
             image = str(path), row["patient_id"], side, row["image view"]
             split = "test" if row["patient_id"] in tested else ""
-            finding = Finding(*image, *words, split=split)
+            finding = common.Finding(*image, *words, split=split)
             films[image[1:]].add(image[0])
             findings.append(_region(finding, set().union(*regions), traps))
     same = _same_films(films.values(), traps)
@@ -91,28 +88,27 @@ def _files(parts: tuple[str, ...], folders: dict[str, set[Path]]) -> set[Path]:
     return case & series or case or series
 
 
-def _region(finding: Finding, paths: set[Path], traps: Traps) -> Finding:
+def _region(finding: common.Finding, paths: set[Path], traps: common.Traps) -> common.Finding:
     """Add mask and box: the mask is the largest file with two values; the crop is a photograph."""
     size = image_size(finding.image_path)
-    sizes = {path: image_size(str(path)) or (0, 0) for path in paths}
-    for path in sorted(paths, key=lambda path: (-math.prod(sizes[path]), path)):
+    for path in sorted(paths, key=lambda path: (-math.prod(image_size(str(path)) or (0,)), path)):
         if (file := _decoded(path)) is None:
             continue
         low, high = file.stored.min(), file.stored.max()
         mask = file.stored == high
         if low == high or not np.all(mask | (file.stored == low)):
             continue
-        rows, cols = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+        rows, cols = ndimage.find_objects(mask.astype(np.uint8))[0]
         down, across = (n / m for n, m in zip(size or mask.shape, mask.shape, strict=True))
         traps["Masks of another size than their image, rescaled to it"] += (down, across) != (1, 1)
-        box = (rows[0] * down, cols[0] * across, (rows[-1] + 1) * down, (cols[-1] + 1) * across)
-        box = common.clip(tuple(map(float, box)), size, traps)
+        box = rows.start * down, cols.start * across, rows.stop * down, cols.stop * across
+        box = common.clip(box, finding.image_path, traps)
         return replace(finding, bbox=box, mask_path=str(path))
     traps["Abnormalities without a readable mask: only their image is labelled"] += 1
     return finding
 
 
-def _same_films(films: Iterable[set[str]], traps: Traps) -> dict[str, str]:
+def _same_films(films: Iterable[set[str]], traps: common.Traps) -> dict[str, str]:
     """A film with masses and calcifications is distributed twice: copy -> the one to use."""
     same = {}
     for paths in films:

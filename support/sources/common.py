@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from support.files import csv_rows
+from support.mammogram import image_size
 
 SPLITS = ("train", "val", "test")
 FINDINGS = ("mass", "calcification", "distortion", "asymmetry")
@@ -18,6 +19,7 @@ Traps = Counter  # sentence -> how often it was met
 
 ABSENT = "Images that the data set lists but its folder does not hold, left out"
 ESCAPES = "Rows whose path leaves the data set's folder, left out"
+BIRADS = {"1": "normal", **dict.fromkeys("23", "benign"), **dict.fromkeys("456", "malignant")}
 NO_TYPE = "Marked regions that are no mass, calcification, distortion or asymmetry: no lesion patch"
 NOT_NORMAL = "Images without a mark that are not known to be normal: no patches"
 
@@ -51,8 +53,8 @@ def named(paths: Iterable[Path], root: Path, name: str, advice: str = "") -> Pat
     """The one file of this name (case ignored). Raises ValueError when there is none or two."""
     same = [path for path in paths if path.name.lower() == name.lower()]
     if len(same) != 1:
-        text = f"found {len(same)} files named {name}; expected exactly one{advice}"
-        raise ValueError(f"{root}: {text}")
+        count = f"found {len(same)} files named {name}"
+        raise ValueError(f"{root}: {count}; expected exactly one{advice}")
     return same[0]
 
 
@@ -79,9 +81,9 @@ def inside(text: str) -> tuple[str, ...]:
 # --- Regions and opinions ---
 
 
-def clip(box: Box, size: tuple[int, int] | None, traps: Traps) -> Box | None:
-    """The part of `box` inside an image of `size` (rows, cols); None when nothing is left."""
-    rows, cols = size or (math.inf, math.inf)
+def clip(box: Box, image_path: str, traps: Traps) -> Box | None:
+    """The part of `box` inside its image; None when nothing is left."""
+    rows, cols = image_size(image_path) or (math.inf, math.inf)
     row0, col0, row1, col1 = box
     clipped = (max(row0, 0.0), max(col0, 0.0), min(row1, rows), min(col1, cols))
     if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
@@ -95,20 +97,19 @@ def typed(image: Finding, kinds: set[str], pathology: str, box: Box | None, trap
     """A row for each type of a marked region, which patches are cut from by type (Q24)."""
     traps["Marked regions of several types, one row for each"] += len(kinds) > 1
     traps[NO_TYPE] += not kinds
-    return [
-        replace(image, finding=kind, pathology=pathology if kind else "", bbox=box)
-        for kind in sorted(kinds) or [""]
-    ]
+    box = box and clip(box, image.image_path, traps)
+    if not kinds or pathology == "normal":
+        pathology = ""
+    return [replace(image, finding=f, pathology=pathology, bbox=box) for f in sorted(kinds) or [""]]
 
 
-def unmarked(image: Finding, normal: bool, pathology: str, traps: Traps) -> Finding:
+def unmarked(image: Finding, pathology: str, traps: Traps) -> Finding:
     """The row of an image without marks: normal only where the data set says so."""
-    traps[NOT_NORMAL] += not normal
-    return replace(image, pathology="normal" if normal else pathology)
+    traps[NOT_NORMAL] += pathology != "normal"
+    return replace(image, pathology=pathology)
 
 
 def birads(text: str) -> str:
-    """BI-RADS 4 (a to c), 5 and 6 stand for malignant, 2 and 3 for benign."""
-    grade = re.search(r"[0-6]", text)
-    meaning = dict.fromkeys("23", "benign") | dict.fromkeys("456", "malignant")
-    return meaning.get(grade[0], "") if grade else ""
+    """BI-RADS 4 (a to c), 5 and 6 stand for malignant, 2 and 3 for benign, 1 for normal."""
+    grade = re.search(r"[1-6]", text)
+    return BIRADS[grade[0]] if grade else ""

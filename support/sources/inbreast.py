@@ -1,14 +1,13 @@
 """INbreast: digital mammograms, exact contours, BI-RADS."""
 
 import plistlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from support.files import reading
-from support.mammogram import image_size
 from support.sources import common
-from support.sources.common import Box, Finding, Traps
 
 COLUMNS = ("Laterality", "View", "File Name", "Bi-Rads")
 NAMES = {  # lower case, with the spellings that occur
@@ -20,7 +19,7 @@ NAMES = {  # lower case, with the spellings that occur
 }
 
 
-def read_inbreast(root: Path, traps: Traps) -> list[Finding]:
+def read_inbreast(root: Path, traps: common.Traps) -> Iterator[common.Finding]:
     """INbreast (digital, exact contours; Centro Hospitalar de Sao Joao, Porto).
 
     Access: "INbreast" of the Breast Research Group at INESC Porto, on request.
@@ -35,43 +34,36 @@ def read_inbreast(root: Path, traps: Traps) -> list[Finding]:
     images = {p.name.split("_")[0]: p for p in files if p.suffix.lower() == ".dcm"}
     drawn = [p for p in files if p.parent.name.lower() == "allxml"]
     contours = {p.stem: p for p in drawn if p.suffix.lower() == ".xml"}
-    findings = []
     for where, row in common.table(table, COLUMNS, ";"):
         if not (name := row["File Name"]):
             continue  # the spreadsheet ends in empty rows
         if (path := images.get(name)) is None:
             traps[common.ABSENT] += 1
             continue
-        if len(path.name.split("_")) < 3:
-            raise ValueError(f"{path}: expected a name such as <file>_<patient>_MG_R_CC_ANON.dcm")
         side = common.known({"L": "L", "R": "R"}, row["Laterality"], where)
-        image = Finding(str(path), path.name.split("_")[1], side, row["View"])
+        image = common.Finding(str(path), path.name.split("_")[1], side, row["View"])
         pathology = common.birads(row["Bi-Rads"])
         regions = _regions(contours[name]) if name in contours else []
         for kinds, box in regions:
-            box = common.clip(box, image_size(str(path)), traps)
-            findings += common.typed(image, kinds, pathology, box, traps)
+            yield from common.typed(image, kinds, pathology, box, traps)
         if not regions:
-            normal = row["Bi-Rads"].startswith("1")
-            findings.append(common.unmarked(image, normal, pathology, traps))
-    if findings and not contours:
+            yield common.unmarked(image, pathology, traps)
+    if not contours:
         raise ValueError(f"{root}: found no .xml in a folder AllXML; put INbreast's contours there")
-    return findings
 
 
-def _regions(path: Path) -> list[tuple[set[str], Box]]:
+def _regions(path: Path) -> list[tuple[set[str], common.Box]]:
     """(type, box) of each OsiriX region; a single point is a single calcification."""
     regions = []
     with reading(path, "expected OsiriX regions"):
         # plistlib refuses entity declarations and fetches nothing
         document = plistlib.loads(path.read_bytes(), fmt=plistlib.FMT_XML)
         for roi in document["Images"][0]["ROIs"]:
-            points = [point.strip("() ").split(",") for point in roi["Point_px"]]
-            xy = np.array([[float(x), float(y)] for x, y in points])
+            xy = np.array([point.strip("() ").split(",") for point in roi["Point_px"]], float)
             if not np.isfinite(xy).all():
-                raise ValueError(f"points {points[:4]}")
+                raise ValueError(f"points {roi['Point_px'][:4]}")
             (x0, y0), (x1, y1) = np.floor(xy.min(axis=0)), np.floor(xy.max(axis=0)) + 1
             name = "calcification" if len(xy) == 1 else roi["Name"].strip().lower()
             kinds = {NAMES[name]} if name in NAMES else set()
-            regions.append((kinds, (float(y0), float(x0), float(y1), float(x1))))
+            regions.append((kinds, tuple(map(float, (y0, x0, y1, x1)))))
     return regions

@@ -1,11 +1,11 @@
 """mini-MIAS: digitised film, circles, pathology."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from support.mammogram import image_size
 from support.sources import common
-from support.sources.common import Finding, Traps
 
 SIZE = (1024, 1024)  # of every image
 SPACING_MM = (0.2, 0.2)  # "reduced to 200 micron pixel edge"
@@ -22,7 +22,7 @@ ROW = re.compile(
 )
 
 
-def read_mini_mias(root: Path, traps: Traps) -> list[Finding]:
+def read_mini_mias(root: Path, traps: common.Traps) -> Iterator[common.Finding]:
     """mini-MIAS, the reduced database of the Mammographic Image Analysis Society (film, MLO).
 
     Access: "The mini-MIAS database of mammograms" at the Pilot European Image Processing Archive,
@@ -34,7 +34,6 @@ def read_mini_mias(root: Path, traps: Traps) -> list[Finding]:
     files = common.files(root)
     table = common.named(files, root, "Info.txt")
     images = {path.stem.lower(): path for path in files if path.suffix.lower() == ".pgm"}
-    findings = []
     for number, line in enumerate(table.read_text(encoding="latin-1").splitlines(), 1):
         line = line.strip()
         if not re.match(r"mdb\d", line, re.IGNORECASE):
@@ -45,19 +44,17 @@ def read_mini_mias(root: Path, traps: Traps) -> list[Finding]:
         if (path := images.get(row["name"])) is None:
             traps[common.ABSENT] += 1
             continue
-        box, size = None, image_size(str(path)) or SIZE
-        if size != SIZE:  # the circles are in its pixels, and so is the spacing
+        if (size := image_size(str(path))) not in (SIZE, None):  # circles are in its pixels
             raise ValueError(f"{path}: found {size} pixels; expected mini-MIAS's own {SIZE}")
+        box = None
         if row["x"]:
             x, y, radius = (float(row[key]) for key in ("x", "y", "radius"))
-            middle = size[0] - y
-            circle = (middle - radius, x - radius, middle + radius, x + radius)
-            box = common.clip(circle, size, traps)
+            y = SIZE[0] - y
+            box = common.clip((y - radius, x - radius, y + radius, x + radius), str(path), traps)
         elif row["kind"]:
             traps["Findings without coordinates: only their image is labelled"] += 1
         n, kind = int(row["n"]), CLASSES.get(row["kind"], "")
         patient, side = f"mias{(n + 1) // 2:03d}", "R" if n % 2 else "L"
         pathology = {"B": "benign", "M": "malignant"}.get(row["severity"], "normal")
         image = str(path), patient, side, "MLO"
-        findings.append(Finding(*image, kind, pathology, box, spacing_mm=SPACING_MM))
-    return findings
+        yield common.Finding(*image, kind, pathology, box, spacing_mm=SPACING_MM)

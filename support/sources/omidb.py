@@ -5,10 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from support.files import numbers, read_json
-from support.mammogram import WORDS, NotUsable, image_size, read_header
+from support.mammogram import WORDS, NotUsable, read_header
 from support.runs import progress
 from support.sources import common
-from support.sources.common import Finding, Traps
 
 # The events of an NBSS episode: those that look at tissue decide before the others.
 EVENTS = ("SURGERY", "BIOPSYWIDE", "BIOPSYFINE", "ASSESSMENT", "CLINICAL", "SCREENING")
@@ -26,7 +25,7 @@ FLAGS = {
 UID = re.compile(r"\d+(\.\d+)+")
 
 
-def read_omidb(root: Path, traps: Traps) -> list[Finding]:
+def read_omidb(root: Path, traps: common.Traps) -> Iterator[common.Finding]:
     """OMI-DB, the OPTIMAM Mammography Image Database.
 
     Access: "OMI-DB, sharing" at Royal Surrey NHS Foundation Trust, on application.
@@ -36,23 +35,20 @@ def read_omidb(root: Path, traps: Traps) -> list[Finding]:
     pathology), `nbss_<client>.json` the opinions of each episode by event, side and lesion number.
     Not guessed: an image without marks is normal only when all its client's episodes are.
     """
-    data, images = root / "data", root / "images"
-    if not data.is_dir() or not images.is_dir():
-        raise ValueError(f"{root}: expected OMI-DB's folders data and images in it")
-    clients = sorted(p for p in data.iterdir() if p.is_dir() and p.name[:4] in ("demd", "optm"))
-    findings = []
+    clients = sorted(p for p in root.glob("data/*/") if p.name[:4] in ("demd", "optm"))
+    if not clients:
+        raise ValueError(f"{root}: found no client in data; expected OMI-DB's data and images")
     with progress(len(clients), "OMI-DB clients") as advance:
         for client in clients:
-            findings += _client(client, images / client.name, traps)
-            advance(1)
-    return findings
+            yield from _client(client, root / "images" / client.name, traps)
+            advance()
 
 
-def _client(client: Path, images: Path, traps: Traps) -> list[Finding]:
-    imagedb, nbss = (_json(client, kind) for kind in ("imagedb", "nbss"))
+def _client(client: Path, images: Path, traps: common.Traps) -> Iterator[common.Finding]:
+    names = (f"{kind}_{client.name}.json" for kind in ("imagedb", "nbss"))
+    imagedb, nbss = (read_json(common.named(client.iterdir(), client, name)) for name in names)
     episodes = {key: value for key, value in nbss.items() if isinstance(value, dict)}
     normal = bool(episodes) and all(map(_normal, episodes.values()))
-    findings = []
     for study_id, study in _level(imagedb, "STUDIES").items():
         episode = _episode(_level(study), episodes, traps)
         for series_id, series in _level(study).items():
@@ -67,12 +63,11 @@ def _client(client: Path, images: Path, traps: Traps) -> list[Finding]:
                 if side not in ("L", "R"):
                     traps["Images whose header is damaged or tells no side, left out"] += 1
                     continue
-                image, rows = Finding(str(path), client.name, side, view), []
+                image, rows = common.Finding(str(path), client.name, side, view), []
                 for mark in filter(None, map(_level, _level(marks).values())):
                     rows += _mark(mark, image, episode, traps)
-                pathology = _pathology(episode, side, "", traps)
-                findings += rows or [common.unmarked(image, normal, pathology, traps)]
-    return findings
+                pathology = "normal" if normal else _pathology(episode, side, "", traps)
+                yield from rows or [common.unmarked(image, pathology, traps)]
 
 
 def _side_and_view(path: Path) -> tuple[str, str]:
@@ -87,14 +82,13 @@ def _side_and_view(path: Path) -> tuple[str, str]:
     return side, view if view in WORDS["ViewPosition"] else ""
 
 
-def _mark(mark: dict, image: Finding, episode: dict, traps: Traps) -> list[Finding]:
+def _mark(mark: dict, image: common.Finding, episode: dict, traps: common.Traps) -> list:
     """One mark -> a row for each of its types; a mass with calcification is two rows (Q24)."""
     box = None
     try:
         x1, y1, x2, y2 = numbers(mark, ("X1", "Y1", "X2", "Y2"))
         traps["Boxes with corners in another order, sorted"] += x1 > x2 or y1 > y2
         box = min(y1, y2), min(x1, x2), max(y1, y2), max(x1, x2)
-        box = common.clip(box, image_size(image.image_path), traps)
     except ValueError:
         traps["Marks without four corners: only their image is labelled"] += 1
     linked = re.findall(r"\d+", str(mark.get("LinkedNBSSLesionNumber") or "")) or ["0"]
@@ -111,11 +105,6 @@ def _level(node: object, *keys: str) -> dict:
     for key in keys:
         node = node.get(key) if isinstance(node, dict) else None
     return node if isinstance(node, dict) else {}
-
-
-def _json(client: Path, kind: str) -> dict:
-    upper = client / f"{kind.upper()}_{client.name}.json"
-    return read_json(upper if upper.is_file() else client / f"{kind}_{client.name}.json")
 
 
 def _leaves(node: dict) -> Iterator[tuple[str, str]]:
@@ -141,7 +130,7 @@ def _normal(episode: dict) -> bool:
     )
 
 
-def _episode(study: dict, episodes: dict[str, dict], traps: Traps) -> dict:
+def _episode(study: dict, episodes: dict[str, dict], traps: common.Traps) -> dict:
     """The study's episode, by its id or else by an event on the day of the study."""
     if (key := str(study.get("EpisodeID"))) in episodes:
         return episodes[key]
@@ -155,7 +144,7 @@ def _episode(study: dict, episodes: dict[str, dict], traps: Traps) -> dict:
     return {}
 
 
-def _pathology(episode: dict, side: str, lesion: str, traps: Traps) -> str:
+def _pathology(episode: dict, side: str, lesion: str, traps: common.Traps) -> str:
     """What NBSS says of a side's lesion: the first event that decides; "" when none does.
 
     An event's opinion of the whole side stands in for a lesion's own only where it cannot mean

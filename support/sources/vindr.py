@@ -1,12 +1,12 @@
 """VinDr-Mammo: digital mammograms, boxes, BI-RADS."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from support.files import numbers
 from support.mammogram import image_size
 from support.sources import common
-from support.sources.common import Finding, Traps
 
 COLUMNS = (
     *("study_id", "image_id", "laterality", "view_position", "height", "width", "breast_birads"),
@@ -20,7 +20,7 @@ CATEGORIES = {
 }
 
 
-def read_vindr(root: Path, traps: Traps) -> list[Finding]:
+def read_vindr(root: Path, traps: common.Traps) -> Iterator[common.Finding]:
     """VinDr-Mammo (digital, boxes, BI-RADS; two hospitals in Hanoi).
 
     Access: "VinDr-Mammo" at PhysioNet, restricted: sign the data use agreement.
@@ -30,7 +30,6 @@ def read_vindr(root: Path, traps: Traps) -> list[Finding]:
     of BI-RADS 3 and above are boxed, so "No Finding" is normal only in a breast of BI-RADS 1.
     """
     table = common.named(common.files(root), root, "finding_annotations.csv")
-    findings = []
     for where, row in common.table(table, COLUMNS):
         inner = common.inside(f"images/{row['study_id']}/{row['image_id']}.dicom")
         if len(inner) != 3:
@@ -42,21 +41,18 @@ def read_vindr(root: Path, traps: Traps) -> list[Finding]:
             continue
         side = common.known({"L": "L", "R": "R"}, row["laterality"], where)
         split = common.known({"training": "", "test": "test"}, row["split"], where)
-        image = Finding(str(path), row["study_id"], side, row["view_position"], split=split)
+        image = common.Finding(str(path), row["study_id"], side, row["view_position"], split=split)
         text = row["finding_categories"]
         if not re.fullmatch(r"\['[^']+'(, '[^']+')*\]", text):
             raise ValueError(f"{where}: found {text[:80]!r}; expected a list such as ['Mass']")
         categories = re.findall(r"'([^']+)'", text)
         if categories == ["No Finding"]:
-            grade = row["breast_birads"]
-            normal = grade.endswith("1")
-            findings.append(common.unmarked(image, normal, common.birads(grade), traps))
+            yield common.unmarked(image, common.birads(row["breast_birads"]), traps)
             continue
         size = numbers(row, ("height", "width"), f"{where}: ")
         box = numbers(row, ("ymin", "xmin", "ymax", "xmax"), f"{where}: ")
         resized = image_size(str(path)) not in (size, None)
         traps["Images of another size than in their table: boxes not used"] += resized
-        box = None if resized else common.clip(box, size, traps)
         kinds = {CATEGORIES[name] for name in categories if name in CATEGORIES}
-        findings += common.typed(image, kinds, common.birads(row["finding_birads"]), box, traps)
-    return findings
+        pathology = common.birads(row["finding_birads"])
+        yield from common.typed(image, kinds, pathology, None if resized else box, traps)
