@@ -120,7 +120,7 @@ def delong_test(y, scores_a, scores_b) -> tuple[float, float, float, float]:
     return auc_a, auc_b, *interval(float(d[0, y].mean()), float(delong_covariance(y, d)[0, 0]))[2:]
 
 
-# --- Beyond the paper: patients as units, a band for ROC curves, several seeds, Holm, power ---
+# --- Beyond the paper: patients as units, several seeds, Holm, power ---
 
 
 def clustered_ci(y, scores, clusters, level: float = 0.95) -> tuple[float, float, float]:
@@ -142,23 +142,10 @@ def clustered_test(
     return auc_a, auc_b, difference, low, high, p
 
 
-def roc_band(y, scores, clusters, seed: int, draws: int = 300) -> np.ndarray:
-    """Sensitivity (3, 101) at 0, 1 ... 100% false positives: mean over seeds, 2.5%, 97.5%.
-
-    The band is pointwise, over patients drawn with replacement.
-    """
-    names, at = np.unique(clusters, return_inverse=True)
-    share = np.full(len(names), 1 / len(names))
-    drawn = np.random.default_rng(seed).multinomial(len(names), share, size=draws)[:, at]
-    drawn = np.concatenate([np.ones((1, len(y)), int), drawn])  # how often each patch is in
-    drawn = drawn[(drawn @ y > 0) & (drawn @ ~y > 0)]
+def mean_roc(y, scores) -> np.ndarray:
+    """Sensitivity (101,) at 0, 1 ... 100% false positives, the mean over seeds (K, N)."""
     grid = np.linspace(0, 1, 101)
-    curves = np.zeros((len(drawn), len(grid)))
-    for curve, often in zip(curves, drawn, strict=True):
-        for values in scores:
-            fpr, tpr, _ = roc_curve(y, values, sample_weight=often)
-            curve += np.interp(grid, fpr, tpr) / len(scores)
-    return np.array([curves[0], *np.percentile(curves[1:], [2.5, 97.5], axis=0)])
+    return np.mean([np.interp(grid, *roc_curve(y, values)[:2]) for values in scores], axis=0)
 
 
 def _mean_auc(y, v, clusters, groups) -> tuple[float, float, float]:

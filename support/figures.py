@@ -80,23 +80,15 @@ def _scale_bar(ax, shape: tuple[int, int], mm: float, zoom: int) -> None:
 # --- Table 1 ---
 
 
-def roc_figure(bands: dict[str, np.ndarray], rows: list[dict]) -> Figure:
-    """One panel a regime, the baseline behind each."""
-    baseline, *others = (row["regime"] for row in rows)
-    names = others or [baseline]
-    aucs = {row["regime"]: f"{row['regime']}: {row['auc']:.3f}" for row in rows}
-    down = math.ceil(len(names) / 2)
-    figure = Figure(figsize=(6, 3 * down), layout="constrained")
-    for i, name in enumerate(names):
-        ax = figure.add_subplot(down, 2, i + 1, aspect="equal", xlim=(0, 1), ylim=(0, 1.01))
-        for key in dict.fromkeys((baseline, name)):
-            (mean, low, high), colour = bands[key], COLOURS.get(key, BLUE)
-            grid = np.linspace(0, 1, len(mean))  # of false positive rates
-            ax.fill_between(grid, low, high, color=colour, alpha=0.18, linewidth=0)
-            ax.plot(grid, mean, color=colour, linewidth=1.6, label=aucs[key])
-        ax.legend(loc="lower right", fontsize=9, frameon=False, title="AUC", title_fontsize=9)
-    figure.supxlabel("1 - specificity", fontsize=10)
-    figure.supylabel("sensitivity", fontsize=10)
+def roc_figure(curves: dict[str, np.ndarray], rows: list[dict]) -> Figure:
+    """The mean curve of each regime over the seeds."""
+    figure = Figure(figsize=(6, 6), layout="constrained")
+    ax = figure.add_subplot(aspect="equal", xlabel="1 - specificity", ylabel="sensitivity")
+    for row in rows:
+        curve, name = curves[row["regime"]], row["regime"]
+        style = {"color": COLOURS.get(name), "label": f"{name}: {row['auc']:.3f}"}
+        ax.plot(np.linspace(0, 1, len(curve)), curve, linewidth=1.6, **style)
+    ax.legend(loc="lower right", fontsize=9, frameon=False, title="AUC", title_fontsize=9)
     return figure
 
 

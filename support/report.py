@@ -20,21 +20,14 @@ from evaluate import (
     Regime,
     condition_table,
     embed,
+    mean_roc,
     open_regimes,
     pooled_features,
     rescue,
-    roc_band,
     score,
 )
-from support import files, patchset, runs
+from support import figures, files, patchset, runs
 from support.controls import control_of, lesion_or_image
-from support.figures import (
-    difference_figure,
-    embedding_figure,
-    patch_figure,
-    roc_figure,
-    save_figure,
-)
 from support.sources import SPLITS
 
 PAPER_TABLE_1 = {  # E1, E2; the text says p < 1e-8 for the 50% row (Q37)
@@ -97,11 +90,10 @@ def evaluate(
         if not conditions[MAIN]:
             raise ValueError(f"{patch_set}: fewer than two test patients a class; prepare more")
         rows, at = conditions[MAIN]["rows"], tested[MAIN]
-        y, who_at = kind[at] != "normal", patients[at]
-        bands = {name: roc_band(y, s[:, at], who_at, seed) for name, s in scores.items()}
-        save_figure(roc_figure(bands, rows), out / "roc.png")
+        curves = {name: mean_roc(kind[at] != "normal", s[:, at]) for name, s in scores.items()}
+        figures.save_figure(figures.roc_figure(curves, rows), out / "roc.png")
         if len(rows) > 1:
-            save_figure(difference_figure(rows), out / "difference.png")
+            figures.save_figure(figures.difference_figure(rows), out / "difference.png")
         metrics = claimed | {"conditions": conditions, "data": {"name": patch_set.name, **config}}
         metrics["lesion_or_image"] = {
             name: lesion_or_image(kind, patients, images, s) for name, s in scores.items()
@@ -115,7 +107,7 @@ def evaluate(
             _keep_pictures(sets, k, out)
             advance(1, f"{syn.path.name}: controls")
         if nearest:
-            save_figure(patch_figure(nearest), out / "nearest.png")
+            figures.save_figure(figures.patch_figure(nearest), out / "nearest.png")
         metrics["feature_space"] = figures_4_to_6(regimes, splits, sets, scores, device, seed, out)
 
         metrics["data"]["patients"] = {
@@ -165,7 +157,7 @@ def figures_4_to_6(
         if len(best):
             models, rescued = [regimes[0], chosen], test[malignant[best]]
             titles = [f"{base[i]:.2f} to {ours[i]:.2f}" for i in best]
-            save_figure(patch_figure([("", rescued, titles)]), out / "figure6.png")
+            figures.save_figure(figures.patch_figure([("", rescued, titles)]), out / "figure6.png")
     sources = splits["val"].parts | {s.task: s.combined for s in sets[::-1] if not s.control}
     rng, points = np.random.default_rng(seed), {}
     for kind, (count, *_) in EMBEDDED.items():
@@ -179,9 +171,11 @@ def figures_4_to_6(
         panels[regime.name] = embed(np.concatenate(list(map(features, points.values()))), seed)
     alone = groups != "rescued"
     first = {BASELINE: panels[BASELINE][alone]}
-    save_figure(embedding_figure(first, groups[alone], EMBEDDED), out / "figure4.png")
+    figures.save_figure(
+        figures.embedding_figure(first, groups[alone], EMBEDDED), out / "figure4.png"
+    )
     if len(rescued):
-        save_figure(embedding_figure(panels, groups, EMBEDDED), out / "figure5.png")
+        figures.save_figure(figures.embedding_figure(panels, groups, EMBEDDED), out / "figure5.png")
     return facts
 
 
