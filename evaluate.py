@@ -1,6 +1,11 @@
 """§3 Results and t-SNE: AUC, DeLong's test, what holds when patches share a patient, Table 1.
 
-Scores are p(cancer), labels 1 malignant and 0 not; a cluster is a patient.
+Scores are p(cancer), labels 1 malignant and 0 not; a cluster is a patient. Where sentences stand:
+
+    "computed using the DeLong method"         delong_test; for several seeds p_delong of compare
+    "test performance on real data", Table 1   condition_table, compare
+    "the last feature layer in the model"      pooled_features, embed; which patches, Figures 4 to
+                                               6: figures_4_to_6 of support/report.py
 """
 
 import math
@@ -184,6 +189,7 @@ def compare(y, scores, baseline, clusters) -> dict[str, float]:
     low, high and delta_low, delta_high, p_clustered: patients vary, and the training seeds where
     both have several. p_delong: these very models, every patch on its own (the paper's test).
     detectable: the smallest true difference found at 5% with 80% power.
+    With one seed each p_delong is that of `delong_test` and p_clustered that of `clustered_test`.
     """
     y, v = checked(y, *scores, *baseline)
     v = placements(y, v)

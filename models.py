@@ -1,7 +1,20 @@
 """§2 Proposed Contextual GAN Architecture: generator, discriminator, losses; §3 the classifier.
 
 Images are (N, 1, H, W) in [-1, 1]. A patch of side S passes through log2(S / 4) blocks, six for the
-paper's 256 px; smaller presets drop blocks and keep everything else.
+paper's 256 px; smaller presets drop blocks and keep everything else. Where a sentence stands:
+
+    "a random scalar value ... resized to match"       Generator.sample_noise, with_noise in forward
+    "doubles the number of filters and halves"         Generator.__init__, the encoder
+    "4x4x2048 ... compressed into a 1x1x4 embedding"   Generator.widen, .compress; the embedding
+    "concatenating the skip connection"                Generator.forward, the decoder
+    "self-attention module"                            SelfAttention
+    "10px border cropping and clipping"                crop_border
+    "lesion, input, and combined images"               the end of Generator.forward; COMBINED
+    "8x the number of filters ... max pooling"         Discriminator
+    "a four-way output", "a factor of 0.2"             four_way_loss, discriminator_loss
+    "a gradient penalty was added"                     gradient_penalty
+    "a new layer is appended", "linearly blending"     the new layer in both forwards; train.growth
+    "ResNet-50", "the last feature layer"              PatchClassifier, .features
 """
 
 from collections.abc import Callable
@@ -16,6 +29,7 @@ LEAK = 0.2  # the paper names no slope; Q4
 INIT_STD = 0.02  # the paper names no initialisation; Q4
 LAMBDA, K = 10.0, 1.0  # §2 "where lambda = 10, and k = 1", L4
 BORDER_PX = 10  # at 256 px: §2 "Border cropping", G11
+COMBINED = slice(2, 3)  # of the three channels that G gives, G13
 REAL, FAKE, BENIGN, NORMAL = range(4)  # §2 "Semi-supervised training loss", D2
 CLASS_WEIGHTS = (1.0, 1.0, 0.2, 0.2)  # §2 "scaled by a factor of 0.2", L3
 
@@ -144,13 +158,14 @@ class Generator(nn.Module):
         assert size in (self.patch_size, self.patch_size // 2), size
         if z is None:
             z = torch.empty(len(x), self.noise_size, device=x.device).uniform_(-1, 1)
-        scalars = iter(z.unbind(1))  # (N,) each
+        scalars = iter(z.unbind(1))  # of one block after the other, (N,) each
 
-        def with_noise(*maps: Tensor) -> Tensor:  # constant over space, own value per sample (G4)
-            scalar = next(scalars).to(maps[0])[:, None, None, None]
-            plane = scalar.expand(-1, -1, *maps[0].shape[2:])
-            # In this layout the maps keep theirs; otherwise each block would copy them back.
-            return torch.cat([*maps, plane.contiguous(memory_format=torch.channels_last)], dim=1)
+        def with_noise(*maps: Tensor) -> Tensor:
+            """The maps and "a random scalar value ... resized to match" them (G4, G5)."""
+            scalar = next(scalars).to(maps[0])[:, None, None, None]  # (N, 1, 1, 1)
+            plane = scalar.expand(-1, -1, *maps[0].shape[2:])  # constant over rows and columns
+            plane = plane.contiguous(memory_format=torch.channels_last)  # as the maps: no copy
+            return torch.cat([*maps, plane], dim=1)
 
         h, skips, attention_side = x, {}, self.patch_size // 8
         for side in self.sides:
@@ -160,11 +175,14 @@ class Generator(nn.Module):
             skips[side] = h
         if self.widen is not None:
             h = leaky_relu(self.widen(h))  # (N, center, 4, 4)
-        h = self.compress(h)  # (N, 4, 1, 1): the embedding of G8
-        h = F.interpolate(h, size=skips[4].shape[2:], mode="nearest")  # Q5
+        h = self.compress(h)  # (N, 4, 1, 1): "a 1x1x4 embedding" (G8)
+        # Back to (N, 4, 4, 4) for the decoder as the 1x1 noise is resized: no layer is named (Q5).
+        h = F.interpolate(h, size=skips[4].shape[2:], mode="nearest")
         half = None
         for side in self.sides[::-1]:
-            if 2 * side == self.patch_size:  # the layer appended for S: here the S / 2 stage ends
+            # "A new layer is appended" for side S (T3): it is there from the start and left out
+            # until then, so that here the S / 2 stage ends.
+            if 2 * side == self.patch_size:
                 if alpha < 1 or size < self.patch_size:
                     half = self.to_lesion_half(h)  # (N, 1, S / 2, S / 2)
                 if size < self.patch_size:
@@ -221,7 +239,7 @@ class Discriminator(nn.Module):
         assert size in (self.patch_size, self.patch_size // 2), size
         h = x
         for side in self.sides:
-            new = 2 * side == self.patch_size  # the layer appended for S
+            new = 2 * side == self.patch_size  # the new layer, "identical but reversed" (T6)
             if new and size < self.patch_size:
                 h = leaky_relu(self.from_image_half(x))  # (N, base, S / 2, S / 2)
                 continue

@@ -1,7 +1,14 @@
 """§3 Synthetic dataset: steps 1 to 5 from a training patch to a synthetic one, and whole sets.
 
 Lesions are what the generator adds in [-1, 1] units (0 = no change); patches on disk are uint16.
-Lengths are the paper's at 256 px and scale with the patch side S by S / 256.
+Lengths are the paper's at 256 px and scale with the patch side S by S / 256. Where a step stands:
+
+    1, 2 "Randomly sample a healthy mammogram image", "a 256x256px patch"   source_patches, attempt
+    3 "Input the patch into the generator"                                  Synthesizer.lesions
+    4 "Perform the following steps to post-process"                         isolate_lesion
+      "Element-wise multiply the resulting mask with the lesion channel"    add_lesion
+    5 "Add the lesion channel to the base normal patch"                     add_lesion
+    "we generated 5000 examples each"                                       synthesize_set
 """
 
 import math
@@ -173,11 +180,11 @@ def dilate(mask: np.ndarray, radius: float, shape: str = "disk") -> np.ndarray:
     return ndimage.distance_transform_cdt(~mask, metric) <= radius
 
 
-# --- Step 5: "Add the lesion channel to the base normal patch" ---
+# --- The end of step 4, "multiply", and step 5: "Add the lesion channel to the base patch" ---
 
 
 def add_lesion(patch: np.ndarray, lesion: np.ndarray, isolated: IsolatedLesion) -> np.ndarray:
-    """ "Element-wise multiply the resulting mask with the lesion channel", add it, clip (S8, Q30).
+    """ "Element-wise multiply the resulting mask with the lesion channel"; add it; clip (S8, Q30).
 
     patch: uint16; the result equals it bit for bit wherever the weight is zero
     """

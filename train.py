@@ -1,7 +1,16 @@
 """§2 Training details, Progressive growing; §3 Patch Classifier Training: configurations and loops.
 
 Each step's batch and noise are drawn from (seed, step): a run that was stopped and started again
-equals one that was not, bitwise on the CPU. support/runs.py keeps the run.
+equals one that was not, bitwise on the CPU. support/runs.py keeps the run. Where a sentence stands:
+
+    "Adam ... learning rate of 1e-5"                   GanConfig, ADAM
+    "Over 3000 iterations, the weight ... decreases"   growth
+    "examples of all four classes for each update"     GanBatches, "D:" in train_gan
+    "we train the generator twice"                     GanConfig.g_updates, "G:" in train_gan
+    "initialized with weights trained from ImageNet"   first_weights
+    "positive and negative ... equal probability"      ClassifierBatches.draw
+    "decayed by 10% every 5000 training samples"       synthetic_proportion, used in draw
+    "the final weights are chosen"                     Best, validation_auc, train_classifier
 """
 
 import copy
@@ -21,6 +30,7 @@ from torch.nn.utils import parametrize
 
 from data import TASKS, to_float
 from models import (
+    COMBINED,
     Discriminator,
     Generator,
     PatchClassifier,
@@ -61,8 +71,8 @@ class GanConfig:
     g_updates_mass: int = 2  # generator updates per D update for masses (T2); otherwise 1
     gp_noise: str = "uniform"  # delta ~ U(0, 1) (L4), or "std": times half the patch's std (Q15)
     g_average: float = 0.0  # decay of the average of G's weights that is used; 0 = none, Q11
-    g_accepted: float = 0.0  # of the second half of the last stage use the last G of which so many
-    # validation lesions pass S3 to S5, or else the one of which most do; 0 = the last
+    g_accepted: float = 0.0  # take the last G of which this share of the validation lesions passes
+    # S3 to S5, or else the G of which most pass (support/watch.py); 0 = the last G, as the paper
     bfloat16: bool = True  # on a GPU: autocast; the CPU always computes in float32
     log_every: int = 100  # steps between rows of log.jsonl
     save_every: int = 1_000  # steps between checkpoints, sample grids and gan.png
@@ -112,7 +122,7 @@ ADAM = {"betas": (0.0, 0.99), "eps": 1e-8}  # T1
 def growth(config: GanConfig, step: int) -> tuple[int, float]:
     """Side of the images and weight of the new layer at a step (T3-T5)."""
     if step < config.iters_base:
-        return config.patch_size // 2, 1.0
+        return config.patch_size // 2, 1.0  # no new layer yet
     faded = step - config.iters_base
     return config.patch_size, 1.0 if faded >= config.iters_fade else faded / config.iters_fade
 
@@ -120,11 +130,11 @@ def growth(config: GanConfig, step: int) -> tuple[int, float]:
 class GanBatch(NamedTuple):
     """The patches of one step, (B, 1, s, s) in [-1, 1] each; what G reads is whole, s = S."""
 
-    source: Tensor  # what D's fakes are made from
+    fake_source: Tensor  # what the fakes that D sees are made from
     real: Tensor
     benign: Tensor
     normal: Tensor
-    sources: list[Tensor]  # fresh ones, for each update of G
+    sources: list[Tensor]  # fresh patches for G, for each of its updates
 
 
 class GanBatches:
@@ -147,22 +157,25 @@ class GanBatches:
                 )
 
     def draw(self, step: int) -> list[Tensor]:
-        """Source, real, benign and normal patches, then a source batch per G update (T2)."""
+        """Source, real, benign and normal patches for D, then a source batch per G update (T2)."""
         rng, n = runs.numpy_rng(self.config.seed, step, runs.BATCH), self.config.batch_size
-        pools = self.pools + self.pools[:1] * self.config.g_updates
+        source, real, benign, normal = self.pools
+        pools = [source, real, benign, normal, *[source] * self.config.g_updates]
         rows = [rng.choice(len(pool), n, replace=False) for pool in pools]
         # Fakes come from other patches than the normal sub-batch, which is of their class (Q10).
-        both = rng.choice(len(pools[0]), 2 * n, replace=False)
+        both = rng.choice(len(source), 2 * n, replace=False)
         rows[0], rows[3] = both[:n], both[n:]
         pairs = zip(pools, map(self.run.share, rows), strict=True)
         drawn = [torch.from_numpy(to_float(pool[row]))[:, None] for pool, row in pairs]
         return [x.pin_memory() for x in drawn] if self.run.device.type == "cuda" else drawn
 
     def at(self, step: int, size: int) -> GanBatch:
+        """The patches of a step; D's are halved in the half-size stage, G's input never (Q11)."""
         drawn = [x.to(self.run.device, non_blocking=True) for x in self.ahead.at(step)]
+        fake_source, *shown, sources = *drawn[:4], drawn[4:]
         if size < self.config.patch_size:
-            drawn[1:4] = map(down2, drawn[1:4])
-        return GanBatch(*drawn[:4], drawn[4:])
+            shown = map(down2, shown)
+        return GanBatch(fake_source, *shown, sources)
 
 
 def networks(config: GanConfig, device: torch.device) -> tuple[Generator, Discriminator]:
@@ -184,6 +197,11 @@ def penalty_noise(config: GanConfig, x_real: Tensor, rng: torch.Generator, run: 
     return delta
 
 
+def average_decay(config: GanConfig, step: int) -> float:
+    """Of the average of G's weights: short at first, when they change much; 0 = G itself (Q11)."""
+    return min(config.g_average, (1 + step) / (10 + step))
+
+
 def train_gan(config: GanConfig, data: Path, folder: Path, device: torch.device) -> None:
     """Train G and D of one task on the patch set `data` into the run `folder`.
 
@@ -201,31 +219,33 @@ def train_gan(config: GanConfig, data: Path, folder: Path, device: torch.device)
 
         for step in run.steps(config.steps):
             size, alpha = growth(config, step)  # §2 Progressive growing
-            batch, rng = batches.at(step, size), run.rng(step)
+            batch = batches.at(step, size)
+            rng = run.rng(step)  # of which several processes each use a share
 
-            # D: all four classes (L2, L3), the penalty on the real ones (L4)
+            # D: "given examples of all four classes for each update step" (L2, L3), in one pass,
+            # and the penalty at the real ones (L4)
             z = run.share(G.sample_noise(n, rng))
             with torch.no_grad(), autocast:
-                fake = G(batch.source, z, size, alpha)[:, 2:]
+                fake = G(batch.fake_source, z, size, alpha)[:, COMBINED]
             delta = penalty_noise(config, batch.real, rng, run)
-            with autocast, parametrize.cached():  # one power iteration for both passes
+            with autocast, parametrize.cached():  # D's spectral norm is estimated once for both
                 x = torch.cat([batch.real, fake, batch.benign, batch.normal])
-                logits = D(x, size, alpha).chunk(4)
+                logits = D(x, size, alpha).chunk(4)  # in this order
                 D_at = partial(D, size=size, alpha=alpha)
                 penalty = gradient_penalty(D_at, batch.real, delta=delta)
             loss_D = discriminator_loss(*logits)
             run.update(opt_D, loss_D + penalty)
 
             # G: "For masses, we train the generator twice" (T2), on fresh patches and noise (L5)
-            D.requires_grad_(False)
+            D.requires_grad_(False)  # G learns, D stays as it is
             for source in batch.sources:
                 z = run.share(G.sample_noise(n, rng))
                 with autocast:
-                    fake = G(source, z, size, alpha)[:, 2:]
+                    fake = G(source, z, size, alpha)[:, COMBINED]
                     loss_G = generator_loss(D(fake, size, alpha))
                 run.update(opt_G, loss_G)
             D.requires_grad_(True)
-            update_average(G_avg, G, min(config.g_average, (1 + step) / (10 + step)))
+            update_average(G_avg, G, average_decay(config, step))
 
             # Log, samples, checkpoint
             run.record(loss_d=loss_D, penalty=penalty, loss_g=loss_G, **accuracies(logits))
@@ -334,13 +354,13 @@ class ClassifierBatches:
         config, first = self.config, step * self.config.batch_size
         n = min(config.batch_size, config.samples - first)
         rng = runs.numpy_rng(config.seed, step, runs.BATCH)
-        labels, chance, place = rng.integers(2, size=n), rng.random(n), rng.random(n)
+        labels, chance, which = rng.integers(2, size=n), rng.random(n), rng.random(n)
         seen = first + np.arange(n)
         p = synthetic_proportion(config.proportion, seen, config.decay, config.decay_every)
         possible = np.array([len(self.pools[y, True]) > 0 for y in (0, 1)])[labels]
         synthetic = (chance < p) & possible
         drawn = []
-        for y, is_synthetic, u in zip(labels, synthetic, place, strict=True):
+        for y, is_synthetic, u in zip(labels, synthetic, which, strict=True):
             pool = self.pools[int(y), bool(is_synthetic)]
             drawn.append(pool[int(u * len(pool))])
         x = torch.from_numpy(to_float(np.stack(drawn)))[:, None]
@@ -401,8 +421,8 @@ def train_classifier(
         autocast = run.autocast(config.bfloat16)
 
         for step in run.steps(config.samples, by=config.batch_size):
-            batch = batches.at(step)
-            model.train()
+            batch = batches.at(step)  # synthetic patches in the proportion of this moment (C5)
+            model.train()  # looking at the validation set leaves it in eval mode
             with autocast:
                 loss = F.cross_entropy(model(batch.x).float(), batch.y)
             run.update(optimizer, loss)

@@ -28,13 +28,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import flop_registry
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import data
 import models
 import train
 from support import runs
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from support.patchset import Patches
 
 # docs/configs.md of StyleGAN3, "Old StyleGAN2-ADA configurations", 256 px on one GPU. The FLOPs are
 # our estimate, from its convolutions: G 30 and D 31 GFLOP forward; an image costs 4 G and 8 D, and
@@ -73,18 +73,19 @@ def ours(config: train.GanConfig, patches: Path, device, steps: int, half: bool)
     return [row["seconds"] / every for row in rows[1:]]
 
 
-class Patches(Dataset):
+class Samples(Dataset):
     """Samples of [source, real, benign, normal], as a user would write them."""
 
     def __init__(self, folder: Path, task: str):
-        self.pools = [train.Pool.open(folder, "train", names) for names in train.TASKS[task]]
+        self.pools = [Patches.open(folder, "train", names) for names in data.TASKS[task]]
 
     def __len__(self) -> int:
         return 1_000_000
 
     def __getitem__(self, i: int) -> list[torch.Tensor]:
         rng = np.random.default_rng(i)
-        return [pool.take(rng.integers(len(pool), size=1))[0] for pool in self.pools]
+        drawn = [pool[int(rng.integers(len(pool)))] for pool in self.pools]
+        return [torch.from_numpy(data.to_float(patch))[None] for patch in drawn]
 
 
 def plain_step(config, G, D, opt_G, opt_D, batches, device, half: bool) -> None:
@@ -99,7 +100,7 @@ def plain_step(config, G, D, opt_G, opt_D, batches, device, half: bool) -> None:
     opt_D.zero_grad()
     loss.backward()
     opt_D.step()
-    for _ in range(config.g_updates_mass if config.task == "mass" else 1):
+    for _ in range(config.g_updates):
         source = next(batches)[0].to(device)
         loss = models.generator_loss(D(G(source, size=size)[:, 2:], size))
         opt_G.zero_grad()
@@ -109,10 +110,13 @@ def plain_step(config, G, D, opt_G, opt_D, batches, device, half: bool) -> None:
 
 def plain(config: train.GanConfig, patches: Path, device, steps: int, half: bool) -> list[float]:
     """Seconds per step of the plain loop, the first third (warm-up) left out."""
-    G, D = train.networks(dataclasses.replace(config, channels_last=False), device)
+    G, D = (
+        network.to(memory_format=torch.contiguous_format)
+        for network in train.networks(config, device)
+    )
     opt_G = torch.optim.Adam(G.parameters(), lr=config.g_lr, **train.ADAM)
     opt_D = torch.optim.Adam(D.parameters(), lr=config.d_lr, **train.ADAM)
-    loader = DataLoader(Patches(patches, config.task), batch_size=config.batch_size, num_workers=1)
+    loader = DataLoader(Samples(patches, config.task), batch_size=config.batch_size, num_workers=1)
     batches, times = iter(loader), []
     for _ in range(steps):
         start = time.perf_counter()
@@ -172,7 +176,7 @@ def where_time_goes(config: train.GanConfig, patches: Path, device) -> str:
 
 @click.command()
 @click.option("--preset", type=click.Choice(list(train.GAN_PRESETS)), default="tiny")
-@click.option("--task", type=click.Choice(list(train.TASKS)), default="mass")
+@click.option("--task", type=click.Choice(list(data.TASKS)), default="mass")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @click.option("--steps", type=int, help="Of each measurement; default: three rows of the log.")
 @click.option("--rounds", default=2, help="The two loops take turns so often.")

@@ -216,14 +216,14 @@ def test_L2_Q10_sub_batches_are_equal_disjoint_and_fresh(patches):
             kept = [{float(v) for v in x[:, 0, 0, 0]} for x in batch[:4]]
             assert all(len(values) == 8 for values in kept)  # no patch twice in a sub-batch
             assert not kept[0] & kept[3]  # D's fakes come from others than its normal ones
-            fresh = [batch.source, *batch.sources]
+            fresh = [batch.fake_source, *batch.sources]
             assert not any(torch.equal(a, b) for a, b in itertools.pairwise(fresh))
-        assert not torch.equal(drawn[0].source, drawn[1].source)
+        assert not torch.equal(drawn[0].fake_source, drawn[1].fake_source)
         again = GanBatches(config, patches, alone()).at(7, 64)
         assert all(map(torch.equal, again[:4], drawn[7][:4]))
         assert all(map(torch.equal, again.sources, drawn[7].sources))
     half = batches.at(7, 32)  # D's patches at half size; G always reads the whole patch (Q11)
-    assert torch.equal(half.real, F.avg_pool2d(again.real, 2)) and half.source.shape[-1] == 64
+    assert torch.equal(half.real, F.avg_pool2d(again.real, 2)) and half.fake_source.shape[-1] == 64
 
 
 def test_real_patches_are_what_the_patch_set_holds(patches):
