@@ -376,8 +376,8 @@ def evaluate(patches, baseline, augmented, synthetic, out, seed, device):
 # --- The whole chain on phantoms ---
 
 # Shorter than the preset: three GANs and four classifiers in about ten minutes.
-DEMO_GAN = {"iters-base": 200, "iters-fade": 50, "iters-final": 450}
-DEMO_CLASSIFIER = {"samples": 10_000, "decay-every": 100, "evaluate-every": 1_000}
+DEMO_GAN = ("--iters-base", 200, "--iters-fade", 50, "--iters-final", 450)
+DEMO_CLASSIFIER = ("--samples", 10_000, "--decay-every", 100, "--evaluate-every", 1_000)
 DEMO_SAMPLES = 300  # synthetic patches a set
 DEMO_PATIENTS = 72
 
@@ -401,14 +401,10 @@ def demo(out, seed):
     patches = out / "patches"
     common = ("--preset", "tiny", "--seed", seed)
     call("prepare", manifest, "--out", patches, "--qc", 12, *common)
-    gan_length, classifier_length = (
-        [part for name, n in lengths.items() for part in (f"--{name}", n)]
-        for lengths in (DEMO_GAN, DEMO_CLASSIFIER)
-    )
     sets = {"": [], "blob": []}  # by control
     for task in data.TASKS:
         gan = out / f"gan-{task}"
-        call("train-gan", "--task", task, "--data", patches, "--run", gan, *common, *gan_length)
+        call("train-gan", "--task", task, "--data", patches, "--run", gan, *common, *DEMO_GAN)
         component = "cluster" if task == "calcification" else "largest"
         for control, made in sets.items():
             folder = out / "-".join(["synthetic", task, *filter(None, [control])])
@@ -419,7 +415,7 @@ def demo(out, seed):
                 made += ["--synthetic", folder]
             except postprocess.NothingAccepted as error:  # the others are mixed in without it
                 click.secho(str(error), fg="red", err=True)
-    train_cls = ("train-cls", "--data", patches, *common, *classifier_length, "--run")
+    train_cls = ("train-cls", "--data", patches, *common, *DEMO_CLASSIFIER, "--run")
     call(*train_cls, out / "cls-baseline")
     regimes = {"cls-50": (0.5, ""), "cls-100": (1.0, ""), "cls-blob-50": (0.5, "blob")}
     for name, (proportion, control) in regimes.items():

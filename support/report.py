@@ -30,14 +30,6 @@ from support import figures, files, patchset, runs
 from support.controls import control_of, lesion_or_image
 from support.sources import SPLITS
 
-PAPER_TABLE_1 = {  # E1, E2; the text says p < 1e-8 for the 50% row (Q37)
-    "Baseline": ("0.829", "-"),
-    "10% w/ decay": ("0.837", "0.10"),
-    "25% w/ decay": ("0.839", "0.055"),
-    "50% w/ decay": ("0.846", "1e-4"),
-    "75% w/ decay": ("0.828", "0.72"),
-    "100% w/ decay": ("0.797", "1e-8"),
-}
 COLUMNS = (  # of table1.csv
     *("regime", "proportion", "seeds", "patients", "patches", "auc", "low", "high"),
     *("delta", "delta_low", "delta_high", "p_delong", "p_clustered"),
@@ -265,7 +257,6 @@ def report(metrics: dict, out: Path) -> str:
         main=main,
         better=[name for name, text in verdicts.items() if text.startswith("found: higher")],
         statistics=STATISTICS,
-        paper=PAPER_TABLE_1,
         splits=SPLITS,
         classes=CLASSES,
         pictures=_pictures(metrics["controls"], out),
