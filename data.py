@@ -1,7 +1,14 @@
 """§3 "Dataset details": mammograms with annotations -> splits, breast masks, 256 x 256 patches.
 
 In the paper's order; its words head each part. Patches are (N, S, S) uint16 on disk, 0..65535
-mapping linearly to [-1, 1]. `support/patchset.py` writes and reads them with what stands here.
+mapping linearly to [-1, 1]. `support/patchset.py` writes and reads them. Where a sentence stands:
+
+    "split into 60%/20%/20%"                           split_patients
+    "according to the following quantities"            PrepareConfig, PREPARE_PRESETS
+    "a random mammogram image"                         random_image
+    "a random location", "at least 90% breast tissue"  breast_cells, Tissue.draw
+    "flipped ..., rotated ..., and resized"            drawn in DecodedImage.place, done in .cut
+    "a random pixel on the lesion", "x and y offset"   DecodedImage.lesion_window
 """
 
 import math
@@ -44,7 +51,9 @@ class Task(NamedTuple):
 TASKS = {
     "mass": Task("normal", "malignant_mass", "benign_mass", "normal"),
     "calcification": Task("normal", "malignant_calcification", "benign_calcification", "normal"),
-    "removal": Task("malignant", "normal", "benign", "malignant"),  # of both lesion types
+    # The mirror image, of both lesion types: D takes healthy patches for real, and lesions stand
+    # where normal patches stand otherwise.
+    "removal": Task("malignant", "normal", "benign", "malignant"),
 }
 
 
@@ -191,8 +200,11 @@ def patch_seed(seed: int, key: str, patch: int, attempt: int = 0) -> int:
 
 
 def random_image(images: Sequence[int], bits: int) -> int:
-    """The "random mammogram image" that `patch_seed` means, each equally likely."""
-    return images[bits * len(images) >> 60]
+    """The "random mammogram image" that `patch_seed` means, each equally likely.
+
+    support/patchset.py asks for it; an image without a place passes the patch to another.
+    """
+    return images[bits * len(images) >> 60]  # 60 bits as a share of 2**60
 
 
 # --- §3 "that contains at least 90% breast tissue", P6 ---
@@ -251,16 +263,18 @@ def breast_mask(display: np.ndarray) -> np.ndarray:
 
 
 class Tissue:
-    """Draws windows from a breast mask of f x f cells, every valid top-left corner equally likely.
+    """Where windows hold "at least 90% breast tissue", every valid top-left corner equally likely.
 
-    The summed-area table of the cells tells which blocks of f x f corners can hold a valid one. Of
-    all corners of these blocks one is drawn and kept when its own window is valid, which leaves the
-    valid ones equally likely; should a few draws all miss, every corner of the blocks is checked.
+    The mask has cells of several pixels. A block is the corners that lie in one cell: from the
+    summed areas of the cells follows which blocks can hold a valid corner at all. Of all corners of
+    these blocks one is drawn and kept when its own window is valid, which leaves the valid ones
+    equally likely; should a few draws all miss, every corner of the blocks is looked at.
     """
 
-    def __init__(self, cells: np.ndarray, f: int, shape: tuple[int, int], min_tissue: float = 0.9):
-        self.f, self.shape, self.min_tissue = f, shape, min_tissue
-        self.table = np.pad(cells, ((1, 3), (1, 3))).cumsum(0, np.int32).cumsum(1, np.int32)
+    def __init__(self, cells: np.ndarray, px: int, shape: tuple[int, int], min_tissue: float = 0.9):
+        """cells: bool, of px x px pixels each; shape: of the image."""
+        self.px, self.shape, self.min_tissue = px, shape, min_tissue
+        self.areas = np.pad(cells, ((1, 3), (1, 3))).cumsum(0, np.int32).cumsum(1, np.int32)
 
     @classmethod
     def of(cls, display: np.ndarray, min_tissue: float = 0.9) -> "Tissue":
@@ -268,11 +282,16 @@ class Tissue:
         return cls(*breast_cells(display), display.shape, min_tissue)
 
     def before(self, row: np.ndarray, col: np.ndarray) -> np.ndarray:
-        """Tissue pixels above and left of pixel corners: the table, linear between its nodes."""
-        f, q, p = self.f, row // self.f, col // self.f
-        a, b = row - q * f, col - p * f
-        first = (f - b) * self.table[q, p] + b * self.table[q, p + 1]
-        return (f - a) * first + a * ((f - b) * self.table[q + 1, p] + b * self.table[q + 1, p + 1])
+        """Tissue pixels above and left of pixel corners: linear between the corners of cells."""
+        px, areas, (i, down), (j, right) = (
+            self.px,
+            self.areas,
+            divmod(row, self.px),
+            divmod(col, self.px),
+        )
+        above = (px - right) * areas[i, j] + right * areas[i, j + 1]
+        below = (px - right) * areas[i + 1, j] + right * areas[i + 1, j + 1]
+        return (px - down) * above + down * below
 
     def share(self, row: np.ndarray, col: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """Tissue fraction of windows of `size` (h, w)."""
@@ -287,41 +306,46 @@ class Tissue:
         span: tuple[int, int, int, int] | None = None,
         forbidden: Sequence[tuple[int, int, int, int]] = (),
     ) -> tuple[int, int, float] | None:
-        """A corner and its window's tissue; None when no window in the image is >= 90% tissue.
+        """A random corner and its window's tissue; None when no window (h, w) holds enough.
 
         `span` and `forbidden`: rectangles of corners that are allowed and that are not.
         """
-        f, (h, w), (row0, col0, row1, col1) = self.f, size, span or (0, 0, *self.shape)
+        px, (h, w), (row0, col0, row1, col1) = self.px, size, span or (0, 0, *self.shape)
         row0, col0 = max(row0, 0), max(col0, 0)
         row1, col1 = min(row1, self.shape[0] - h + 1), min(col1, self.shape[1] - w + 1)
         if row0 >= row1 or col0 >= col1:
             return None
-        q0, p0, q1, p1 = row0 // f, col0 // f, -(-row1 // f), -(-col1 // f)
-        down, across = -(-(f - 1 + h) // f), -(-(f - 1 + w) // f)  # cells that a block touches
-        rows = self.table[q0 + down : q1 + down] - self.table[q0:q1]
-        cells = rows[:, p0 + across : p1 + across] - rows[:, p0:p1]
-        possible = cells >= self.min_tissue * h * w / (f * f) - 1e-6
+        top, left, bottom, right = row0 // px, col0 // px, ceil_div(row1, px), ceil_div(col1, px)
+        # Tissue of all cells that the windows of a block touch: an upper bound for each of them.
+        down, across = ceil_div(px - 1 + h, px), ceil_div(px - 1 + w, px)
+        rows = self.areas[top + down : bottom + down] - self.areas[top:bottom]
+        most = rows[:, left + across : right + across] - rows[:, left:right]
+        possible = most >= self.min_tissue * h * w / px**2 - 1e-6
         for a0, b0, a1, b1 in forbidden:
-            a0, b0 = max(-(-a0 // f) - q0, 0), max(-(-b0 // f) - p0, 0)
-            possible[a0 : max(a1 // f - q0, 0), b0 : max(b1 // f - p0, 0)] = False
+            a0, b0 = max(ceil_div(a0, px) - top, 0), max(ceil_div(b0, px) - left, 0)
+            possible[a0 : max(a1 // px - top, 0), b0 : max(b1 // px - left, 0)] = False
         blocks = np.flatnonzero(possible)
         if not blocks.size:
             return None
-        every = blocks.size * f * f
+        every = blocks.size * px**2  # corners of the blocks
         for draw in (lambda: rng.integers(every, size=DRAWS), lambda: rng.permutation(every)):
-            block, corner = np.divmod(draw(), f * f)
-            q, p = np.divmod(blocks[block], p1 - p0)
-            row, col = (q0 + q) * f + corner // f, (p0 + p) * f + corner % f
+            block, corner = np.divmod(draw(), px**2)
+            i, j = np.divmod(blocks[block], right - left)
+            row, col = (top + i) * px + corner // px, (left + j) * px + corner % px
             ok = (row0 <= row) & (row < row1) & (col0 <= col) & (col < col1)
             for a0, b0, a1, b1 in forbidden:
                 ok &= (row < a0) | (row >= a1) | (col < b0) | (col >= b1)
             row, col = row[ok], col[ok]
             share = self.share(row, col, size)
-            ok = share >= self.min_tissue - 1e-9
-            if ok.any():
-                first = ok.argmax()
+            enough = np.flatnonzero(share >= self.min_tissue - 1e-9)
+            if enough.size:
+                first = enough[0]
                 return int(row[first]), int(col[first]), float(share[first])
         return None
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 # --- §3 "randomly flipped (left/right), rotated (90, 180, or 270 degrees), and resized", P7 ---
@@ -348,7 +372,7 @@ def flip_rotate_box(box: Sequence[int], size: int, flip: int, rotation: int) -> 
     return row0, col0, row1, col1
 
 
-# --- §3 "a random pixel on the lesion is chosen, and then a random x and y offset", P8 ---
+# --- §3 Cutting patches: P6 and P7 together, and for lesions P8, DecodedImage.lesion_window ---
 
 TRIES = 50  # scales and lesion pixels tried in an image before another is drawn, Q21
 
@@ -400,6 +424,7 @@ class DecodedImage:
         """A random place of class `key` ("split/class"); None when 50 tries find none."""
         augment = self.image.split == "train"  # P7 is "for augmentation": not in val and test, Q22
         for _ in range(TRIES):
+            # "Resized (uniformly from 0.8 to 1.2x)": at 1.2 a smaller window becomes the patch.
             scale = rng.uniform(*self.config.scale) if augment else 1.0
             size = round(self.side[0] / scale), round(self.side[1] / scale)
             if key.endswith("/normal"):
@@ -409,6 +434,7 @@ class DecodedImage:
             if drawn:
                 row, col, tissue = drawn
                 window = row, col, row + size[0], col + size[1]
+                # flipped or not, and by 0 degrees as well as the paper's 90, 180 or 270 (Q22)
                 turned = (int(rng.integers(2)), 90 * int(rng.integers(4))) if augment else (0, 0)
                 return Place(window, tissue, scale, *turned, lesion)
         return None
@@ -425,9 +451,10 @@ class DecodedImage:
         return self.tissue.draw(rng, size, forbidden=forbidden)
 
     def lesion_window(self, key: str, size: tuple[int, int], rng: np.random.Generator):
-        """P8: a pixel of the lesion, of its box without a mask; a window around it (Q23).
+        """ "A random pixel on the lesion is chosen, and then a random x and y offset is chosen" (P8).
 
-        "Between 0 to 128 pixels in either direction": the pixel lies anywhere in the window.
+        "Between 0 to 128 pixels in either direction": the pixel, of the lesion's mask or else its
+        box, may lie anywhere in the window, whose centre is at most half its side away (Q23).
         """
         lesions, (h, w) = self.image.classes[key], size
         lesion = lesions[int(rng.integers(len(lesions)))]
@@ -436,7 +463,13 @@ class DecodedImage:
         else:
             row0, col0, row1, col1 = whole_box(lesion.bbox)
             row, col = int(rng.integers(row0, row1)), int(rng.integers(col0, col1))
-        return lesion, self.tissue.draw(rng, size, (row - h + 1, col - w + 1, row + 1, col + 1))
+        corners_around = (
+            row - h + 1,
+            col - w + 1,
+            row + 1,
+            col + 1,
+        )  # whose window holds the pixel
+        return lesion, self.tissue.draw(rng, size, corners_around)
 
     def cut(self, place: Place) -> tuple[np.ndarray, tuple[int, ...] | None]:
         """The patch (S, S) uint16, and the lesion's box in it."""
