@@ -451,7 +451,7 @@ class DecodedImage:
         return self.tissue.draw(rng, size, forbidden=forbidden)
 
     def lesion_window(self, key: str, size: tuple[int, int], rng: np.random.Generator):
-        """ "A random pixel on the lesion is chosen, and then a random x and y offset is chosen" (P8).
+        """ "A random pixel on the lesion is chosen, and then a random x and y offset" (P8).
 
         "Between 0 to 128 pixels in either direction": the pixel, of the lesion's mask or else its
         box, may lie anywhere in the window, whose centre is at most half its side away (Q23).
