@@ -352,3 +352,20 @@ class PatchClassifier(ResNet):
     def forward(self, x: Tensor) -> Tensor:
         """(N, 1, S, S) in [-1, 1] -> (N, 2) logits."""
         return self.fc(self.features(x))
+
+
+# --- The networks of a configuration: another network costs its class and a line here ---
+
+
+def generator(config: dict) -> Generator:
+    """G by the fields of train.GanConfig, as a run's config.json holds them."""
+    return Generator(config["patch_size"], config["g_base"], config["g_center"], config["sn_g"])
+
+
+def discriminator(config: dict) -> Discriminator:
+    return Discriminator(config["patch_size"], config["d_base"], config["d_center"], config["sn_d"])
+
+
+def classifier(config: dict) -> PatchClassifier:
+    """By the fields of train.ClassifierConfig."""
+    return PatchClassifier(config["width"], tuple(config["blocks"]))

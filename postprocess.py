@@ -23,7 +23,7 @@ import torch
 from scipy import ndimage, optimize
 
 import data
-from models import BORDER_PX, Generator
+from models import BORDER_PX, Generator, generator
 from support import derived, figures, files, patchset, runs
 
 LESION_THRESHOLD = 0.1  # §3 "applying a threshold of 0.1", S3; no rescaling, Q25
@@ -72,7 +72,7 @@ def load_generator(run: Path, device: torch.device) -> tuple[Generator, dict, st
     """The trained generator of a finished run: (G in eval mode, config, hash of its weights)."""
     config = runs.finished(run, "train-gan")["config"]
     with files.reading(run / "config.json", "train it again"):
-        G = Generator(config["patch_size"], config["g_base"], config["g_center"], config["sn_g"])
+        G = generator(config)
         assert config["task"] in data.TASKS, config["task"]
     with runs.checkpoint(run) as state:
         G.load_state_dict(state["watch"]["chosen"])

@@ -34,8 +34,11 @@ from models import (
     Discriminator,
     Generator,
     PatchClassifier,
+    classifier,
+    discriminator,
     discriminator_loss,
     down2,
+    generator,
     generator_loss,
     gradient_penalty,
     update_average,
@@ -182,8 +185,7 @@ def networks(config: GanConfig, device: torch.device) -> tuple[Generator, Discri
     """G and D with the first weights of this seed, the same on every device."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(runs.torch_rng(config.seed, 0, runs.WEIGHTS).initial_seed())
-        G = Generator(config.patch_size, config.g_base, config.g_center, config.sn_g)
-        D = Discriminator(config.patch_size, config.d_base, config.d_center, config.sn_d)
+        G, D = generator(asdict(config)), discriminator(asdict(config))
     layout = torch.channels_last
     return G.to(device, memory_format=layout), D.to(device, memory_format=layout)
 
@@ -477,7 +479,7 @@ def first_weights(config: ClassifierConfig) -> PatchClassifier:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(runs.torch_rng(config.seed, 0, runs.WEIGHTS).initial_seed())
-        model = PatchClassifier(config.width, config.blocks)
+        model = classifier(asdict(config))
     if config.weights == "none":
         warning = "WARNING: random first weights; the paper starts from ImageNet's (C1)"
         click.secho(warning, fg="red", err=True)
@@ -534,6 +536,6 @@ def load_classifier(run: Path, device: torch.device) -> tuple[PatchClassifier, d
     """The classifier with its best weights (C7) of a finished run: (model in eval mode, config)."""
     config = runs.finished(run, "train-cls")["config"]
     with runs.checkpoint(run) as state:
-        model = PatchClassifier(config["width"], tuple(config["blocks"]))
+        model = classifier(config)
         model.load_state_dict(state["best"]["weights"])
     return model.to(device).eval(), config
