@@ -76,14 +76,15 @@ def split_patients(findings: list[Finding], seed: int, normals: str = "studies")
     published).
     """
     worst, splits, labels = {}, {}, defaultdict(set)
+    for row in findings:
+        pathologies = worst.get(row.patient_id, ""), row.pathology
+        worst[row.patient_id] = max(pathologies, key=PATHOLOGIES.index)
+        if row.split:
+            splits[row.patient_id] = row.split
     for rows, classes in image_classes(findings, normals):
-        patient = rows[0].patient_id
-        labels[patient] |= classes.keys()
-        pathologies = [worst.get(patient, ""), *(row.pathology for row in rows)]
-        worst[patient] = max(pathologies, key=PATHOLOGIES.index)
-        splits.update((patient, row.split) for row in rows if row.split)
+        labels[rows[0].patient_id] |= classes.keys()
     open_splits = [s for s in SPLITS if s not in splits.values()] or list(SPLITS)
-    unsplit = {p: {*labels[p], f"worst {worst[p]}"} for p in labels.keys() - splits.keys()}
+    unsplit = {p: {*labels[p], f"worst {worst[p]}"} for p in worst.keys() - splits.keys()}
     return splits | deal(unsplit, {split: SPLIT_SHARES[split] for split in open_splits}, seed)
 
 

@@ -35,7 +35,7 @@ INDEX_COLUMNS = (
 )
 SYNTHETIC_COLUMNS = ("sample", "source_patch", "image_uid", "patient_id", "seed", "area", *BBOX)
 IN_AIR = "Boxes in air gave no lesion patches, and their images no normal ones; correct the source"
-MIRRORS = (  # of a box; swapped first
+MIRRORS = (
     "rows and columns swapped",
     "rows counted from the bottom",
     "columns counted from the right",

@@ -479,7 +479,7 @@ def test_Q20_any_labels_come_into_every_split_and_keep_their_shares():
             of = [splits[p] for p, held in labels.items() if not label or label in held]
             if len(of) >= 5:
                 for split, share in data.SPLIT_SHARES.items():
-                    assert 0 < of.count(split) and abs(of.count(split) - len(of) * share / 100) < 4
+                    assert of.count(split) > 0 and abs(of.count(split) - len(of) * share / 100) < 4
 
 
 def test_Q20_equal_folds_hold_equal_numbers():
@@ -602,35 +602,30 @@ def test_P3_Q24_lesions_without_box_or_class_give_no_patch(source, tmp_path):
     assert all("none of its findings is a class" in reasons[row.image_path] for row in rows[1:3])
 
 
-H, W = 360, 280  # of the breast below, which is not symmetrical in rows
-TURNS = {  # words of the note: how the box is given
-    "columns counted from the right": lambda a, b, c, d: (a, W - d, c, W - b),
-    "rows counted from the bottom": lambda a, b, c, d: (H - c, b, H - a, d),
+H, W = 360, 280
+MISPLACED = {  # words of the note: first row of a breast of 200, its lesion, the box as given
+    "columns counted from the right": (160, (200, 25, 250, 60), (200, W - 60, 250, W - 25)),
+    "rows counted from the bottom": (0, (90, 25, 140, 60), (H - 140, 25, H - 90, 60)),
     "rows counted from the bottom and columns counted from the right": (
-        lambda a, b, c, d: (H - c, W - d, H - a, W - b)
+        *(0, (90, 25, 140, 60)),
+        (H - 140, W - 60, H - 90, W - 25),
     ),
-    "rows and columns swapped": lambda a, b, c, d: (b, a, d, c),
+    "rows and columns swapped": (160, (220, 0, 260, 14), (0, 220, 14, 260)),
     "rows and columns swapped and rows counted from the bottom": (
-        lambda a, b, c, d: (b, H - c, d, H - a)
+        *(0, (120, 0, 160, 14)),
+        (0, H - 160, 14, H - 120),
     ),
 }
 
 
-@pytest.mark.parametrize("name", TURNS)
+@pytest.mark.parametrize("name", MISPLACED)
 def test_a_box_in_air_is_reported_with_what_would_fit_and_gives_no_patch(tmp_path, capsys, name):
-    high = {"rows counted": (240, 25, 290, 60)}.get(name[:12], (200, 25, 250, 60))
-    rows = []
+    (top, lesion, given), rows = MISPLACED[name], []
     for n in range(6):
-        image = np.pad(
-            breast(n, shape=(H - 160, W)),
-            ((160 if "bottom" not in name else 0, 0),) * 1 + ((0, 0),),
-        )
-        image = image if "bottom" not in name else np.pad(image, ((0, 160), (0, 0)))
-        box = high if "bottom" not in name else (90, 25, 140, 60)
+        image = np.pad(breast(n, shape=(200, W)), ((top, 160 - top), (0, 0)))
         Image.fromarray(image).save(tmp_path / f"{n}.png")
-        box = TURNS[name](*box) if n == 0 else box
         row = Finding(str(tmp_path / f"{n}.png"), f"P{n}", "L", "CC", "mass", "malignant")
-        rows.append(dataclasses.replace(row, bbox=box, split="train"))
+        rows.append(dataclasses.replace(row, bbox=lesion if n else given, split="train"))
     counts = {"train/malignant_mass": 40, "train/normal": 40}
     config = dataclasses.replace(SMALL, counts=counts, normals="annotated")
     prepare(rows, tmp_path / "set", config)
@@ -925,7 +920,11 @@ def test_a_worker_that_dies_is_reported(source, tmp_path, monkeypatch):
 def test_too_small_a_disk_is_an_error_with_the_number(source, tmp_path, monkeypatch):
     monkeypatch.setattr(patchset.shutil, "disk_usage", lambda _: _Free(10_000_000_000))
     with pytest.raises(ValueError, match=r"needs 12\.2 GB, 10\.0 GB are free"):
-        prepare(source, tmp_path / "set", PrepareConfig().with_counts(["train/normal=10000"]))
+        prepare(
+            source,
+            tmp_path / "set",
+            PrepareConfig(normals="images").with_counts(["train/normal=10000"]),
+        )
 
 
 @dataclasses.dataclass
@@ -936,7 +935,7 @@ class _Free:
 def test_paper_preset_needs_more_than_62_gigabytes(source, tmp_path, monkeypatch):
     monkeypatch.setattr(patchset.shutil, "disk_usage", lambda _: _Free(0))
     with pytest.raises(ValueError, match=r"needs 6[34]\.\d GB, 0\.0 GB are free"):
-        prepare(source, tmp_path / "set", PrepareConfig())
+        prepare(source, tmp_path / "set", PrepareConfig(normals="images"))
 
 
 # --- Counts, exclusions, duplicates, privacy ---

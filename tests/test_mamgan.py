@@ -105,6 +105,20 @@ def test_missing_and_unreadable_manifests_are_one_message(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_ids_that_look_alike_stop_prepare_unless_they_are_said_to_differ(manifest, tmp_path):
+    text = manifest.read_text().replace(",P0001,", ",P1,").replace(",P0000,", ",p01,")
+    other = manifest.parent / "other.csv"
+    other.write_text(text)
+    line = ("prepare", other, "--out", tmp_path / "out", "--preset", "tiny")
+    line += ("--count=train/normal=6",)
+    assert "'P1', 'p01' look alike; write" in message(run(*line))
+    assert not (tmp_path / "out").exists()
+    assert run(*line, "--distinct-ids").exit_code == 0
+    splits = (tmp_path / "out/splits.csv").read_text()
+    assert "P1," in splits and "p01," in splits
+    assert "distinct" not in (tmp_path / "out/config.json").read_text()
+
+
 def test_a_folder_that_is_no_patch_set_is_one_message(tmp_path):
     (tmp_path / "empty").mkdir()
     for command in (
