@@ -103,14 +103,22 @@ def deal(labels: dict[str, set[str]], shares: dict[str, float], seed: int) -> di
     total = Counter(itertools.chain(*(kind * len(alike[kind]) for kind in alike)))
     left, placed, result = total, Counter(), {}
 
+    due = {  # patients
+        (label, split): total[label] * share / sum(shares.values())
+        for split, share in shares.items()
+        for label in total
+    }
+
+    def missing(label: str, split: str) -> bool:
+        return not placed[label, split] and due[label, split] >= 1
+
     def filled(label: str, split: str) -> float:
-        """How much a split has of its share of a label; far less when it has none."""
-        count, due = placed[label, split], total[label] * shares[split] / sum(shares.values())
-        return (count + 0.5) / due - (1 if count else 2)
+        """How much a split has of its share of a label; far less when it misses it."""
+        return (placed[label, split] + 0.5) / due[label, split] - 1 - missing(label, split)
 
     def urgency(label: str) -> tuple[bool, int]:
-        missing = sum(not placed[label, split] for split in shares)
-        return not 0 < missing <= left[label], left[label] - missing
+        needed = sum(missing(label, split) for split in shares)
+        return not 0 < needed <= left[label], left[label] - needed
 
     while left := +left:
         rarest = min(sorted(left, reverse=True), key=urgency)
