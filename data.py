@@ -11,9 +11,10 @@ mapping linearly to [-1, 1]. `support/patchset.py` writes and reads them. Where 
     "a random pixel on the lesion", "x and y offset"   DecodedImage.lesion_window
 """
 
+import itertools
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -75,33 +76,70 @@ def to_uint16(patch: np.ndarray) -> np.ndarray:
 SPLIT_SHARES = {"train": 60, "val": 20, "test": 20}  # %
 
 
-def split_patients(findings: list[Finding], seed: int) -> dict[str, str]:
-    """Patient -> split, stratified by worst pathology (Q20).
+def split_patients(findings: list[Finding], seed: int, normals: str = "studies") -> dict[str, str]:
+    """Patient -> split, stratified by the classes that he gives patches of and worst pathology.
 
-    Within a pathology, patients with the same findings are assigned in turn: whatever the seed,
-    a class of five patients comes into every split, where chance would leave small sets without.
-    Published splits stay. When only some patients carry one, the others are divided over the
-    splits that nobody carries, in the proportion of P2 (CBIS-DDSM: test is published).
+    Whatever the seed, a class of five patients comes into every split (Q20), where chance would
+    leave small sets without. Published splits stay. When only some patients carry one, the others
+    are divided over the splits that nobody carries, in the proportion of P2 (CBIS-DDSM: test is
+    published).
     """
-    worst, splits, kinds = {}, {}, {}
+    worst, splits, labels = {}, {}, defaultdict(set)
     for row in findings:
-        kinds.setdefault(row.patient_id, set()).add(row.finding)
-        level = PATHOLOGIES.index(row.pathology)
-        worst[row.patient_id] = max(worst.get(row.patient_id, 0), level)
+        pathologies = worst.get(row.patient_id, ""), row.pathology
+        worst[row.patient_id] = max(pathologies, key=PATHOLOGIES.index)
         if row.split:
             splits[row.patient_id] = row.split
+    for rows, classes in image_classes(findings, normals):
+        labels[rows[0].patient_id] |= classes.keys()
     open_splits = [s for s in SPLITS if s not in splits.values()] or list(SPLITS)
-    shares = np.array([SPLIT_SHARES[s] for s in open_splits])
-    open_patients = sorted(worst.keys() - splits.keys())
-    for level in range(len(PATHOLOGIES)):
-        patients = [p for p in open_patients if worst[p] == level]
-        order = np.random.default_rng((seed, level)).permutation(len(patients))
-        assigned = np.zeros_like(shares)  # patients of each split
-        for place, at in enumerate(sorted(order, key=lambda at: sorted(kinds[patients[at]]))):
-            due = (shares * (place + 1) - shares.sum() * assigned).argmax()
-            splits[patients[at]] = open_splits[due]
-            assigned[due] += 1
-    return splits
+    unsplit = {p: {*labels[p], f"worst {worst[p]}"} for p in worst.keys() - splits.keys()}
+    return splits | deal(unsplit, {split: SPLIT_SHARES[split] for split in open_splits}, seed)
+
+
+def deal(labels: dict[str, set[str]], shares: dict[str, float], seed: int) -> dict[str, str]:
+    """Patient -> split, each label in proportion to the shares: iterative stratification.
+
+    labels: of each patient; shares: of each split, in any unit. Of the label with the fewest
+    patients left, one goes to the split that holds least of it for its share; labels that a split
+    still misses come first. Ties: the split and patient whose other labels are missed most; the
+    seed orders patients of the same labels. Source: Sechidis et al. 2011, who take the patient
+    first, which leaves more splits without a label.
+    """
+    patients, alike = sorted(labels), defaultdict(list)  # the same labels: patients
+    for at in np.random.default_rng(seed).permutation(len(patients)):
+        alike["", *sorted(labels[patients[at]])].append(patients[at])  # "" is everybody's
+    total = Counter(itertools.chain(*(kind * len(alike[kind]) for kind in alike)))
+    left, placed, result = total, Counter(), {}
+
+    due = {  # patients
+        (label, split): total[label] * share / sum(shares.values())
+        for split, share in shares.items()
+        for label in total
+    }
+
+    def missing(label: str, split: str) -> bool:
+        return not placed[label, split] and due[label, split] >= 1
+
+    def filled(label: str, split: str) -> float:
+        """How much a split has of its share of a label; far less when it misses it."""
+        return (placed[label, split] + 0.5) / due[label, split] - 1 - missing(label, split)
+
+    def urgency(label: str) -> tuple[bool, int]:
+        needed = sum(missing(label, split) for split in shares)
+        return not 0 < needed <= left[label], left[label] - needed
+
+    while left := +left:
+        rarest = min(sorted(left, reverse=True), key=urgency)
+        split, kind = min(
+            itertools.product(shares, [kind for kind in alike if rarest in kind]),
+            key=lambda at: (filled(rarest, at[0]), sum(filled(label, at[0]) for label in at[1])),
+        )
+        result[alike[kind].pop()] = split
+        placed.update((label, split) for label in kind)
+        left.subtract(kind)
+        alike = {kind: group for kind, group in alike.items() if group}
+    return result
 
 
 # --- §3 "From these full images, we generated patches according to the following quantities" ---
@@ -126,7 +164,7 @@ class PrepareConfig:
     seed: int = 0
     min_tissue: float = 0.9  # of the window before resizing, P6, Q21
     scale: tuple[float, float] = (0.8, 1.2)  # uniform, training patches only, P7, Q22
-    normals_from_annotated: bool = False  # normal patches away from boxes, too; the paper: none
+    normals: str = "studies"  # of women without any finding; images, annotated: `image_classes`
     normal_margin: float = 0.125  # of the window side, between a normal patch and any box; ours
     pseudonymise: bool = False  # keyed hashes in place of patient ids and paths
 
@@ -148,12 +186,14 @@ PREPARE_PRESETS = {
     "cbis": PrepareConfig(
         patch_size=128,
         spacing_mm=0.166,
+        normals="images",
         counts=_counts((40_000, 10_000, 5_000, 10_000, 5_000), 1_000) | {"test/benign_mass": 1_000},
     ),
     # 5 to 10 patches a lesion on about 1,000 images; validation and test give AUC +-0.03.
     "tiny": PrepareConfig(
         patch_size=64,
         spacing_mm=0.33,
+        normals="images",
         counts=_counts((4_000, 2_000, 1_000, 1_000, 1_000), 300) | {"test/benign_mass": 300},
     ),
 }
@@ -170,24 +210,39 @@ class SourceImage:
     classes: dict[str, tuple[Finding, ...]]  # "split/class": lesions, or boxes to keep away from
 
 
+def image_classes(
+    findings: list[Finding], normals: str
+) -> Iterator[tuple[tuple[Finding, ...], dict[str, tuple[Finding, ...]]]]:
+    """Each image's rows, and the findings that each of its classes is cut from, by path.
+
+    normals: "studies", of women without any finding, as the paper; "images", of any image without
+    one; "annotated", also of images whose findings all have a box, away from these.
+    """
+    by_path, ill = defaultdict(list), {r.patient_id for r in findings if r.pathology != "normal"}
+    for row in findings:
+        by_path[row.image_path].append(row)
+    for path in sorted(by_path):
+        rows, classes = tuple(sorted(by_path[path], key=repr)), {}
+        for row in rows:
+            if row.bbox and (name := f"{row.pathology}_{row.finding}") in CLASSES:
+                classes[name] = (*classes.get(name, ()), row)
+        if all(row.pathology == "normal" for row in rows):
+            if normals != "studies" or rows[0].patient_id not in ill:
+                classes["normal"] = ()
+        elif normals == "annotated" and all(row.bbox for row in rows):
+            classes["normal"] = rows
+        yield rows, classes
+
+
 def source_images(
     findings: list[Finding], config: PrepareConfig, hide: Callable[[str], str]
 ) -> list[SourceImage]:
     """The images in the order of their paths; `hide` gives the names to use in the outputs."""
-    by_path, splits, images = defaultdict(list), split_patients(findings, config.seed), []
-    for row in findings:
-        by_path[row.image_path].append(row)
-    for path in sorted(by_path):
-        rows = tuple(sorted(by_path[path], key=repr))
-        split, classes = splits[rows[0].patient_id], {}
-        for row in rows:
-            if row.bbox and (name := f"{row.pathology}_{row.finding}") in CLASSES:
-                classes[f"{split}/{name}"] = (*classes.get(f"{split}/{name}", ()), row)
-        if all(row.pathology == "normal" for row in rows):
-            classes[f"{split}/normal"] = ()
-        elif config.normals_from_annotated and all(row.bbox for row in rows):
-            classes[f"{split}/normal"] = rows
-        images.append(SourceImage(hide(path), hide(rows[0].patient_id), split, rows, classes))
+    splits, images = split_patients(findings, config.seed, config.normals), []
+    for rows, classes in image_classes(findings, config.normals):
+        path, patient, split = rows[0].image_path, rows[0].patient_id, splits[rows[0].patient_id]
+        classes = {f"{split}/{name}": boxes for name, boxes in classes.items()}
+        images.append(SourceImage(hide(path), hide(patient), split, rows, classes))
     return images
 
 
@@ -374,6 +429,7 @@ def flip_rotate_box(box: Sequence[int], size: int, flip: int, rotation: int) -> 
 
 # --- §3 Cutting patches: P6 and P7 together, and for lesions P8, DecodedImage.lesion_window ---
 
+IN_AIR = 0.25  # a box with less tissue is misplaced; CBIS-DDSM's at nipple and skin hold more
 TRIES = 50  # scales and lesion pixels tried in an image before another is drawn, Q21
 
 
@@ -402,7 +458,16 @@ class DecodedImage:
             if spacing is None:
                 raise NotUsable("no pixel spacing in manifest or header; --spacing-mm needs it")
             self.side = [config.patch_size * config.spacing_mm / mm for mm in spacing]
+        boxed = (row for row in image.rows if row.bbox)
+        self.in_air = {row for row in boxed if self.on_tissue(row.bbox) < IN_AIR}
         self.masks = {row: self.mask_pixels(row) for row in image.rows if row.mask_path}
+
+    def on_tissue(self, bbox: Sequence[float]) -> float:
+        """Tissue share of a box; 0 of one that leaves the image."""
+        row0, col0, row1, col1 = whole_box(bbox)
+        if min(row0, col0) < 0 or row1 > self.display.shape[0] or col1 > self.display.shape[1]:
+            return 0.0
+        return float(self.tissue.share(row0, col0, (row1 - row0, col1 - col0)))
 
     def mask_pixels(self, lesion: Finding) -> np.ndarray:
         """(n, 2) rows and columns of a lesion's mask within its box.
@@ -440,7 +505,12 @@ class DecodedImage:
         return None
 
     def normal_window(self, key: str, size: tuple[int, int], rng: np.random.Generator):
-        """P6: anywhere in the breast, off the boxes of an image that has some."""
+        """P6: anywhere in the breast, off the boxes of an image that has some.
+
+        Nowhere when one lies in air: the lesion, wherever it is, would pass for normal tissue.
+        """
+        if self.in_air:
+            return None
         h, w = size
         down, across = (math.ceil(self.config.normal_margin * n) for n in size)
         boxes = (whole_box(row.bbox) for row in self.image.classes[key])
@@ -456,7 +526,9 @@ class DecodedImage:
         "Between 0 to 128 pixels in either direction": the pixel, of the lesion's mask or else its
         box, may lie anywhere in the window, whose centre is at most half its side away (Q23).
         """
-        lesions, (h, w) = self.image.classes[key], size
+        lesions, (h, w) = [r for r in self.image.classes[key] if r not in self.in_air], size
+        if not lesions:
+            return None, None
         lesion = lesions[int(rng.integers(len(lesions)))]
         if lesion in self.masks:
             row, col = rng.choice(self.masks[lesion]).tolist()

@@ -124,7 +124,6 @@ def cli() -> None:
     data.PREPARE_PRESETS,
     {
         "spacing_mm": "Resample to this spacing; 0 keeps native pixels, as the paper (Q19).",
-        "normals_from_annotated": "Cut normal patches from annotated images too, off the boxes.",
         "pseudonymise": "Hash patient ids and paths with the key in MAMGAN_PSEUDONYM_KEY.",
     },
 )
@@ -138,11 +137,18 @@ def cli() -> None:
     metavar="SPLIT/CLASS=N",
 )
 @option(
-    "--birads-as-pathology",
+    "--birads-as-pathology birads",
     bool,
     "VinDr-Mammo, INbreast: BI-RADS 4 to 6 stand for malignant, 2 and 3 for benign.",
     is_flag=True,
 )
+@option(
+    "--normals",
+    click.Choice(["studies", "images", "annotated"]),
+    "Normal patches of women without any finding (A4), of any image without one, or also of "
+    "annotated images, off the boxes.  [paper studies, cbis and tiny images]",
+)
+@option("--distinct-ids distinct", bool, "Ids such as 7 and 007 are two patients.", is_flag=True)
 @option(
     "--qc", click.IntRange(0), "Contact sheet of so many images: mask, boxes, windows.", default=0
 )
@@ -151,7 +157,7 @@ def cli() -> None:
 )
 @seed_option
 def prepare(
-    source, out, source_format, preset, counts, birads_as_pathology, qc, workers, seed, **options
+    source, out, source_format, preset, counts, birads, distinct, qc, workers, seed, **options
 ):
     """Mammograms with annotations -> patch set (P1 to P9).
 
@@ -161,13 +167,16 @@ def prepare(
     paper (P9), 128 in cbis, 64 in tiny.
     """
     if source_format == "manifest":
-        if birads_as_pathology:
+        if birads:
             raise click.UsageError("--birads-as-pathology needs --format vindr or inbreast")
         findings, notes = sources.read_manifest(source), []
     else:
-        findings, notes = sources.READERS[source_format](source, birads_as_pathology)
+        findings, notes = sources.READERS[source_format](source, birads)
     for note in notes:
         click.echo(note, err=True)
+    if not distinct:
+        advice = "write a patient's id in one way; --distinct-ids if they are different patients"
+        sources.raise_all(f"{source}: patients: found", sources.look_alikes(findings), advice)
     config = configure(data.PREPARE_PRESETS, preset, options, seed=seed).with_counts(counts)
     patchset.prepare(findings, out, config, workers=workers, qc=qc, notes=notes)
 

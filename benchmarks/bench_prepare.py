@@ -59,9 +59,7 @@ def quantities(findings: list[sources.Finding], preset: str, per_image: int) -> 
     total = per_image * len({row.image_path for row in findings})
     names = ["normal", *sorted({f"{row.pathology}_mass" for row in findings})]
     counts = {f"train/{name}": total // len(names) for name in names}
-    return dataclasses.replace(
-        data.PREPARE_PRESETS[preset], counts=counts, normals_from_annotated=True
-    )
+    return dataclasses.replace(data.PREPARE_PRESETS[preset], counts=counts, normals="annotated")
 
 
 def clocks() -> np.ndarray:

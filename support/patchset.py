@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import functools
 import hmac
+import itertools
 import json
 import multiprocessing
 import os
@@ -33,7 +34,13 @@ INDEX_COLUMNS = (
     *("scale", "flip", "rotation", "seed", "tissue", *BBOX),
 )
 SYNTHETIC_COLUMNS = ("sample", "source_patch", "image_uid", "patient_id", "seed", "area", *BBOX)
-FLIPPED = "Boxes in air, on tissue if rows were counted from the bottom: kept, look at them"
+IN_AIR = "Boxes in air gave no lesion patches, and their images no normal ones; correct the source"
+MIRRORS = (
+    "rows and columns swapped",
+    "rows counted from the bottom",
+    "columns counted from the right",
+)
+FEW_PATIENTS = 5  # fewer are a remark: a class is judged by its patients, not by its patches
 PSEUDONYM_KEY = "MAMGAN_PSEUDONYM_KEY"  # environment variable
 Request = tuple[str, int, int]  # "split/class", patch, attempt
 
@@ -96,13 +103,13 @@ def visit_image(
     The result is a line of the journal. Its "rows" are the patches that found a place: key, patch,
     columns of the index; they are on disk.
     """
-    visit = {"image": index, "uid": "", "reason": "", "no_place": [], "flipped": 0, "rows": []}
+    visit = {"image": index, "uid": "", "reason": "", "no_place": [], "in_air": "", "rows": []}
     try:
         decoded = DecodedImage(image, config)
     except (ValueError, OSError) as error:  # an OSError would name the file
         reason = getattr(error, "strerror", None) or str(error)
         return visit | {"reason": " ".join(reason.split())}
-    visit |= {"uid": decoded.uid, "flipped": _upside_down(decoded)}
+    visit |= {"uid": decoded.uid, "in_air": _in_air(decoded)}
     arrays = {}
     for key in sorted({key for key, _, _ in requests}):
         # Whether a class has any place here may not depend on which patches ask first.
@@ -122,15 +129,21 @@ def visit_image(
     return visit
 
 
-def _upside_down(decoded: DecodedImage) -> int:
-    """How many boxes in air have their mirror image (rows from the bottom) on tissue."""
-    count, height = 0, len(decoded.display)
-    boxes = {data.whole_box(row.bbox) for row in decoded.image.rows if row.bbox}
-    for row0, col0, row1, col1 in boxes:
-        size = row1 - row0, col1 - col0
-        given, mirrored = (decoded.tissue.share(row, col0, size) for row in (row0, height - row1))
-        count += int(given < 0.1 and mirrored > 0.9)
-    return count
+def _in_air(decoded: DecodedImage) -> str:
+    """A box in air, and the simplest mirror or swap of axes that puts it on tissue; "" for none."""
+    if not decoded.in_air:
+        return ""
+    box, (h, w) = min(row.bbox for row in decoded.in_air), decoded.display.shape
+    shares = {}
+    for mirror in itertools.product((False, True), repeat=3):
+        a, b, c, d = (box[1], box[0], box[3], box[2]) if mirror[0] else box
+        a, c = (h - c, h - a) if mirror[1] else (a, c)
+        b, d = (w - d, w - b) if mirror[2] else (b, d)
+        shares[mirror] = decoded.on_tissue((a, b, c, d))
+    best = next(m for m, share in shares.items() if share > max(shares.values()) - 0.1)
+    words = " and ".join(itertools.compress(MIRRORS, best))
+    fit = f"on tissue with {words}" if shares[best] > 0.5 else "no mirror or swap fits"
+    return f"box {', '.join(f'{n:g}' for n in box)} in air, {fit}"
 
 
 class PatchWriter:
@@ -157,11 +170,14 @@ class PatchWriter:
         self.no_place = {key: set() for key in self.images_of}  # images without a place for a class
         self.names = defaultdict(set)  # image_uid: images
         for key in [key for key, indexes in self.images_of.items() if not indexes]:
-            hint = ", but see --normals-from-annotated" if key.endswith("/normal") else ""
-            self.skip(key, f"the source holds none{hint}")
+            name = key.partition("/")[2]
+            elsewhere = any(f"{image.split}/{name}" in image.classes for image in self.images)
+            hint = ", but see --normals" if name == "normal" else ""
+            none = f"the source holds none{hint}"
+            self.skip(key, "none of its patients is in this split" if elsewhere else none)
         if not self.images_of:
             text = f"found no wanted class in {len(self.images)} images; expected normal images, or"
-            advice = "see --normals-from-annotated and --birads-as-pathology"
+            advice = "see --normals and --birads-as-pathology"
             raise ValueError(f"the source: {text} boxes with a pathology; {advice}")
         self.splits = {image.patient_id: image.split for image in self.images}
         self.patients = {split: list(self.splits.values()).count(split) for split in SPLITS}
@@ -278,10 +294,33 @@ class PatchWriter:
             if any(row.finding and not row.bbox for row in image.rows):
                 return "a finding without a box: nobody knows where its lesion lies"
             return f"none of its findings is a class wanted in {image.split}"
+        if visit["in_air"]:
+            return visit["in_air"]
         for key in sorted(self.no_place):
             if index in self.no_place[key] and not visit["reason"]:
                 return f"no window with enough tissue for {key}"
         return visit["reason"] or "usable; no patch happened to be drawn from it"
+
+    def remarks(self) -> tuple[list[str], dict[str, int]]:
+        """What to know of boxes and patients, which it prints; normal patches of ill women."""
+        ill = {i.patient_id for i in self.images if any(r.pathology == "malignant" for r in i.rows)}
+        misplaced = [index for index in sorted(self.visits) if self.visits[index]["in_air"]]
+        texts = [f"{self.images[i].name}: {self.visits[i]['in_air']}" for i in misplaced[:10]]
+        texts += [f"and {len(misplaced) - 10} more"] if len(misplaced) > 10 else []
+        remarks, cancer = [f"{IN_AIR}: {'; '.join(texts)}."] if texts else [], {}
+        for key, rows in self.rows.items():
+            patients = [self.images[index].patient_id for index, _ in rows]
+            number, split = len(set(patients)), key.removesuffix("/normal")
+            text = f"{key}: {len(rows)} patches of {number} patient{'s' if number > 1 else ''}"
+            if number < FEW_PATIENTS:
+                remarks.append(f"{text}; fewer than {FEW_PATIENTS} stand for few others.")
+            if split != key:
+                cancer[split] = sum(patient in ill for patient in patients)
+                text += f", {cancer[split]} of women with cancer"
+            click.echo(text, err=True)
+        for remark in remarks:
+            click.echo(remark, err=True)
+        return remarks, cancer
 
     def finish(self, notes: Sequence[str]) -> None:
         """Write the tables, then mark the patch set whole."""
@@ -314,9 +353,7 @@ class PatchWriter:
         duplicates = [[images[index].name for index in indexes] for indexes in same]
         for names in duplicates:
             click.echo(f"the same image under {len(names)} names: {', '.join(names)}", err=True)
-        if flipped := sum(visit["flipped"] for visit in self.visits.values()):
-            notes = [*notes, f"{FLIPPED}: {flipped}."]
-            click.echo(notes[-1], err=True)
+        remarks, cancer = self.remarks()
         finish_folder(
             out,
             counts={key: len(rows) for key, rows in self.rows.items()},
@@ -324,7 +361,8 @@ class PatchWriter:
             images={"used": len(used), "excluded": len(excluded)},
             patients=self.patients,
             duplicates=duplicates,
-            notes=list(notes),
+            normals_with_cancer=cancer,
+            notes=[*notes, *remarks],
         )
 
 
@@ -412,8 +450,9 @@ def patch_config(data: Path) -> dict:
         config, held = facts["config"], facts["counts"]
         if not held.keys() <= set(KEYS):
             raise ValueError("counts")
-    notes = {"notes": facts["notes"]} if facts.get("notes") else {}  # BI-RADS as pathology, say
-    return config | {"held": held, "fingerprint": fingerprint(data)} | notes
+    # BI-RADS as pathology, say; the other breast of women with cancer
+    told = {key: facts[key] for key in ("notes", "normals_with_cancer") if facts.get(key)}
+    return config | {"held": held, "fingerprint": fingerprint(data)} | told
 
 
 def fingerprint(data: Path) -> str:

@@ -39,7 +39,7 @@ COUNTS = {
     "train/benign_calcification": 5,
     **{f"{split}/{name}": 12 for split in ("val", "test") for name in data.EVALUATED},
 }
-SMALL = PrepareConfig(patch_size=32, counts=COUNTS)
+SMALL = PrepareConfig(patch_size=32, counts=COUNTS, normals="images")
 LESION = (150, 60, 181, 85)  # row0, col0, row1, col1 in the image below; the only white in it
 
 
@@ -446,6 +446,49 @@ def test_Q20_published_splits_stay_and_the_rest_fills_the_missing_ones():
     assert list(splits.values()).count("train") == 60 and list(splits.values()).count("val") == 20
 
 
+def test_Q20_five_patients_that_give_patches_come_into_every_split():
+    """Findings without a box, which give none, are not what is dealt out."""
+    findings = cohort({"normal": 8})
+    for n in range(8):
+        box = (1.0, 1.0, 9.0, 9.0) if n < 5 else None
+        findings.append(Finding(f"c{n}", f"c{n}", "L", "CC", "calcification", "malignant", box))
+    for seed in range(300):
+        splits = data.split_patients(findings, seed)
+        assert sorted(splits[f"c{n}"] for n in range(5)) == [
+            "test",
+            "train",
+            "train",
+            "train",
+            "val",
+        ]
+        assert list(splits.values()).count("train") in (9, 10)
+
+
+def test_Q20_any_labels_come_into_every_split_and_keep_their_shares():
+    for seed in range(300):
+        rng = random.Random(seed)
+        often = [rng.random() ** rng.choice([1, 3]) for _ in range(rng.randrange(1, 10))]
+        labels = {
+            f"p{n}": {k for k, share in enumerate(map(str, often)) if rng.random() < float(share)}
+            for n in range(rng.randrange(5, 80))
+        }
+        labels = {patient: set(map(str, held)) for patient, held in labels.items()}
+        splits = data.deal(labels, data.SPLIT_SHARES, seed)
+        assert splits.keys() == labels.keys()
+        for label in ("", *set().union(*labels.values())):
+            of = [splits[p] for p, held in labels.items() if not label or label in held]
+            if len(of) >= 5:
+                for split, share in data.SPLIT_SHARES.items():
+                    assert of.count(split) > 0 and abs(of.count(split) - len(of) * share / 100) < 4
+
+
+def test_Q20_equal_folds_hold_equal_numbers():
+    labels = {f"p{n}": {"cancer"} if n < 10 else set() for n in range(50)}
+    folds = data.deal(labels, dict.fromkeys("abcde", 1 / 5), seed=0)
+    assert sorted(folds.values()) == sorted("abcde" * 10)
+    assert sorted(folds[f"p{n}"] for n in range(10)) == sorted("abcde" * 2)
+
+
 # --- Patches ---
 
 
@@ -559,27 +602,120 @@ def test_P3_Q24_lesions_without_box_or_class_give_no_patch(source, tmp_path):
     assert all("none of its findings is a class" in reasons[row.image_path] for row in rows[1:3])
 
 
-def test_boxes_that_only_fit_flipped_are_reported_and_kept(tmp_path, capsys):
-    """Rows counted from the bottom would show as boxes in air: the breast is in the upper part."""
-    Image.fromarray(np.pad(breast(0, shape=(200, 280)), ((0, 160), (0, 0)))).save(
-        tmp_path / "a.png"
-    )
-    boxes = [(240, 20, 300, 80), (60, 20, 120, 80), (170, 20, 190, 80), (240, 240, 300, 270)]
-    row = Finding(str(tmp_path / "a.png"), "A", "L", "CC", "mass", "malignant", split="train")
-    rows = [dataclasses.replace(row, bbox=box) for box in boxes]
-    prepare(rows, tmp_path / "set", dataclasses.replace(SMALL, counts={"train/malignant_mass": 9}))
-    note = f"{patchset.FLIPPED}: 1."
-    assert note in capsys.readouterr().err
+H, W = 360, 280
+MISPLACED = {  # words of the note: first row of a breast of 200, its lesion, the box as given
+    "columns counted from the right": (160, (200, 25, 250, 60), (200, W - 60, 250, W - 25)),
+    "rows counted from the bottom": (0, (90, 25, 140, 60), (H - 140, 25, H - 90, 60)),
+    "rows counted from the bottom and columns counted from the right": (
+        *(0, (90, 25, 140, 60)),
+        (H - 140, W - 60, H - 90, W - 25),
+    ),
+    "rows and columns swapped": (160, (220, 0, 260, 14), (0, 220, 14, 260)),
+    "rows and columns swapped and rows counted from the bottom": (
+        *(0, (120, 0, 160, 14)),
+        (0, H - 160, 14, H - 120),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISPLACED)
+def test_a_box_in_air_is_reported_with_what_would_fit_and_gives_no_patch(tmp_path, capsys, name):
+    (top, lesion, given), rows = MISPLACED[name], []
+    for n in range(6):
+        image = np.pad(breast(n, shape=(200, W)), ((top, 160 - top), (0, 0)))
+        Image.fromarray(image).save(tmp_path / f"{n}.png")
+        row = Finding(str(tmp_path / f"{n}.png"), f"P{n}", "L", "CC", "mass", "malignant")
+        rows.append(dataclasses.replace(row, bbox=lesion if n else given, split="train"))
+    counts = {"train/malignant_mass": 40, "train/normal": 40}
+    config = dataclasses.replace(SMALL, counts=counts, normals="annotated")
+    prepare(rows, tmp_path / "set", config)
+    box = ", ".join(map(str, rows[0].bbox))
+    note = f"{patchset.IN_AIR}: {rows[0].image_path}: box {box} in air, on tissue with {name}."
+    assert note in capsys.readouterr().err.splitlines()
     assert patchset.patch_config(tmp_path / "set")["notes"] == [note]  # so evaluate says it too
-    assert {r.bbox for r in sources.read_manifest(tmp_path / "set/manifest.csv")} == set(boxes)
+    excluded = files.read_table(tmp_path / "set" / "excluded.csv", ("image_path", "reason"))
+    assert excluded["image_path"].tolist() == [rows[0].image_path]
+    assert f"on tissue with {name}" in excluded["reason"][0]
 
 
-def test_normals_from_annotated_keep_away_from_every_box(source, tmp_path):
+def test_a_box_in_air_leaves_the_other_lesions_of_its_image(tmp_path, capsys):
+    for n in range(12):
+        Image.fromarray(breast(n)).save(tmp_path / f"{n:02d}.png")
+    boxes = [(150, 20, 190, 60), (5, 240, 25, 275)]  # tissue; a corner that nothing brings there
+    rows = [
+        Finding(str(path), path.stem, "L", "CC", "mass", pathology, box, split="train")
+        for path in sorted(tmp_path.glob("*.png"))
+        for pathology, box in zip(("malignant", "benign"), boxes, strict=True)
+    ]
+    counts = {"train/malignant_mass": 30, "train/normal": 9, "train/benign_mass": 9}
+    prepare(rows, tmp_path / "set", dataclasses.replace(SMALL, counts=counts, normals="annotated"))
+    facts = files.read_json(tmp_path / "set" / "config.json")
+    assert facts["counts"] == {"train/malignant_mass": 30}
+    assert facts["skipped"]["train/normal"] == "no image has a place for it"
+    (note,) = facts["notes"]
+    assert note.count(".png: box ") == 10 and note.endswith("; and 2 more.")
+    assert "box 5, 240, 25, 275 in air" in capsys.readouterr().err
+
+
+def test_a_lesion_at_the_skin_is_in_its_place(tmp_path):
+    """Boxes at nipple and skin reach into air, in CBIS-DDSM with up to three quarters."""
+    Image.fromarray(breast(0)).save(tmp_path / "a.png")
+    row = Finding(
+        str(tmp_path / "a.png"), "A", "L", "CC", "mass", "malignant", (170, 195, 195, 230)
+    )
+    (image,) = data.source_images([row], SMALL, str)
+    decoded = data.DecodedImage(image, SMALL)
+    assert 0.3 < decoded.on_tissue(row.bbox) < 0.6 and not decoded.in_air
+    assert decoded.on_tissue((350, 0, 370, 9)) == 0  # leaves the image
+
+
+def test_normals_come_from_studies_images_or_annotated_images():
+    """P4: the paper's come from normal studies; the other breast of a patient is none."""
+    rows = [
+        Finding("ill-L", "ill", "L", "CC", "mass", "malignant", (0, 0, 9, 9)),
+        Finding("ill-R", "ill", "R", "CC", "", "normal"),
+        Finding("boxless-L", "boxless", "L", "CC", "mass", "benign"),
+        Finding("boxless-R", "boxless", "R", "CC", "", "normal"),
+        Finding("unknown-L", "unknown", "L", "CC"),
+        Finding("unknown-R", "unknown", "R", "CC", "", "normal"),
+        Finding("well-L", "well", "L", "CC", "", "normal"),
+        Finding("well-R", "well", "R", "CC", "", "normal"),
+    ]
+    studies = {"well-L", "well-R"}
+    images = studies | {"ill-R", "boxless-R", "unknown-R"}
+    for normals, expected in (
+        ("studies", studies), ("images", images), ("annotated", images | {"ill-L"})
+    ):  # fmt: skip
+        classes = data.image_classes(rows, normals)
+        assert {of[0].image_path for of, held in classes if "normal" in held} == expected
+    presets = {name: config.normals for name, config in data.PREPARE_PRESETS.items()}
+    assert presets == {"paper": "studies", "cbis": "images", "tiny": "images"}
+
+
+def test_patients_of_each_class_and_normals_of_women_with_cancer_are_told(patches, source, capsys):
+    facts = files.read_json(patches / "config.json")
+    ill = {row.patient_id for row in source if row.pathology == "malignant"}
+    for split in sources.SPLITS:
+        owners = [row["patient_id"] in ill for row in index(patches, f"{split}/normal")]
+        assert facts["normals_with_cancer"][split] == sum(owners)
+    few = {
+        key: number
+        for key, count in COUNTS.items()
+        if (number := len({row["patient_id"] for row in index(patches, key)})) < 5
+    }
+    assert few and facts["notes"] == [
+        f"{key}: {COUNTS[key]} patches of {number} patient{'s' * (number > 1)}; fewer than 5 stand "
+        "for few others."
+        for key, number in few.items()
+    ]
+
+
+def test_annotated_normals_keep_away_from_every_box(source, tmp_path):
     rows = [dataclasses.replace(row, split="train", mask_path="") for row in source[1:10:2]]
     config = dataclasses.replace(SMALL, counts={"train/normal": 200})
-    with pytest.raises(ValueError, match="--normals-from-annotated"):
+    with pytest.raises(ValueError, match="--normals"):
         prepare(rows, tmp_path / "none", config)
-    prepare(rows, tmp_path / "a", dataclasses.replace(config, normals_from_annotated=True))
+    prepare(rows, tmp_path / "a", dataclasses.replace(config, normals="annotated"))
     for row in index(tmp_path / "a", "train/normal"):
         row0, col0, row1, col1 = window(row)
         margin = (row1 - row0) * 0.125
@@ -588,7 +724,7 @@ def test_normals_from_annotated_keep_away_from_every_box(source, tmp_path):
         )  # fmt: skip
         assert max(apart) >= margin - 1e-9
     boxless = [dataclasses.replace(rows[0], bbox=None), *rows[1:]]
-    prepare(boxless, tmp_path / "b", dataclasses.replace(config, normals_from_annotated=True))
+    prepare(boxless, tmp_path / "b", dataclasses.replace(config, normals="annotated"))
     used = files.read_table(tmp_path / "b" / "manifest.csv", ("image_path",))["image_path"]
     assert rows[0].image_path not in used.tolist()  # its lesion could be anywhere
 
@@ -784,7 +920,11 @@ def test_a_worker_that_dies_is_reported(source, tmp_path, monkeypatch):
 def test_too_small_a_disk_is_an_error_with_the_number(source, tmp_path, monkeypatch):
     monkeypatch.setattr(patchset.shutil, "disk_usage", lambda _: _Free(10_000_000_000))
     with pytest.raises(ValueError, match=r"needs 12\.2 GB, 10\.0 GB are free"):
-        prepare(source, tmp_path / "set", PrepareConfig().with_counts(["train/normal=10000"]))
+        prepare(
+            source,
+            tmp_path / "set",
+            PrepareConfig(normals="images").with_counts(["train/normal=10000"]),
+        )
 
 
 @dataclasses.dataclass
@@ -795,7 +935,7 @@ class _Free:
 def test_paper_preset_needs_more_than_62_gigabytes(source, tmp_path, monkeypatch):
     monkeypatch.setattr(patchset.shutil, "disk_usage", lambda _: _Free(0))
     with pytest.raises(ValueError, match=r"needs 6[34]\.\d GB, 0\.0 GB are free"):
-        prepare(source, tmp_path / "set", PrepareConfig())
+        prepare(source, tmp_path / "set", PrepareConfig(normals="images"))
 
 
 # --- Counts, exclusions, duplicates, privacy ---
@@ -805,12 +945,17 @@ def test_a_class_that_is_not_there_is_skipped_or_an_error_when_asked_for(source,
     config = dataclasses.replace(SMALL, counts={"train/normal": 5, "test/benign_mass": 7})
     prepare(source, tmp_path / "a", config)
     said = capsys.readouterr().err
-    assert "test/benign_mass: the source holds none; 7 patches wanted: skipped" in said
+    why = "none of its patients is in this split"
+    assert f"test/benign_mass: {why}; 7 patches wanted: skipped" in said
     assert "patients: train 9, val 3, test 3\n" in said
     facts = files.read_json(tmp_path / "a" / "config.json")
-    assert facts["skipped"] == {"test/benign_mass": "the source holds none"}
-    with pytest.raises(ValueError, match="--count test/benign_mass: the source holds none"):
+    assert facts["skipped"] == {"test/benign_mass": why}
+    message = "--count test/benign_mass: none of its patients is in this split; 7 patches wanted"
+    with pytest.raises(ValueError, match=message):
         prepare(source, tmp_path / "b", config.with_counts(["test/benign_mass=7"]))
+    malignant = [row for row in source if row.pathology != "benign"]
+    with pytest.raises(ValueError, match="--count test/benign_mass: the source holds none"):
+        prepare(malignant, tmp_path / "b", config.with_counts(["test/benign_mass=7"]))
     assert not (tmp_path / "b").exists()
 
 
@@ -843,7 +988,7 @@ def test_a_class_without_any_place_is_skipped_and_the_others_are_made(source, tm
     assert set(facts["counts"]) == {"train/normal", "val/normal", "test/normal"}
     assert facts["skipped"]["train/malignant_mass"] == "no image has a place for it"
     assert not (tmp_path / "set/patches/train/malignant_mass.npy").exists()
-    said = "--count train/benign_mass: no image has a place for it; 3 .* 'L'.png: no window with"
+    said = "--count train/benign_mass: no image has a place for it; 3 .* 'L'.png: box .* in air"
     with pytest.raises(ValueError, match=said):
         prepare(rows, tmp_path / "b", SMALL.with_counts(["train/benign_mass=3"]))
 
@@ -886,7 +1031,7 @@ def test_leak_normal_patches_of_a_copy_with_a_lesion_are_refused(source, tmp_pat
     same = dataclasses.replace(source[1], image_path=str(copy))
     where = {"bbox": (200, 60, 220, 80)} if annotated else {"finding": "", "bbox": None}
     other = dataclasses.replace(same, pathology=same.pathology if annotated else "normal", **where)
-    config = dataclasses.replace(SMALL, normals_from_annotated=annotated)
+    config = dataclasses.replace(SMALL, normals="annotated" if annotated else "images")
     with pytest.raises(ValueError, match="are the same image, and yet with other findings"):
         prepare([*source, other], tmp_path / "a", config, workers=2)
     prepare([*source, same], tmp_path / "b", config, workers=2)  # the same twice is only reported

@@ -597,6 +597,14 @@ def test_report_is_one_file_without_script(evaluated):
     assert str(out) not in html and str(out.parent) not in html  # folder names, no paths
 
 
+def test_report_tells_normals_of_women_with_cancer(evaluated):
+    metrics = files.read_json(evaluated[1] / "metrics.json")
+    metrics["data"]["normals_with_cancer"] = {"train": 945, "test": 0}
+    html = report.report(metrics, evaluated[1])
+    words = "Normal patches of women with cancer (a malignant finding in any of their images)"
+    assert f"{words}: train 945, test 0." in html
+
+
 def test_metrics_hold_what_the_report_says(evaluated):
     _, out, _ = evaluated
     metrics = files.read_json(out / "metrics.json")

@@ -38,7 +38,7 @@ def patches(manifest, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("patches") / "set"
     held = ("train/normal", "train/malignant_mass", "train/malignant_calcification")
     counts = [f"--count={key}=16" for key in (*held, "val/normal", "val/malignant_mass")]
-    result = run("prepare", manifest, "--out", out, "--preset", "tiny", *counts)
+    result = run("prepare", manifest, "--out", out, "--preset", "tiny", "--seed", 1, *counts)
     assert result.exit_code == 0, result.output
     return out
 
@@ -103,6 +103,20 @@ def test_missing_and_unreadable_manifests_are_one_message(tmp_path):
     (tmp_path / "odd.csv").write_bytes(b"\xff\xfe\x00odd")
     assert "odd.csv" in message(run("prepare", tmp_path / "odd.csv", "--out", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_ids_that_look_alike_stop_prepare_unless_they_are_said_to_differ(manifest, tmp_path):
+    text = manifest.read_text().replace(",P0001,", ",P1,").replace(",P0000,", ",p01,")
+    other = manifest.parent / "other.csv"
+    other.write_text(text)
+    line = ("prepare", other, "--out", tmp_path / "out", "--preset", "tiny")
+    line += ("--count=train/normal=6",)
+    assert "'P1', 'p01' look alike; write" in message(run(*line))
+    assert not (tmp_path / "out").exists()
+    assert run(*line, "--distinct-ids").exit_code == 0
+    splits = (tmp_path / "out/splits.csv").read_text()
+    assert "P1," in splits and "p01," in splits
+    assert "distinct" not in (tmp_path / "out/config.json").read_text()
 
 
 def test_a_folder_that_is_no_patch_set_is_one_message(tmp_path):

@@ -200,8 +200,11 @@ def test_manifest_has_every_class_and_both_views(rows):
 def test_the_demo_tests_on_six_malignant_masses_and_four_clusters_at_least():
     """Of 72 patients: fewer would leave Table 1's patient-clustered intervals meaningless."""
     findings = [
-        sources.Finding(f"{n}.dcm", f"P{n:04d}", "L", "CC", *phantom.CASES[n % len(phantom.CASES)])
+        sources.Finding(
+            f"{n}.dcm", f"P{n:04d}", "L", "CC", *case, bbox=(0, 0, 9, 9) if case else None
+        )
         for n in range(72)
+        for case in [phantom.CASES[n % len(phantom.CASES)]]
     ]
     for seed in range(20):
         splits = data.split_patients(findings, seed)

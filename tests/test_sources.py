@@ -3,6 +3,8 @@
 import csv
 import json
 import plistlib
+import random
+import uuid
 from collections import defaultdict
 from pathlib import Path
 
@@ -994,3 +996,79 @@ def test_every_reader_names_access_and_licence():
     assert len(readers) == len(READERS)
     for reader in readers:
         assert "Access: " in reader.__doc__ and "Licence: " in reader.__doc__
+
+
+# --- Patient ids ---
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "Zo\u0065\u0308 1",
+            "\ufeffZo\xeb 1",
+            "Zo\xeb 1\u200b",
+            "Zo\u200de\u0308 1",
+            "Zo\xeb\xa01",
+        ),
+        *(
+            "\u3000Zo\xeb 1\t",
+            "Zo\xeb 1\xad",
+            "Zo\xeb\u3164 1",
+            "Zo\xeb 1\ufe0f",
+            "Zo\u200be\u0308 1\x00",
+        ),
+    ],
+)
+def test_ids_lose_what_cannot_be_seen_in_manifest_and_archive(tmp_path, text):
+    assert sources.common.plain_id(text) == "Zo\xeb 1"
+    Image.fromarray(photograph()).save(tmp_path / "a.png")
+    row = {"image_path": "a.png", "patient_id": text.replace("\x00", ""), "view": "CC"}
+    row |= dict.fromkeys(sources.MANIFEST_COLUMNS[4:], "") | {"laterality": "L"}
+    write_csv(tmp_path / "m.csv", [row | {"pathology": "normal"}])
+    assert sources.read_manifest(tmp_path / "m.csv")[0].patient_id == "Zo\xeb 1"
+    finding = sources.Finding(str(tmp_path / "a.png"), text, "L", "CC", "", "normal")
+    findings, _ = sources._read(lambda root, traps: [finding], True, tmp_path, False)
+    assert findings[0].patient_id == "Zo\xeb 1"
+
+
+def test_an_id_of_invisible_characters_is_empty(tmp_path):
+    (tmp_path / "m.csv").write_text(
+        f"{','.join(sources.MANIFEST_COLUMNS)}\na.png,\u200b,L,CC,,normal,,,,\n", encoding="utf-8"
+    )
+    with pytest.raises(ValueError, match="line 2: patient_id is empty"):
+        sources.read_manifest(tmp_path / "m.csv")
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        ("7", "7.0", "007", "07.00", "\uff17"),
+        ("P1", "p1", "p01", "P 1", "\u0420\u0031"),  # a Cyrillic R, drawn as P
+        ("Zo\xeb", "ZO\xcb"),
+        ("Stra\xdfe 1", "STRASSE 1", "STRASSE\u20031"),
+        ("A-7", "a\u20137", "A\u221207", "A\u20110007"),
+        ("site-1-007", "site-1-7"),
+    ],
+)
+def test_ids_that_look_alike_are_named(ids):
+    findings = [sources.Finding(f"{i}.png", i, "L", "CC") for i in (*ids, "another", "100")]
+    (line,) = sources.look_alikes(findings)
+    assert line == f"{', '.join(map(repr, sorted(ids)))} look alike"
+
+
+def test_ids_of_the_archives_never_look_alike():
+    rng = random.Random(0)
+    for ids in (
+        [str(n) for n in range(2_000)],  # RSNA, EMBED
+        [f"P_{n:05d}" for n in range(2_000)],  # CBIS-DDSM
+        [f"demd{n}" for n in range(2_000)],  # OMI-DB
+        [f"mias{n:03d}" for n in range(161)],
+        [f"{rng.getrandbits(128):032x}" for _ in range(1_000)],  # VinDr
+        [f"{rng.getrandbits(64):016x}" for _ in range(1_000)],  # INbreast
+        [f"{n:04x}" for n in range(2**12)],
+        [str(uuid.UUID(int=rng.getrandbits(128))) for _ in range(1_000)],
+        [f"1.2.840.{rng.getrandbits(30)}.{n}" for n in range(1_000)],
+        [f"{site}{sign}{n}" for sign in ". -" for site in range(30) for n in range(1, 300)],
+    ):
+        assert not sources.look_alikes([sources.Finding("", i, "L", "CC") for i in ids])

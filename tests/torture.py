@@ -848,7 +848,7 @@ def image_commands(world: World, folder: Path, paths: list[Path], rng: random.Ra
     files.write_table(folder / "m.csv", (*sources.MANIFEST_COLUMNS, "split"), rows)
     line = ["prepare", folder / "m.csv", "--preset", "tiny", "--spacing-mm", 0, "--workers", 1]
     line += ["--count=train/normal=4", "--count=train/malignant_mass=0"]
-    return [*line, *(["--normals-from-annotated"] if boxed else []), "--out", folder / "out"]
+    return [*line, *(["--normals", "annotated"] if boxed else []), "--out", folder / "out"]
 
 
 def image_outcomes(paths: list[Path], folder: Path, ended: Ended, outcomes: Counter) -> str:

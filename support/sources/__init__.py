@@ -17,7 +17,7 @@ from pathlib import Path
 from support.files import csv_rows, numbers, write_table
 from support.mammogram import image_size
 from support.sources.cbis_ddsm import read_cbis_ddsm
-from support.sources.common import FINDINGS, PATHOLOGIES, SPLITS, Finding, Traps
+from support.sources.common import FINDINGS, PATHOLOGIES, SPLITS, Finding, Traps, look, plain_id
 from support.sources.inbreast import read_inbreast
 from support.sources.mini_mias import read_mini_mias
 from support.sources.omidb import read_omidb
@@ -57,6 +57,7 @@ def read_manifest(path: Path) -> list[Finding]:
 
 def _finding(row: dict[str, str], folder: Path) -> Finding:
     row = {name: value.strip() for name, value in row.items()}
+    row["patient_id"] = plain_id(row["patient_id"])
     row |= {name: row[name].lower() for name in ("finding", "pathology", "split")}
     row |= {name: row[name].upper() for name in ("laterality", "view")}
     for name in ("image_path", "patient_id", "view"):
@@ -121,6 +122,14 @@ def check_findings(findings: list[Finding]) -> list[str]:
     return problems
 
 
+def look_alikes(findings: list[Finding]) -> list[str]:
+    """Patient ids that differ, and yet may be one patient's, one line for each."""
+    alike = defaultdict(list)
+    for patient in sorted({row.patient_id for row in findings}):
+        alike[look(patient)].append(repr(patient))
+    return [f"{', '.join(ids)} look alike" for ids in alike.values() if len(ids) > 1]
+
+
 def raise_all(what: str, problems: list[str], advice: str) -> None:
     """One ValueError for all problems, when there are any."""
     if problems:
@@ -151,6 +160,7 @@ def _read(
     if birads_as_pathology and has_pathology:
         raise ValueError("--birads-as-pathology: this data set holds pathology; leave it out")
     for row in read(root, traps):
+        row = replace(row, patient_id=plain_id(row.patient_id))
         if not has_pathology and not birads_as_pathology and row.pathology != "normal":
             row = replace(row, pathology="")
         same = findings.setdefault((row.image_path, row.finding, row.bbox), [])

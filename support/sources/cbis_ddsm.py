@@ -78,7 +78,7 @@ def read_cbis_ddsm(root: Path, traps: common.Traps) -> list[common.Finding]:
             films[image[1:]].add(image[0])
             findings.append(_region(finding, set().union(*regions), traps))
     same = _same_films(films.values(), traps)
-    traps["Findings, and no normal image (--normals-from-annotated)"] += len(findings)
+    traps["Findings, and no normal image (--normals annotated)"] += len(findings)
     return [replace(f, image_path=same.get(f.image_path, f.image_path)) for f in findings]
 
 

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -38,6 +39,35 @@ class Finding:
     mask_path: str = ""  # absolute
     spacing_mm: tuple[float, float] | None = None  # (row, col); overrides the header
     split: str = ""  # train, val, test; "" = prepare decides
+
+
+# --- Patient ids ---
+
+# Drawn as nothing, and yet printable: joiners, Hangul fillers, variation selectors
+INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0]")
+NUMBER = re.compile(r"(?<![^\W_])([^\W\d_]*+)(\d++)([^\W\d_]*+)(?![^\W_])")  # of a word, if one
+# Dashes; small letters whose capitals, or themselves, are drawn as Latin ones
+TWINS = str.maketrans(
+    "\u2010\u2012\u2013\u2014\u2212ı" "αβεηικμνορτυχζ" "авекмнорстухіѕј",
+    "-----i" "abehikmnoptyxz" "abekmhopctyxisj",
+)  # fmt: skip
+
+
+def plain_id(text: str) -> str:
+    """A patient id in composed letters (NFC), without what cannot be seen in or around it."""
+    seen = (c if c.isprintable() else " " if c.isspace() else "" for c in text)
+    return unicodedata.normalize("NFC", INVISIBLE.sub("", "".join(seen))).strip()
+
+
+def look(text: str) -> str:
+    """The same for ids that a spreadsheet or a keyboard makes of one: P1, p01, "P 1"; 7, 7.0, 007.
+
+    Ids of one form (hex digits, P_00010) stay apart: only the single number of a word loses zeros.
+    """
+    text = unicodedata.normalize("NFKC", text).casefold().translate(TWINS)
+    text = re.sub(r"(?<!\d) +| +(?!\d)", "", text)
+    text = re.sub(r"^([^.]*\d)\.0+$", r"\1", text)
+    return NUMBER.sub(lambda m: f"{m[1]}{m[2].lstrip('0') or '0'}{m[3]}", text)
 
 
 # --- Files and tables ---
