@@ -46,11 +46,7 @@ class Finding:
 # Drawn as nothing, and yet printable: joiners, Hangul fillers, variation selectors
 INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0]")
 NUMBER = re.compile(r"(?<![^\W_])([^\W\d_]*+)(\d++)([^\W\d_]*+)(?![^\W_])")  # of a word, if one
-# Dashes; small letters whose capitals, or themselves, are drawn as Latin ones
-TWINS = str.maketrans(
-    "\u2010\u2012\u2013\u2014\u2212ı" "αβεηικμνορτυχζ" "авекмнорстухіѕј",
-    "-----i" "abehikmnoptyxz" "abekmhopctyxisj",
-)  # fmt: skip
+DASHES = re.compile("[\u2010-\u2015\u2212]")
 
 
 def plain_id(text: str) -> str:
@@ -64,7 +60,7 @@ def look(text: str) -> str:
 
     Ids of one form (hex digits, P_00010) stay apart: only the single number of a word loses zeros.
     """
-    text = unicodedata.normalize("NFKC", text).casefold().translate(TWINS)
+    text = DASHES.sub("-", unicodedata.normalize("NFKC", text).casefold())
     text = re.sub(r"(?<!\d) +| +(?!\d)", "", text)
     text = re.sub(r"^([^.]*\d)\.0+$", r"\1", text)
     return NUMBER.sub(lambda m: f"{m[1]}{m[2].lstrip('0') or '0'}{m[3]}", text)
