@@ -97,12 +97,15 @@ def visit_image(
     columns of the index; they are on disk.
     """
     visit = {"image": index, "uid": "", "reason": "", "no_place": [], "flipped": 0, "rows": []}
+    visit["bits"] = None
     try:
         decoded = DecodedImage(image, config)
     except (ValueError, OSError) as error:  # an OSError would name the file
-        reason = getattr(error, "strerror", None) or str(error)
-        return visit | {"reason": " ".join(reason.split())}
-    visit |= {"uid": decoded.uid, "flipped": _upside_down(decoded)}
+        reason, bits = getattr(error, "strerror", None) or str(error), getattr(error, "bits", None)
+        if bits:
+            reason = f"no breast found: it uses {_depth(*bits)}, give --bits {bits[0]}"
+        return visit | {"reason": " ".join(reason.split()), "bits": bits}
+    visit |= {"uid": decoded.uid, "flipped": _upside_down(decoded), "bits": decoded.bits}
     arrays = {}
     for key in sorted({key for key, _, _ in requests}):
         # Whether a class has any place here may not depend on which patches ask first.
@@ -120,6 +123,10 @@ def visit_image(
     for array in arrays.values():
         array.flush()
     return visit
+
+
+def _depth(used: int, depth: int) -> str:
+    return f"1/{2 ** (depth - used)} of its bit depth ({used} of {depth} bits)"
 
 
 def _upside_down(decoded: DecodedImage) -> int:
@@ -314,9 +321,16 @@ class PatchWriter:
         duplicates = [[images[index].name for index in indexes] for indexes in same]
         for names in duplicates:
             click.echo(f"the same image under {len(names)} names: {', '.join(names)}", err=True)
+        bits = [tuple(visit["bits"]) for visit in self.visits.values() if visit["bits"]]
+        advice = f"too dark or, inverted, too bright; try --bits {max(bits, default=' ')[0]}"
+        ours = [
+            f"{bits.count(pair)} of {len(self.visits)} images: each uses {_depth(*pair)}, {advice}"
+            for pair in sorted(set(bits))
+        ]
         if flipped := sum(visit["flipped"] for visit in self.visits.values()):
-            notes = [*notes, f"{FLIPPED}: {flipped}."]
-            click.echo(notes[-1], err=True)
+            ours.append(f"{FLIPPED}: {flipped}.")
+        for note in ours:
+            click.echo(note, err=True)
         finish_folder(
             out,
             counts={key: len(rows) for key, rows in self.rows.items()},
@@ -324,7 +338,7 @@ class PatchWriter:
             images={"used": len(used), "excluded": len(excluded)},
             patients=self.patients,
             duplicates=duplicates,
-            notes=list(notes),
+            notes=[*notes, *ours],
         )
 
 
