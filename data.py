@@ -166,6 +166,7 @@ class PrepareConfig:
     scale: tuple[float, float] = (0.8, 1.2)  # uniform, training patches only, P7, Q22
     normals: str = "studies"  # of women without any finding; images, annotated: `image_classes`
     normal_margin: float = 0.125  # of the window side, between a normal patch and any box; ours
+    bits: int | None = None  # of values without window or LUT; None = the file's bit depth
     pseudonymise: bool = False  # keyed hashes in place of patient ids and paths
 
     def with_counts(self, texts: Sequence[str]) -> "PrepareConfig":
@@ -448,10 +449,15 @@ class DecodedImage:
     """A decoded mammogram: where each class has its patches, and cutting them. Raises NotUsable."""
 
     def __init__(self, image: SourceImage, config: PrepareConfig):
-        mammogram = read_mammogram(Path(image.rows[0].image_path))
+        mammogram = read_mammogram(Path(image.rows[0].image_path), config.bits)
+        self.bits = mammogram.used_bits
         self.uid, self.display = mammogram.image_uid, mammogram.display
         self.image, self.config = image, config
-        self.tissue = Tissue.of(self.display, config.min_tissue)
+        try:
+            self.tissue = Tissue.of(self.display, config.min_tissue)
+        except NotUsable as error:
+            error.bits = self.bits  # may be why
+            raise
         self.side = [config.patch_size] * 2  # of a window at scale 1, in stored pixels
         if config.spacing_mm:
             spacing = image.rows[0].spacing_mm or mammogram.spacing_mm

@@ -60,6 +60,7 @@ RANGES = {  # of the options that override a preset; other whole numbers begin a
     **dict.fromkeys(("iters_base", "iters_fade", "iters_final"), click.IntRange(0)),
     **dict.fromkeys(("g_lr", "d_lr", "learning_rate"), click.FloatRange(0, min_open=True)),
     "spacing_mm": click.FloatRange(0),
+    "bits": click.IntRange(2, 16),
     "g_average": SHARE,
     "decay": SHARE,
     "gp_noise": click.Choice(["uniform", "std"]),
@@ -77,7 +78,7 @@ def preset_options(presets: dict, texts: dict[str, str]):
     def decorate(command):
         for name, text in reversed(texts.items()):
             values = {preset: getattr(config, name) for preset, config in presets.items()}
-            known = next(v for v in values.values() if v is not None)
+            known = next((v for v in values.values() if v is not None), None)
             shown = ", ".join(f"{preset} {value}" for preset, value in values.items())
             flag = "--" + name.replace("_", "-")
             kind = RANGES.get(name, COUNT if type(known) is int else type(known))
@@ -124,6 +125,7 @@ def cli() -> None:
     data.PREPARE_PRESETS,
     {
         "spacing_mm": "Resample to this spacing; 0 keeps native pixels, as the paper (Q19).",
+        "bits": "Bits that the values of images without window or LUT use; else all of the file's.",
         "pseudonymise": "Hash patient ids and paths with the key in MAMGAN_PSEUDONYM_KEY.",
     },
 )

@@ -37,6 +37,9 @@ WIDEST_MM = 1000  # no detector or film is a metre long: converters write 1 wher
 MODALITIES = ("MG", "CR", "DX", "RG", "SC")  # mammography and what film digitisers write
 # Values 3 and 4 of ImageType, of the standard and of vendors, for a slice or a raw projection
 SLICED = {"TOMOSYNTHESIS", "TOMO", "TOMO_PROJ"}
+# Labels and hot pixels may lie above the depth that an image uses: so many of its pixels, and next
+# to none of them up to twice as high, where values follow when an image is only dim.
+FEW, NEXT_TO_NONE = 0.05, 1e-4
 SPECIMEN_CODES = ("127457009", "G-8310")  # tissue specimen from breast, CID 4014, SCT and SRT
 
 NATIVE = (uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.ExplicitVRBigEndian)
@@ -127,6 +130,56 @@ class Mammogram:
         shape = repr((self.stored.shape, self.stored.dtype.str))
         return sha256(shape.encode(), self.stored.tobytes())[:16]
 
+    @functools.cached_property
+    def bits_needed(self) -> tuple[int, bool]:
+        """Bits that hold what a sample of pixels has, and whether it has negative values."""
+        step = 1 + max(self.stored.shape) // 1024
+        sample = self.stored[::step, ::step].astype(np.int64)
+        sample = sample[np.isin(sample, self.table.values)]  # no padding
+        negative = bool((sample < 0).sum() > FEW * sample.size)
+        # -2048 takes as many bits as 2047, and one for the sign
+        length = np.frexp(np.maximum(sample, ~sample))[1] + negative
+        counts = np.bincount(length, minlength=18)  # pixels that need so many bits
+        more = counts[::-1].cumsum()[::-1]  # that many or more
+        enough = (more[1:] <= FEW * sample.size) & (counts[1:] <= NEXT_TO_NONE * sample.size)
+        return int(enough.argmax()), negative
+
+    @property
+    def used_bits(self) -> tuple[int, int] | None:
+        """(12, 16) when 12 bits are used of 16 and no window or LUT tells: the image is dark.
+
+        None when more than a quarter of the depth is used (of signed files without negatives a
+        half goes to waste at least), or nothing, as in a black image.
+        """
+        low, high = self.table.bounds or (0, 0)
+        (bits, negative), depth = self.bits_needed, (high - low).bit_length()
+        half = low < 0 and not negative
+        bits = min(bits + bits % 2, depth - half)  # depths are even; one image may be dim
+        return (bits, depth) if 0 < bits < depth - 1 + half else None
+
+    def limit_bits(self, bits: int | None) -> None:
+        """Map 0 to 2^bits - 1 to [-1, 1] unless a window or LUT says what to map, or less is there.
+
+        Signed files with negative values: -2^(bits - 1) to 2^(bits - 1) - 1. Labels and hot pixels
+        above are clipped. Raises NotUsable when the image needs more bits.
+        """
+        table = self.table
+        if not (
+            bits and table.bounds and np.ptp(table.bounds) >= 2**bits and any(self.bits_needed)
+        ):
+            return
+        needed, negative = self.bits_needed
+        if needed > bits:
+            raise NotUsable(f"--bits {bits}: its values use {needed} bits; give --bits {needed}")
+        low = -(2 ** (bits - 1)) if negative else 0
+        high, display = low + 2**bits - 1, table.display.copy()
+        (sign,) = np.sign(np.diff(table.apply(table.values[[0, -1]])))
+        at = table.values.view(f"u{table.values.itemsize}")
+        display[at] = np.interp(table.values, (low, high), (-sign, sign))
+        text = f"{table.text}; --bits {bits}: {low} to {high}"
+        self.table = DisplayTable(table.values, display, text, (low, high))
+        self.display, self.windowing = self.table.apply(self.stored), text
+
     def restore(self, display: np.ndarray) -> np.ndarray:
         """New stored integers for new display values: the inverse of the display pipeline.
 
@@ -140,15 +193,18 @@ class Mammogram:
         return restored
 
 
-def read_mammogram(path: Path) -> Mammogram:
+def read_mammogram(path: Path, bits: int | None = None) -> Mammogram:
     """A 2-D mammogram for presentation from DICOM (told by content), PNG, PGM, TIFF or JPEG.
 
+    bits: that its values use where no window or LUT tells and the file has room for more
     Raises NotUsable with one clear reason for any other or damaged file, OSError when the file
     cannot be opened.
     """
     with open(path, "rb") as file:
         read = _read_dicom if _is_dicom(file) else _read_raster
-        return read(Path(path), file)
+        mammogram = read(Path(path), file)
+    mammogram.limit_bits(bits)
+    return mammogram
 
 
 @functools.cache
@@ -396,6 +452,7 @@ class DisplayTable:
     values: np.ndarray  # stored values that can occur and are not padding, ascending
     display: np.ndarray  # float32 by bit pattern of the stored value
     text: str
+    bounds: tuple[int, int] | None = None  # stored values of -1 and 1 without a window or LUT
 
     def apply(self, stored: np.ndarray) -> np.ndarray:
         """Stored integers of any shape -> float32 in [-1, 1]."""
@@ -427,30 +484,30 @@ def dicom_table(ds: Dataset) -> DisplayTable:
     pattern = np.arange(2**ds.BitsAllocated, dtype=f"u{dtype.itemsize}").view(dtype)
     x = pattern.astype(np.float64)
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-    occurs = (x >= low) & (x <= high)
+    occurs, bounds = (x >= low) & (x <= high), None
 
     if ds.get("ModalityLUTSequence"):
-        x, high = _apply_lut(ds, "ModalityLUTSequence", x, low < 0)
+        x, high, used = _apply_lut(ds, "ModalityLUTSequence", x, low < 0)
         low = 0
-        text.append("modality LUT")
+        text.append(f"modality LUT{used}")
     else:
         slope, intercept = _number(ds, "RescaleSlope", 1.0), _number(ds, "RescaleIntercept", 0.0)
         if slope == 0:
             raise NotUsable("RescaleSlope is 0")
-        x = x * slope + intercept
+        x, bounds = x * slope + intercept, (low, high)
         low, high = sorted((low * slope + intercept, high * slope + intercept))
         if (slope, intercept) != (1, 0):
             text.append(f"rescale {slope:g} {intercept:g}")
 
     centers, widths = values(ds, "WindowCenter"), values(ds, "WindowWidth")
     if ds.get("VOILUTSequence"):
-        x, top = _apply_lut(ds, "VOILUTSequence", x, low < 0)
-        y = x * (2 / top) - 1
-        text.append(f"VOI LUT 1 of {len(ds.VOILUTSequence)}")
+        x, top, used = _apply_lut(ds, "VOILUTSequence", x, low < 0)
+        y, bounds = x * (2 / top) - 1, None
+        text.append(f"VOI LUT 1 of {len(ds.VOILUTSequence)}{used}")
     elif centers and widths:
         center, width = _number(ds, "WindowCenter"), _number(ds, "WindowWidth")
         function = str(ds.get("VOILUTFunction") or "LINEAR").upper()
-        y = window(x, center, width, function)
+        y, bounds = window(x, center, width, function), None
         text.append(f"window {center:g} {width:g} {function}, 1 of {len(centers)}")
     else:
         y = (x - low) * (2 / (high - low)) - 1
@@ -470,7 +527,7 @@ def dicom_table(ds: Dataset) -> DisplayTable:
         occurs &= ~padded
         text.append(f"padding {min(ends)} to {max(ends)} is air")
     display = np.clip(y, -1, 1).astype(np.float32)
-    return DisplayTable(np.sort(pattern[occurs]), display, "; ".join(text))
+    return DisplayTable(np.sort(pattern[occurs]), display, "; ".join(text), bounds)
 
 
 def window(x: np.ndarray, center: float, width: float, function: str) -> np.ndarray:
@@ -487,8 +544,12 @@ def window(x: np.ndarray, center: float, width: float, function: str) -> np.ndar
     return np.tanh(y) if function == "SIGMOID" else np.clip(y, -1, 1)
 
 
-def _apply_lut(ds: Dataset, keyword: str, x: np.ndarray, signed: bool) -> tuple[np.ndarray, int]:
-    """x through the first LUT of the sequence (C.11.1.1, C.11.2.1.1), and the LUT's top value."""
+def _apply_lut(ds: Dataset, keyword: str, x: np.ndarray, signed: bool):
+    """x through the first LUT of the sequence (C.11.1.1, C.11.2.1.1), its top value, a remark.
+
+    Some makers give the size of storage, 16 bits, for entries of 12 or 14: the top is that of the
+    least even number of bits, 8 or more, that holds the largest entry.
+    """
     item = ds[keyword].value[0]
     descriptor = [int(v) for v in floats(item, "LUTDescriptor")]
     if len(descriptor) != 3 or item.get("LUTData") is None:
@@ -502,11 +563,13 @@ def _apply_lut(ds: Dataset, keyword: str, x: np.ndarray, signed: bool) -> tuple[
     words = lut_words(ds, item)
     if bits <= 8 and len(words) == (count + 1) // 2 < count:  # two entries a word, low byte first
         words = words.astype("<u2").view(np.uint8)
-    top = 2**bits - 1
-    if len(words) < count or words[:count].max() > top:
+    needed = int(words[:count].max(initial=0)).bit_length()
+    if len(words) < count or needed > bits:
         raise NotUsable(f"{keyword}: its data do not fit its descriptor {descriptor}")
+    used = min(bits, max(8, needed + needed % 2))
+    remark = f" ({used} of its {bits} bits used)" if used < bits else ""
     at = np.clip(np.rint(x) - first, 0, count - 1).astype(np.int64)
-    return words[at].astype(np.float64), top
+    return words[at].astype(np.float64), 2**used - 1, remark
 
 
 def lut_words(ds: Dataset, item: Dataset) -> np.ndarray:
@@ -542,5 +605,5 @@ def _read_raster(path: Path, file: BinaryIO) -> Mammogram:
     text = f"no window, bit depth 0 to {levels[-1]}"
     if white_is_zero and wide:  # Pillow has inverted 8-bit ones already
         display, text = -display, f"{text}; inverted"
-    table = DisplayTable(levels, display.astype(np.float32), text)
+    table = DisplayTable(levels, display.astype(np.float32), text, (0, len(levels) - 1))
     return Mammogram(path, stored, table.apply(stored), None, "", text, None, table)

@@ -103,13 +103,16 @@ def visit_image(
     The result is a line of the journal. Its "rows" are the patches that found a place: key, patch,
     columns of the index; they are on disk.
     """
-    visit = {"image": index, "uid": "", "reason": "", "no_place": [], "in_air": "", "rows": []}
+    visit = {"image": index, "uid": "", "reason": "", "bits": None}
+    visit |= {"no_place": [], "in_air": "", "rows": []}
     try:
         decoded = DecodedImage(image, config)
     except (ValueError, OSError) as error:  # an OSError would name the file
-        reason = getattr(error, "strerror", None) or str(error)
-        return visit | {"reason": " ".join(reason.split())}
-    visit |= {"uid": decoded.uid, "in_air": _in_air(decoded)}
+        reason, bits = getattr(error, "strerror", None) or str(error), getattr(error, "bits", None)
+        if bits:
+            reason = f"no breast found: it uses {_depth(*bits)}, give --bits {bits[0]}"
+        return visit | {"reason": " ".join(reason.split()), "bits": bits}
+    visit |= {"uid": decoded.uid, "in_air": _in_air(decoded), "bits": decoded.bits}
     arrays = {}
     for key in sorted({key for key, _, _ in requests}):
         # Whether a class has any place here may not depend on which patches ask first.
@@ -144,6 +147,10 @@ def _in_air(decoded: DecodedImage) -> str:
     words = " and ".join(itertools.compress(MIRRORS, best))
     fit = f"on tissue with {words}" if shares[best] > 0.5 else "no mirror or swap fits"
     return f"box {', '.join(f'{n:g}' for n in box)} in air, {fit}"
+
+
+def _depth(used: int, depth: int) -> str:
+    return f"1/{2 ** (depth - used)} of its bit depth ({used} of {depth} bits)"
 
 
 class PatchWriter:
@@ -308,6 +315,10 @@ class PatchWriter:
         texts = [f"{self.images[i].name}: {self.visits[i]['in_air']}" for i in misplaced[:10]]
         texts += [f"and {len(misplaced) - 10} more"] if len(misplaced) > 10 else []
         remarks, cancer = [f"{IN_AIR}: {'; '.join(texts)}."] if texts else [], {}
+        bits = [tuple(visit["bits"]) for visit in self.visits.values() if visit["bits"]]
+        for used in sorted(set(bits)):
+            text = f"{bits.count(used)} of {len(self.visits)} images: each uses {_depth(*used)}"
+            remarks.append(f"{text}, too dark or too bright; try --bits {max(bits)[0]}")
         for key, rows in self.rows.items():
             patients = [self.images[index].patient_id for index, _ in rows]
             number, split = len(set(patients)), key.removesuffix("/normal")

@@ -1009,6 +1009,32 @@ def test_unusable_images_are_excluded_and_their_patches_drawn_elsewhere(source, 
     assert len(patchset.open_patches(tmp_path / "set", "train", "normal")) == 60
 
 
+@pytest.mark.parametrize("bits", [14, 10])
+def test_Q19_images_that_use_few_of_their_bits_are_told(tmp_path, capsys, bits):
+    rows, share = [], f"1/{2 ** (16 - bits)} of its bit depth ({bits} of 16 bits)"
+    for number in range(4):
+        depth = 16 if number == 3 else bits
+        values = breast(number).astype(float) * (2**depth - 1) / 255
+        path = tmp_path / f"{number}.png"
+        Image.fromarray(values.astype(np.uint16)).save(path)
+        rows.append(Finding(str(path), f"p{number}", "L", "CC", "", "normal", split="train"))
+    config = PrepareConfig(patch_size=32, counts={"train/normal": 20})
+    prepare(rows, tmp_path / "dark", config)
+    said = f"3 of 4 images: each uses {share}, too dark or, inverted, too bright; try --bits {bits}"
+    assert files.read_json(tmp_path / "dark" / "config.json")["notes"] == [said]
+    assert said in capsys.readouterr().err
+    if bits == 10:
+        out = files.read_table(tmp_path / "dark" / "excluded.csv", ("reason",))["reason"].tolist()
+        assert out == [f"no breast found: it uses {share}, give --bits {bits}"] * 3
+    prepare(rows[:3], tmp_path / "set", dataclasses.replace(config, bits=bits))
+    assert not files.read_json(tmp_path / "set" / "config.json")["notes"]
+    patches = np.load(tmp_path / "set" / "patches" / "train" / "normal.npy")
+    assert 20_000 < np.median(patches) < 40_000
+    prepare(rows, tmp_path / "both", dataclasses.replace(config, bits=bits))
+    out = files.read_table(tmp_path / "both" / "excluded.csv", ("reason",))["reason"].tolist()
+    assert out == [f"--bits {bits}: its values use 16 bits; give --bits 16"]
+
+
 def test_leak_same_image_of_two_patients_is_refused_of_one_reported(source, tmp_path, capsys):
     copy = tmp_path / "again.png"
     copy.write_bytes(Path(source[0].image_path).read_bytes())

@@ -216,6 +216,94 @@ def test_Q19_LUT_descriptor_traps(tmp_path):
     assert display(tmp_path, [32767, 32768, 32769], VOILUTSequence=[item]) == [-1, -1, 1]
 
 
+@pytest.mark.parametrize("used", [8, 10, 12, 14, 16])
+def test_Q19_a_LUT_with_an_overstated_depth_shows_what_its_entries_hold(tmp_path, used):
+    top = 2**used - 1
+    for said in {used, min(used + 1, 16), 16}:
+        path = write_dicom(
+            tmp_path / "x.dcm",
+            np.arange(3, dtype=np.uint16)[None],
+            VOILUTSequence=[lut([0, top // 3, top - 20], 0, said)],
+        )
+        found = read_mammogram(path)
+        expected = [-1, 2 * (top // 3) / top - 1, 2 * (top - 20) / top - 1]
+        assert found.display[0].tolist() == pytest.approx(expected, abs=1e-6)
+        assert found.windowing == "VOI LUT 1 of 1" + (
+            f" ({used} of its {said} bits used)" if used < said else ""
+        )
+    window = {} if used == 16 else {"WindowCenter": top / 2, "WindowWidth": top}
+    table = [lut([0, top], 0, 16)]
+    window["VOILUTFunction"] = "LINEAR_EXACT"
+    assert display(tmp_path, [0, 1], ModalityLUTSequence=table, **window) == [-1, 1]
+
+
+def dark(bits, shape=(200, 160)) -> np.ndarray:
+    """Half of it air, the rest fills `bits` bits."""
+    rng = np.random.default_rng(bits)
+    values = rng.integers(0, 2**bits, shape)
+    values[:, 80:], values[0, :2] = 0, [2**bits - 1, 0]
+    return values
+
+
+CONTAINERS = {  # kind: dtype, offset, attributes; the values are those of 12 bits
+    "unsigned": (np.uint16, 0, {}),
+    "MONOCHROME1": (np.uint16, 0, {"PhotometricInterpretation": "MONOCHROME1"}),
+    "signed": (np.int16, 0, {}),
+    "negative": (np.int16, -2048, {}),
+    "rescaled": (np.uint16, 0, {"RescaleSlope": 3, "RescaleIntercept": -1000}),
+    "falling": (np.uint16, 0, {"RescaleSlope": -1, "RescaleIntercept": 4095}),
+    "padded": (np.int16, 0, {"PixelPaddingValue": -9}),
+}
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_Q19_bits_maps_what_a_16_bit_file_uses(tmp_path, kind):
+    dtype, offset, attributes = CONTAINERS[kind]
+    path = write_dicom(tmp_path / "x.dcm", (dark(12) + offset).astype(dtype), **attributes)
+    assert read_mammogram(path).used_bits == (12, 16)
+    found = read_mammogram(path, 12)
+    sign = -1 if kind in ("MONOCHROME1", "falling") else 1
+    assert found.display == pytest.approx(sign * (dark(12) * 2 / 4095 - 1), abs=1e-6)
+    assert found.used_bits is None and f"--bits 12: {offset} to {4095 + offset}" in found.windowing
+    assert (found.restore(found.display) == found.stored).all()
+    assert found.image_uid == read_mammogram(path).image_uid
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".pgm"])
+@pytest.mark.parametrize(("bits", "used"), [(16, None), (15, None), (14, 14), (11, 12), (10, 10)])
+def test_Q19_used_bits_of_other_images(tmp_path, suffix, bits, used):
+    values = dark(bits).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / f"x{suffix}")
+    assert read_mammogram(tmp_path / f"x{suffix}").used_bits == (used and (used, 16))
+    found = read_mammogram(tmp_path / f"x{suffix}", bits)
+    assert found.display == pytest.approx(values * (2 / (2**bits - 1)) - 1, abs=1e-6)
+
+
+def test_Q19_labels_and_hot_pixels_hide_no_unused_bits_and_are_clipped(tmp_path):
+    values = dark(12)
+    values[9, 9], values[100:130, 100:130] = 30000, 65535
+    Image.fromarray(values.astype(np.uint16)).save(tmp_path / "x.png")
+    assert read_mammogram(tmp_path / "x.png").used_bits == (12, 16)
+    assert read_mammogram(tmp_path / "x.png", 12).display[[9, 110], [9, 110]].tolist() == [1, 1]
+
+
+def test_Q19_bits_leaves_alone_what_a_window_or_the_file_tells(tmp_path):
+    values, table = dark(12).astype(np.uint16), lut(np.arange(4096), 0, 12)
+    for tells in ({"WindowCenter": 9, "WindowWidth": 9}, {"VOILUTSequence": [table]}):
+        path = write_dicom(tmp_path / "x.dcm", values, **tells)
+        assert (read_mammogram(path).display == read_mammogram(path, 10).display).all()
+        assert read_mammogram(path).used_bits is None
+    path = write_dicom(tmp_path / "x.dcm", values, BitsStored=12)
+    for bits in (12, 14, 16):
+        assert (read_mammogram(path).display == read_mammogram(path, bits).display).all()
+    with pytest.raises(NotUsable, match="--bits 11: its values use 12 bits; give --bits 12"):
+        read_mammogram(path, 11)
+    for padding in (None, 65535):  # black, and nothing but padding
+        more = {"PixelPaddingValue": 0, "PixelPaddingRangeLimit": padding} if padding else {}
+        path = write_dicom(tmp_path / "x.dcm", np.zeros((9, 9), np.uint16), **more)
+        assert read_mammogram(path, 12).used_bits is None
+
+
 @pytest.mark.parametrize(
     ("attributes", "said"),
     [
@@ -930,7 +1018,7 @@ def test_the_native_mammograms_are_read_at_full_size_with_air_low():
     for path in files:
         m = read_mammogram(path)
         assert m.stored.dtype == np.uint16 and min(m.stored.shape) > 2500
-        assert m.windowing == "no window, bit depth 0 to 65535"
+        assert m.windowing == "no window, bit depth 0 to 65535" and m.used_bits is None
         assert m.display.dtype == np.float32 and abs(m.display).max() <= 1
         assert np.quantile(m.display, 0.2) < -0.9  # a good part of each film is air
 
