@@ -450,13 +450,13 @@ class DecodedImage:
 
     def __init__(self, image: SourceImage, config: PrepareConfig):
         mammogram = read_mammogram(Path(image.rows[0].image_path), config.bits)
-        self.bits = mammogram.used_bits
+        self.dark = mammogram.dark
         self.uid, self.display = mammogram.image_uid, mammogram.display
         self.image, self.config = image, config
         try:
             self.tissue = Tissue.of(self.display, config.min_tissue)
         except NotUsable as error:
-            error.bits = self.bits  # may be why
+            error.dark = self.dark  # may be why
             raise
         self.side = [config.patch_size] * 2  # of a window at scale 1, in stored pixels
         if config.spacing_mm:

@@ -130,67 +130,45 @@ class Mammogram:
         shape = repr((self.stored.shape, self.stored.dtype.str))
         return sha256(shape.encode(), self.stored.tobytes())[:16]
 
-    @functools.cached_property
-    def bits_needed(self) -> tuple[int, bool]:
-        """Bits that hold what a sample of pixels has, and whether it has negative values."""
-        step = 1 + max(self.stored.shape) // 1024
-        sample = self.stored[::step, ::step].astype(np.int64)
-        sample = sample[np.isin(sample, self.table.values)]  # no padding
-        negative = bool((sample < 0).sum() > FEW * sample.size)
-        # -2048 takes as many bits as 2047, and one for the sign
-        length = np.frexp(np.maximum(sample, ~sample))[1] + negative
-        counts = np.bincount(length, minlength=18)  # pixels that need so many bits
-        more = counts[::-1].cumsum()[::-1]  # that many or more
-        enough = (more[1:] <= FEW * sample.size) & (counts[1:] <= NEXT_TO_NONE * sample.size)
-        return int(enough.argmax()), negative
-
     @property
     def used_bits(self) -> tuple[int, int] | None:
-        """(12, 16) when 12 bits are used of 16 and no window or LUT tells: the image is dark.
+        """(12, 16) when the values use 12 bits of 16, labels and hot pixels aside.
 
-        None when more than a quarter of the depth is used (of signed files without negatives a
-        half goes to waste at least), or nothing, as in a black image.
+        None where a window or LUT tells what to map, for signed values, and for a black image.
         """
-        low, high = self.table.bounds or (0, 0)
-        (bits, negative), depth = self.bits_needed, (high - low).bit_length()
-        half = low < 0 and not negative
-        bits = min(bits + bits % 2, depth - half)  # depths are even; one image may be dim
-        return (bits, depth) if 0 < bits < depth - 1 + half else None
+        step = 1 + max(self.stored.shape) // 1024
+        sample = self.stored[::step, ::step]
+        sample = sample[np.isin(sample, self.table.values)]  # no padding
+        counts = np.bincount(np.frexp(sample.astype(float))[1].clip(0), minlength=18)
+        more = counts[::-1].cumsum()[
+            ::-1
+        ]  # pixels that need so many bits, and those that need more
+        enough = (more[1:] <= FEW * sample.size) & (counts[1:] <= NEXT_TO_NONE * sample.size)
+        used = int(enough.argmax())
+        return (used, self.table.depth) if used and self.table.depth else None
 
-    def limit_bits(self, bits: int | None) -> None:
-        """Map 0 to 2^bits - 1 to [-1, 1] unless a window or LUT says what to map, or less is there.
+    @property
+    def dark(self) -> tuple[int, int] | None:
+        """(12, 16), say, when only a quarter of the depth or less is used; depths are even."""
+        used, depth = self.used_bits or (1, 1)
+        return (used + used % 2, depth) if used + used % 2 <= depth - 2 else None
 
-        Signed files with negative values: -2^(bits - 1) to 2^(bits - 1) - 1. Labels and hot pixels
-        above are clipped. Raises NotUsable when the image needs more bits.
+    def limit_bits(self, bits: int) -> None:
+        """Map 0 to 2^bits - 1 to [-1, 1] where neither window nor LUT tells what to map.
+
+        Labels and hot pixels above are clipped. Raises NotUsable when the image needs more bits.
         """
-        table = self.table
-        if not (
-            bits and table.bounds and np.ptp(table.bounds) >= 2**bits and any(self.bits_needed)
-        ):
-            return
-        needed, negative = self.bits_needed
-        if needed > bits:
-            raise NotUsable(f"--bits {bits}: its values use {needed} bits; give --bits {needed}")
-        low = -(2 ** (bits - 1)) if negative else 0
-        high, display = low + 2**bits - 1, table.display.copy()
-        (sign,) = np.sign(np.diff(table.apply(table.values[[0, -1]])))
-        at = table.values.view(f"u{table.values.itemsize}")
-        display[at] = np.interp(table.values, (low, high), (-sign, sign))
-        text = f"{table.text}; --bits {bits}: {low} to {high}"
-        self.table = DisplayTable(table.values, display, text, (low, high))
-        self.display, self.windowing = self.table.apply(self.stored), text
-
-    def restore(self, display: np.ndarray) -> np.ndarray:
-        """New stored integers for new display values: the inverse of the display pipeline.
-
-        A pixel whose display value is the one it had keeps its stored integer bit for bit. Of
-        several integers with the nearest display value a pixel takes the one closest to its own.
-        Raises ValueError where the pipeline has no inverse (a LUT that rises and falls).
-        """
-        assert display.shape == self.stored.shape and np.isfinite(display).all()
-        changed, restored = display != self.display, self.stored.copy()
-        restored[changed] = self.table.invert(display[changed], self.stored[changed])
-        return restored
+        table, used = self.table, self.used_bits
+        if used and bits < table.depth:
+            if used[0] > bits:
+                found = f"its values use {used[0]} bits"
+                raise NotUsable(f"--bits {bits}: {found}; give --bits {used[0]}")
+            display, ends = table.display.copy(), table.apply(table.values[[0, -1]])
+            at = table.values.view(f"u{table.values.itemsize}")
+            display[at] = np.interp(table.values, (0, 2**bits - 1), np.sign(ends - ends[::-1]))
+            text = f"{table.text}; --bits {bits}"
+            self.table = DisplayTable(table.values, display, text, bits)
+            self.display, self.windowing = self.table.apply(self.stored), text
 
 
 def read_mammogram(path: Path, bits: int | None = None) -> Mammogram:
@@ -203,7 +181,8 @@ def read_mammogram(path: Path, bits: int | None = None) -> Mammogram:
     with open(path, "rb") as file:
         read = _read_dicom if _is_dicom(file) else _read_raster
         mammogram = read(Path(path), file)
-    mammogram.limit_bits(bits)
+    if bits:
+        mammogram.limit_bits(bits)
     return mammogram
 
 
@@ -452,7 +431,7 @@ class DisplayTable:
     values: np.ndarray  # stored values that can occur and are not padding, ascending
     display: np.ndarray  # float32 by bit pattern of the stored value
     text: str
-    bounds: tuple[int, int] | None = None  # stored values of -1 and 1 without a window or LUT
+    depth: int = 0  # bits of unsigned values that are all mapped, without a window or LUT
 
     def apply(self, stored: np.ndarray) -> np.ndarray:
         """Stored integers of any shape -> float32 in [-1, 1]."""
@@ -484,7 +463,7 @@ def dicom_table(ds: Dataset) -> DisplayTable:
     pattern = np.arange(2**ds.BitsAllocated, dtype=f"u{dtype.itemsize}").view(dtype)
     x = pattern.astype(np.float64)
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-    occurs, bounds = (x >= low) & (x <= high), None
+    occurs, depth = (x >= low) & (x <= high), 0
 
     if ds.get("ModalityLUTSequence"):
         x, high, used = _apply_lut(ds, "ModalityLUTSequence", x, low < 0)
@@ -494,7 +473,7 @@ def dicom_table(ds: Dataset) -> DisplayTable:
         slope, intercept = _number(ds, "RescaleSlope", 1.0), _number(ds, "RescaleIntercept", 0.0)
         if slope == 0:
             raise NotUsable("RescaleSlope is 0")
-        x, bounds = x * slope + intercept, (low, high)
+        x, depth = x * slope + intercept, 0 if signed else bits
         low, high = sorted((low * slope + intercept, high * slope + intercept))
         if (slope, intercept) != (1, 0):
             text.append(f"rescale {slope:g} {intercept:g}")
@@ -502,12 +481,12 @@ def dicom_table(ds: Dataset) -> DisplayTable:
     centers, widths = values(ds, "WindowCenter"), values(ds, "WindowWidth")
     if ds.get("VOILUTSequence"):
         x, top, used = _apply_lut(ds, "VOILUTSequence", x, low < 0)
-        y, bounds = x * (2 / top) - 1, None
+        y, depth = x * (2 / top) - 1, 0
         text.append(f"VOI LUT 1 of {len(ds.VOILUTSequence)}{used}")
     elif centers and widths:
         center, width = _number(ds, "WindowCenter"), _number(ds, "WindowWidth")
         function = str(ds.get("VOILUTFunction") or "LINEAR").upper()
-        y, bounds = window(x, center, width, function), None
+        y, depth = window(x, center, width, function), 0
         text.append(f"window {center:g} {width:g} {function}, 1 of {len(centers)}")
     else:
         y = (x - low) * (2 / (high - low)) - 1
@@ -527,7 +506,7 @@ def dicom_table(ds: Dataset) -> DisplayTable:
         occurs &= ~padded
         text.append(f"padding {min(ends)} to {max(ends)} is air")
     display = np.clip(y, -1, 1).astype(np.float32)
-    return DisplayTable(np.sort(pattern[occurs]), display, "; ".join(text), bounds)
+    return DisplayTable(np.sort(pattern[occurs]), display, "; ".join(text), depth)
 
 
 def window(x: np.ndarray, center: float, width: float, function: str) -> np.ndarray:
@@ -605,5 +584,5 @@ def _read_raster(path: Path, file: BinaryIO) -> Mammogram:
     text = f"no window, bit depth 0 to {levels[-1]}"
     if white_is_zero and wide:  # Pillow has inverted 8-bit ones already
         display, text = -display, f"{text}; inverted"
-    table = DisplayTable(levels, display.astype(np.float32), text, (0, len(levels) - 1))
+    table = DisplayTable(levels, display.astype(np.float32), text, 8 * stored.itemsize)
     return Mammogram(path, stored, table.apply(stored), None, "", text, None, table)

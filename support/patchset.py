@@ -103,16 +103,16 @@ def visit_image(
     The result is a line of the journal. Its "rows" are the patches that found a place: key, patch,
     columns of the index; they are on disk.
     """
-    visit = {"image": index, "uid": "", "reason": "", "bits": None}
+    visit = {"image": index, "uid": "", "reason": "", "dark": None}
     visit |= {"no_place": [], "in_air": "", "rows": []}
     try:
         decoded = DecodedImage(image, config)
     except (ValueError, OSError) as error:  # an OSError would name the file
-        reason, bits = getattr(error, "strerror", None) or str(error), getattr(error, "bits", None)
-        if bits:
-            reason = f"no breast found: it uses {_depth(*bits)}, give --bits {bits[0]}"
-        return visit | {"reason": " ".join(reason.split()), "bits": bits}
-    visit |= {"uid": decoded.uid, "in_air": _in_air(decoded), "bits": decoded.bits}
+        reason, dark = getattr(error, "strerror", None) or str(error), getattr(error, "dark", None)
+        if dark:
+            reason = f"no breast found: it uses {_depth(*dark)}, give --bits {dark[0]}"
+        return visit | {"reason": " ".join(reason.split()), "dark": dark}
+    visit |= {"uid": decoded.uid, "in_air": _in_air(decoded), "dark": decoded.dark}
     arrays = {}
     for key in sorted({key for key, _, _ in requests}):
         # Whether a class has any place here may not depend on which patches ask first.
@@ -315,10 +315,10 @@ class PatchWriter:
         texts = [f"{self.images[i].name}: {self.visits[i]['in_air']}" for i in misplaced[:10]]
         texts += [f"and {len(misplaced) - 10} more"] if len(misplaced) > 10 else []
         remarks, cancer = [f"{IN_AIR}: {'; '.join(texts)}."] if texts else [], {}
-        bits = [tuple(visit["bits"]) for visit in self.visits.values() if visit["bits"]]
-        for used in sorted(set(bits)):
-            text = f"{bits.count(used)} of {len(self.visits)} images: each uses {_depth(*used)}"
-            remarks.append(f"{text}, too dark or too bright; try --bits {max(bits)[0]}")
+        dark = [tuple(visit["dark"]) for visit in self.visits.values() if visit["dark"]]
+        for used in sorted(set(dark)):
+            text = f"{dark.count(used)} of {len(self.visits)} images: each uses {_depth(*used)}"
+            remarks.append(f"{text}, too dark or too bright; try --bits {max(dark)[0]}")
         for key, rows in self.rows.items():
             patients = [self.images[index].patient_id for index, _ in rows]
             number, split = len(set(patients)), key.removesuffix("/normal")
