@@ -170,6 +170,18 @@ class Mammogram:
             self.table = DisplayTable(table.values, display, text, bits)
             self.display, self.windowing = self.table.apply(self.stored), text
 
+    def restore(self, display: np.ndarray) -> np.ndarray:
+        """New stored integers for new display values: the inverse of the display pipeline.
+
+        A pixel whose display value is the one it had keeps its stored integer bit for bit. Of
+        several integers with the nearest display value a pixel takes the one closest to its own.
+        Raises ValueError where the pipeline has no inverse (a LUT that rises and falls).
+        """
+        assert display.shape == self.stored.shape and np.isfinite(display).all()
+        changed, restored = display != self.display, self.stored.copy()
+        restored[changed] = self.table.invert(display[changed], self.stored[changed])
+        return restored
+
 
 def read_mammogram(path: Path, bits: int | None = None) -> Mammogram:
     """A 2-D mammogram for presentation from DICOM (told by content), PNG, PGM, TIFF or JPEG.
