@@ -31,7 +31,7 @@ PROPORTIONS ?= 0.10 0.25 0.50 0.75 1.00
 
 cbis: .venv/stamp
 	@test -f "$(MANIFEST)" || { echo "make cbis: MANIFEST='$(MANIFEST)' is no file; give MANIFEST=/path/to/manifest.csv"; exit 1; }
-	$(M) prepare "$(MANIFEST)" --out $(C)/patches --preset $(PRESET) --normals-from-annotated --qc 12
+	$(M) prepare "$(MANIFEST)" --out $(C)/patches --preset $(PRESET) --normals annotated --qc 12
 	set -e; for task in mass removal; do \
 	  $(M) train-gan --task $$task --data $(C)/patches --run $(C)/gan-$$task --preset $(PRESET) --device $(DEVICE); \
 	  $(M) synthesize --gan $(C)/gan-$$task --data $(C)/patches --out $(C)/synthetic-$$task -n 1000 --device $(DEVICE); \
