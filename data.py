@@ -267,27 +267,59 @@ def random_image(images: Sequence[int], bits: int) -> int:
 
 MASK_CELLS = 200  # cells along the longer side of a breast mask: about 1 mm
 BURNT_OUT = 249  # of 255; what touches the border above it is film frame, not tissue
+FRAME_STEP = 12  # of 255; so much brighter than what lies 2 cells inwards, a straight edge is frame
+FRAME = -3  # a cell of frame outweighs three of tissue: windows hold air at most, not film frame
 SKIN_LEVEL = 0.35  # of the way from air to Otsu's threshold; set by eye on CBIS-DDSM
 DRAWS = 16  # corners drawn at once among those that can be valid; nine in ten are
+
+
+def air_is_bright(grey: np.ndarray) -> bool:
+    """A negative: the grey that fills most of the rim and of the image is brighter than the rest.
+
+    A breast leaves most of the rim to air, and pixels of air are alike. Film frames and padding,
+    black or white, are cut off first: they fill the rim, too.
+    """
+    inside = (grey > 255 - BURNT_OUT) & (grey <= BURNT_OUT)
+    grey = grey[np.ix_(inside.mean(axis=1) > 0.02, inside.mean(axis=0) > 0.02)]
+    rim = np.ones(grey.shape, bool)
+    rim[4:-4, 4:-4] = False
+    counts = (np.bincount(part, minlength=256) for part in (grey[rim], grey.ravel()))
+    at_rim, anywhere = (np.convolve(count, np.ones(12), "same") for count in counts)
+    air = (at_rim * anywhere**0.5).argmax()
+    rest = grey[abs(grey.astype(int) - air) > 6]  # those 12 greys are alike
+    return rest.size > 0 and bool(rest.mean() < air)
+
+
+def film_frame(grey: np.ndarray) -> np.ndarray:
+    """Burnt-out cells that touch the border, and bright strips with a straight edge along it."""
+    burnt = grey > BURNT_OUT
+    inner = np.pad(np.ones([n - 2 for n in grey.shape], bool), 1)
+    frame = ndimage.binary_propagation(burnt & ~inner, mask=burnt)  # burnt from the border on
+    frame = ndimage.maximum_filter(frame, size=5)
+    for turn in range(4):
+        strip = np.rot90(grey, turn)[:8].astype(int)
+        edge = ndimage.binary_opening(strip[:-2] - strip[2:] > FRAME_STEP, np.ones((1, 15)))
+        np.rot90(frame, turn)[:6] |= np.maximum.accumulate(edge[::-1])[::-1]  # from it outwards
+    return frame
 
 
 def breast_cells(display: np.ndarray) -> tuple[np.ndarray, int]:
     """Breast mask in cells of f x f pixels, and f: about 200 cells along the longer side.
 
-    Film: a white frame touches the border, air is a noisy grey, labels and scratches are small or
-    thin. Digital: air is exactly -1. Both: tissue rises from air to skin within a few millimetres.
+    1 is tissue, 0 air, FRAME film frame. Film: a white frame touches the border, air is a noisy
+    grey, labels and scratches are small or thin. Digital: air is exactly -1, noise makes pinholes
+    in dark fat. Both: tissue rises from air to skin within a few millimetres.
     """
     step = -(-max(display.shape) // (2 * MASK_CELLS))
     if min(display.shape) < 32 * step:
         raise NotUsable(f"{display.shape} pixels are too few or too narrow for a breast")
-    rows, cols = (n // (2 * step) * 2 * step for n in display.shape)
-    fine = display[:rows:step, :cols:step]
+    fine = display[::step, ::step]
+    fine = np.pad(fine, [(0, n % 2) for n in fine.shape], mode="edge")
     grey = fine[::2, ::2] + fine[1::2, ::2] + fine[::2, 1::2] + fine[1::2, 1::2]
     grey = ((grey + 4) * (255 / 8)).astype(np.uint8)
-    burnt = grey > BURNT_OUT
-    inner = np.pad(np.ones([n - 2 for n in grey.shape], bool), 1)
-    frame = ndimage.binary_propagation(burnt & ~inner, mask=burnt)  # burnt from the border on
-    frame = ndimage.maximum_filter(frame, size=5)
+    if air_is_bright(grey):
+        raise NotUsable("air is brighter than tissue: inverted?")
+    frame = film_frame(grey)
     # Otsu's threshold parts air from tissue; the skin line lies nearer to air.
     counts = np.bincount(grey[~frame], minlength=256)
     below, moment = counts.cumsum(), (counts * np.arange(256)).cumsum()
@@ -295,6 +327,9 @@ def breast_cells(display: np.ndarray) -> tuple[np.ndarray, int]:
     otsu = int((apart / np.maximum(below * (below[-1] - below), 1)).argmax())
     air = np.searchsorted(below, below[otsu] / 2)  # the median below
     tissue = ~frame & (grey > air + SKIN_LEVEL * (otsu - air))
+    # Pinholes in fat are closed; what is bright takes no part: gaps to labels stay.
+    fat = ndimage.maximum_filter(tissue & (grey <= otsu), size=5)
+    tissue |= ndimage.minimum_filter(fat, size=5) & ~frame
     # The largest object once thin bridges to labels, scratches and film borders are cut.
     core, objects = ndimage.label(ndimage.minimum_filter(tissue, size=7, mode="constant"))
     if not objects:
@@ -308,14 +343,14 @@ def breast_cells(display: np.ndarray) -> tuple[np.ndarray, int]:
             f"breast mask fails its checks: {share:.0%} of the image (expected 2% to 97%), "
             f"{contrast:.0%} brighter than air (5% or more), fills {box:.0%} of its box (35%)"
         )
-    return breast, 2 * step
+    return np.where(frame & ~breast, FRAME, breast), 2 * step
 
 
 def breast_mask(display: np.ndarray) -> np.ndarray:
     """Bool (H, W): the largest object that is tissue, holes filled. Raises NotUsable."""
     cells, f = breast_cells(display)
-    whole = cells.repeat(f, axis=0).repeat(f, axis=1)
-    return np.pad(whole, [(0, n - m) for n, m in zip(display.shape, whole.shape, strict=True)])
+    whole = (cells > 0).repeat(f, axis=0).repeat(f, axis=1)
+    return whole[: display.shape[0], : display.shape[1]]
 
 
 class Tissue:
