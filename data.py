@@ -363,8 +363,8 @@ class Tissue:
     """
 
     def __init__(self, cells: np.ndarray, px: int, shape: tuple[int, int], min_tissue: float = 0.9):
-        """cells: bool, of px x px pixels each; shape: of the image."""
-        self.px, self.shape, self.min_tissue = px, shape, min_tissue
+        """cells: 1 tissue, 0 air, FRAME, of px x px pixels each; shape: of the image."""
+        self.cells, self.px, self.shape, self.min_tissue = cells, px, shape, min_tissue
         self.areas = np.pad(cells, ((1, 3), (1, 3))).cumsum(0, np.int32).cumsum(1, np.int32)
 
     @classmethod
@@ -504,11 +504,12 @@ class DecodedImage:
         self.masks = {row: self.mask_pixels(row) for row in image.rows if row.mask_path}
 
     def on_tissue(self, bbox: Sequence[float]) -> float:
-        """Tissue share of a box; 0 of one that leaves the image."""
-        row0, col0, row1, col1 = whole_box(bbox)
+        """Share of a box that is not air, in cells of the mask; 0 of one that leaves the image."""
+        (row0, col0, row1, col1), px = whole_box(bbox), self.tissue.px
         if min(row0, col0) < 0 or row1 > self.display.shape[0] or col1 > self.display.shape[1]:
             return 0.0
-        return float(self.tissue.share(row0, col0, (row1 - row0, col1 - col0)))
+        rows, cols = slice(row0 // px, ceil_div(row1, px)), slice(col0 // px, ceil_div(col1, px))
+        return float((self.tissue.cells[rows, cols] != 0).mean())
 
     def mask_pixels(self, lesion: Finding) -> np.ndarray:
         """(n, 2) rows and columns of a lesion's mask within its box.
