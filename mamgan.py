@@ -57,7 +57,7 @@ def _one_line(error: Exception) -> str:
 FOLDER = click.Path(path_type=Path)
 COUNT, SHARE = click.IntRange(1), click.FloatRange(0, 1)
 RANGES = {  # of the options that override a preset; other whole numbers begin at 1
-    **dict.fromkeys(("iters_base", "iters_fade", "iters_final"), click.IntRange(0)),
+    **dict.fromkeys(("iters_base", "iters_fade", "iters_final", "noise_cells"), click.IntRange(0)),
     **dict.fromkeys(("g_lr", "d_lr", "learning_rate"), click.FloatRange(0, min_open=True)),
     "spacing_mm": click.FloatRange(0),
     "bits": click.IntRange(2, 16),
@@ -204,6 +204,8 @@ def prepare(
         "g_center": "Channels of its 4 x 4 centre (G8, Q1).",
         "d_base": "Filters of the discriminator's first block (D1).",
         "d_center": "Channels of its 4 x 4 centre.",
+        "noise_cells": "One noise value a cell on maps of this side or less; 0: scalars (G5, Q2).",
+        "sn_g": "Spectral normalisation of the generator (G16).",
         "sn_d": "Spectral normalisation of the discriminator (G16).",
         "gp_noise": "Noise of the gradient penalty: uniform as printed, or std (L4, Q15).",
         "g_average": "Decay of the average of the generator's weights; 0 uses the last (Q11).",

@@ -106,12 +106,19 @@ class Generator(nn.Module):
     center: channels of the 4 x 4 centre, reached by a 1 x 1 convolution that the text does not
         name but its "4x4x2048" needs; None leaves that layer out. Deviation: Q1.
     sn: spectral normalisation of every convolution (G16)
+    noise_cells: one value a cell for each block whose noise is concatenated to a map of this side
+        or less, in place of "a random scalar value"; 0 = the paper's scalars. Deviation: Q2.
 
     Blocks are keyed by the side of the map that they give.
     """
 
     def __init__(
-        self, patch_size: int = 256, base: int = 16, center: int | None = 2048, sn: bool = True
+        self,
+        patch_size: int = 256,
+        base: int = 16,
+        center: int | None = 2048,
+        sn: bool = True,
+        noise_cells: int = 0,
     ):
         super().__init__()
         self.patch_size, self.sides = patch_size, sides_down(patch_size)
@@ -138,7 +145,9 @@ class Generator(nn.Module):
         self.decoder_attention = SelfAttention(width[patch_size // 8], sn)
         self.to_lesion_half = conv(width[patch_size // 2], 1, kernel=1, sn=sn)  # T3
         self.to_lesion = conv(base, 1, kernel=1, sn=sn)
-        self.noise_size = len(self.encoder) + len(self.decoder)  # one scalar per block (Q2)
+        maps = [patch_size, *self.sides[:-1], *self.sides[::-1]]  # that noise is concatenated to
+        self.noise_sides = [side if side <= noise_cells else 1 for side in maps]  # 1: a scalar
+        self.noise_size = sum(side**2 for side in self.noise_sides)  # 12 at 256 px (Q2)
 
     def sample_noise(self, n: int, rng: torch.Generator) -> Tensor:
         """(n, noise_size) "drawn uniformly from [-1,1]" (G5), on the device of `rng`."""
@@ -158,12 +167,14 @@ class Generator(nn.Module):
         assert size in (self.patch_size, self.patch_size // 2), size
         if z is None:
             z = torch.empty(len(x), self.noise_size, device=x.device).uniform_(-1, 1)
-        scalars = iter(z.unbind(1))  # of one block after the other, (N,) each
+        noise = iter(z.split([side**2 for side in self.noise_sides], dim=1))  # of each block
+        sides = iter(self.noise_sides)
 
         def with_noise(*maps: Tensor) -> Tensor:
             """The maps and "a random scalar value ... resized to match" them (G4, G5)."""
-            scalar = next(scalars).to(maps[0])[:, None, None, None]  # (N, 1, 1, 1)
-            plane = scalar.expand(-1, -1, *maps[0].shape[2:])  # constant over rows and columns
+            side = next(sides)
+            values = next(noise).to(maps[0]).view(-1, 1, side, side)  # (N, 1, 1, 1) for a scalar
+            plane = values.expand(-1, -1, *maps[0].shape[2:])  # which is constant over the map
             plane = plane.contiguous(memory_format=torch.channels_last)  # as the maps: no copy
             return torch.cat([*maps, plane], dim=1)
 
@@ -359,7 +370,8 @@ class PatchClassifier(ResNet):
 
 def generator(config: dict) -> Generator:
     """G by the fields of train.GanConfig, as a run's config.json holds them."""
-    return Generator(config["patch_size"], config["g_base"], config["g_center"], config["sn_g"])
+    names = ("patch_size", "g_base", "g_center", "sn_g", "noise_cells")
+    return Generator(*(config[name] for name in names))
 
 
 def discriminator(config: dict) -> Discriminator:

@@ -63,6 +63,7 @@ class GanConfig:
     g_center: int = 2048  # channels of its 4 x 4 centre (G8; Q1)
     d_base: int = 128  # 8 x the generator's (D1)
     d_center: int = 16384
+    noise_cells: int = 0  # 0 = "a random scalar value" a block (G5), else values on coarse maps, Q2
     sn_g: bool = True  # spectral normalisation (G16; Q12)
     sn_d: bool = True
     batch_size: int = 8  # of each of the four classes; not given, Q18
@@ -481,8 +482,8 @@ def first_weights(config: ClassifierConfig) -> PatchClassifier:
         torch.manual_seed(runs.torch_rng(config.seed, 0, runs.WEIGHTS).initial_seed())
         model = classifier(asdict(config))
     if config.weights == "none":
-        warning = "WARNING: random first weights; the paper starts from ImageNet's (C1)"
-        click.secho(warning, fg="red", err=True)
+        text = "WARNING: random first weights; the paper starts from ImageNet's (C1)"
+        click.secho(text, fg="red", err=True)
         return model
     if config.weights == "imagenet":
         if (config.width, *config.blocks) != (64, 3, 4, 6, 3):
@@ -526,10 +527,9 @@ def classifier_scores(
         x = torch.from_numpy(to_float(patches[start : start + batch]))[:, None].to(device)
         h = model.features(x)
         scores.append(model.fc(h).softmax(dim=1)[:, 1].cpu().numpy())
-        pooled.append(h.cpu().numpy() if features else None)
-    if features:
-        return np.concatenate(scores), np.concatenate(pooled)
-    return np.concatenate(scores)
+        pooled.append(h.cpu().numpy())
+    scores = np.concatenate(scores)
+    return (scores, np.concatenate(pooled)) if features else scores
 
 
 def load_classifier(run: Path, device: torch.device) -> tuple[PatchClassifier, dict]:

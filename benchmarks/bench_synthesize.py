@@ -7,6 +7,7 @@ Made-up patches and a generator of the paper's size whose last layers are set by
 marks bright tissue and most attempts are accepted; what weights it holds does not change its time.
 """
 
+import dataclasses
 import sys
 import tempfile
 import time
@@ -20,6 +21,8 @@ from scipy import ndimage
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import models
+import train
 from models import Generator
 from postprocess import BATCH, synthesize_set
 from support.files import write_json, write_table
@@ -100,9 +103,9 @@ def square(G: Generator, gain: float) -> None:
 
 def write_run(run: Path, data: Path, task="mass", lesion=bright, gain=1.0, **config) -> None:
     """A finished GAN run with a generator whose last layers are set by hand."""
-    config = {"patch_size": 256, "g_base": 16, "g_center": 2048, "sn_g": True} | config
+    config = dataclasses.asdict(train.GAN_PRESETS["paper"]) | config
     config |= {"task": task, "seed": 0, "data": fingerprint(data)}
-    G = Generator(config["patch_size"], config["g_base"], config["g_center"], config["sn_g"])
+    G = models.generator(config)
     with torch.no_grad():
         lesion(G, gain)
         for _ in range(5):  # the power iterations of spectral normalisation

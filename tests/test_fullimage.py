@@ -24,7 +24,14 @@ from support.fullimage import before_after, figure3, insert_lesions, synthesize_
 from support.mammogram import read_mammogram
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:pycocotools.*")
-TINY = {"patch_size": 64, "g_base": 4, "g_center": 64, "sn_g": False, "spacing_mm": 0.28}
+TINY = {
+    "patch_size": 64,
+    "g_base": 4,
+    "g_center": 64,
+    "sn_g": False,
+    "noise_cells": 0,
+    "spacing_mm": 0.28,
+}
 
 
 @pytest.fixture(scope="module")

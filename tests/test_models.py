@@ -203,6 +203,26 @@ def test_G6_noise_varies_the_output_and_fixes_it():
         assert not torch.equal(G(x, z), G(x, -z))
 
 
+@pytest.mark.parametrize("cells", [0, 4, 16, 64])
+def test_Q2_noise_has_a_value_a_cell_on_coarse_maps_and_a_scalar_elsewhere(cells):
+    G = Generator(64, 4, 64, noise_cells=cells).eval()
+    seen = []
+    for layer in [*G.encoder.values(), *(block[0] for block in G.decoder.values())]:
+        layer.register_forward_pre_hook(lambda m, x: seen.append(x[0][:, -1]))
+    z = G.sample_noise(3, torch.Generator().manual_seed(5))
+    again = G.sample_noise(3, torch.Generator().manual_seed(5))
+    assert torch.equal(z, again) and z.abs().max() <= 1
+    with torch.no_grad():
+        G(patches(3), z)
+    maps = [64, 32, 16, 8, 4, 8, 16, 32]  # the decoder's are seen after up-sampling
+    values = iter(z.split([side**2 if side <= cells else 1 for side in maps], dim=1))
+    for i, (side, channel) in enumerate(zip(maps, seen, strict=True)):
+        value = next(values).view(3, *(2 * [side] if side <= cells else (1, 1)))
+        up = 2 if i >= 4 and side <= cells else 1
+        expected = value.repeat_interleave(up, dim=1).repeat_interleave(up, dim=2)
+        assert torch.equal(channel, expected.expand_as(channel))
+
+
 def test_noise_has_twelve_scalars_at_paper_size():
     G = Generator().eval()
     with torch.no_grad():

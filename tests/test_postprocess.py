@@ -201,7 +201,14 @@ COUNTS = {
     "val/normal": 4,
     "test/normal": 4,
 }
-TINY = {"patch_size": 64, "g_base": 4, "g_center": 64, "sn_g": False, "spacing_mm": 0.28}
+TINY = {
+    "patch_size": 64,
+    "g_base": 4,
+    "g_center": 64,
+    "sn_g": False,
+    "noise_cells": 0,
+    "spacing_mm": 0.28,
+}
 
 
 @pytest.fixture(scope="module")

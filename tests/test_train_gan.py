@@ -102,7 +102,7 @@ def test_T1_to_T6_paper_preset_holds_the_papers_numbers():
     assert (paper.g_lr, paper.d_lr) == (1e-5, 1e-5)
     assert train.ADAM == {"betas": (0.0, 0.99), "eps": 1e-8}
     assert (paper.g_updates_mass, paper.iters_fade, paper.gp_noise) == (2, 3000, "uniform")
-    assert paper.sn_g and paper.sn_d and paper.g_average == 0
+    assert paper.sn_g and paper.sn_d and paper.g_average == 0 and paper.noise_cells == 0
     assert (paper.batch_size, paper.iters_base, paper.iters_final) == (8, 30_000, 30_000)  # Q18
 
 
@@ -502,6 +502,31 @@ def test_killed_at_twenty_moments_over_all_stages_a_run_ends_bitwise_the_same(
     assert [p.read_bytes() for p in sorted((run / "samples").iterdir())] == [
         p.read_bytes() for p in samples
     ]
+
+
+@pytest.mark.parametrize("cells", [16, 64])
+@pytest.mark.parametrize("growth_steps", [(6, 4), (0, 0)])
+def test_noise_a_cell_resumes_bitwise_with_growth_and_without(
+    patches, tmp_path, monkeypatch, cells, growth_steps
+):
+    base, fade = growth_steps
+    config = dataclasses.replace(TINY, noise_cells=cells, sn_g=False, log_every=3, save_every=2)
+    config = dataclasses.replace(config, iters_base=base, iters_fade=fade, iters_final=6)
+    train_gan(config, patches, tmp_path / "whole", CPU)
+    update, left = runs.Run.update, [11]
+
+    def cut(run, *arguments):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        update(run, *arguments)
+
+    monkeypatch.setattr(runs.Run, "update", cut)
+    with pytest.raises(KeyboardInterrupt):
+        train_gan(config, patches, tmp_path / "cut", CPU)
+    train_gan(config, patches, tmp_path / "cut", CPU)
+    assert_equal(state_of(tmp_path / "cut"), state_of(tmp_path / "whole"))
+    assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
 
 
 def test_stopping_saves_the_step_it_was_in(patches, tmp_path):

@@ -297,7 +297,13 @@ class World:
         write_source(self.manifest.parent)
         for name in ("patches", "gan", "set", "images", "cls", "cls50", "report"):
             if name == "set":
-                size = {"patch_size": 64, "g_base": 4, "g_center": 64, "sn_g": False}
+                size = {
+                    "patch_size": 64,
+                    "g_base": 4,
+                    "g_center": 64,
+                    "sn_g": False,
+                    "noise_cells": 0,
+                }
                 size["spacing_mm"] = 0.33
                 torch.manual_seed(0)
                 write_run(self.at("bump"), self.at("patches"), lesion=square, gain=0.4, **size)
