@@ -505,12 +505,16 @@ class DecodedImage:
         self.masks = {row: self.mask_pixels(row) for row in image.rows if row.mask_path}
 
     def on_tissue(self, bbox: Sequence[float]) -> float:
-        """Share of a box that is not air, in cells of the mask; 0 of one that leaves the image."""
+        """Tissue share of a box in cells of the mask, without film frame, which may hide tissue.
+
+        0 of a box that leaves the image.
+        """
         (row0, col0, row1, col1), px = whole_box(bbox), self.tissue.px
         if min(row0, col0) < 0 or row1 > self.display.shape[0] or col1 > self.display.shape[1]:
             return 0.0
         rows, cols = slice(row0 // px, ceil_div(row1, px)), slice(col0 // px, ceil_div(col1, px))
-        return float((self.tissue.cells[rows, cols] != 0).mean())
+        cells = self.tissue.cells[rows, cols]
+        return float(cells[cells >= 0].mean()) if (cells >= 0).any() else 1.0
 
     def mask_pixels(self, lesion: Finding) -> np.ndarray:
         """(n, 2) rows and columns of a lesion's mask within its box.
