@@ -277,17 +277,20 @@ def air_is_bright(grey: np.ndarray) -> bool:
     """A negative: the grey that fills most of the rim and of the image is brighter than the rest.
 
     A breast leaves most of the rim to air, and cells of air are alike. Film frames fill the rim,
-    too, and are cut off first: up to 16 cells that are black or white along a whole side.
+    too, and are cut off first: up to 16 cells that are of one grey along a whole side.
     """
-    inside = (grey > 255 - BURNT_OUT) & (grey <= BURNT_OUT)
-    inside[16:-16, 16:-16] = True
-    grey = grey[np.ix_(inside.mean(axis=1) > 0.02, inside.mean(axis=0) > 0.02)]
+    grey, kept = grey.astype(int), []
+    for axis in (1, 0):
+        unlike = abs(grey - np.median(grey, axis=axis, keepdims=True)) > 12
+        kept.append(unlike.mean(axis) > 0.02)
+        kept[-1][16:-16] = True
+    grey = grey[np.ix_(*kept)]
     rim = np.ones(grey.shape, bool)
     rim[4:-4, 4:-4] = False
     counts = (np.bincount(part, minlength=256) for part in (grey[rim], grey.ravel()))
     at_rim, anywhere = (np.convolve(count, np.ones(12), "same") for count in counts)
     air = (at_rim * anywhere**0.5).argmax()
-    rest = grey[abs(grey.astype(int) - air) > 6]  # those 12 greys are alike
+    rest = grey[abs(grey - air) > 6]  # those 12 greys are alike
     return rest.size > 0 and bool(rest.mean() < air)
 
 

@@ -346,7 +346,7 @@ def half_ellipse(tall=0.42, wide=0.75, shape=(640, 512), grain=0.05, seed=0) -> 
     return np.where(away < 1, np.clip(tissue, 0, 1), 0)
 
 
-@pytest.mark.parametrize("frame", [None, 0.0, 1.0])
+@pytest.mark.parametrize("frame", [None, 0.0, 0.94, 1.0])
 @pytest.mark.parametrize("noise", [0, 0.03])
 @pytest.mark.parametrize("air", [1.0, 0.97, 0.92, 0.75, 0.6])
 @pytest.mark.parametrize("turn", [0, 1, 2, 3])
