@@ -12,7 +12,7 @@ import pytest
 import data
 from support import files, patchset, phantom, runs, sources
 
-PATCHES = "set me"
+PATCHES = "a7a7be637c34bb94bfef16dfd4c4c9c6f77a334f143afe021c9693046524ada9"
 
 
 @pytest.mark.parametrize("workers", [1, 2])
