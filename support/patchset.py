@@ -324,7 +324,9 @@ class PatchWriter:
             number, split = len(set(patients)), key.removesuffix("/normal")
             text = f"{key}: {len(rows)} patches of {number} patient{'s' if number > 1 else ''}"
             if number < FEW_PATIENTS:
-                remarks.append(f"{text}; fewer than {FEW_PATIENTS} stand for few others.")
+                remarks.append(
+                    f"{text}; below {FEW_PATIENTS}, what is measured on them says little."
+                )
             if split != key:
                 cancer[split] = sum(patient in ill for patient in patients)
                 text += f", {cancer[split]} of women with cancer"
