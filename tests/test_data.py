@@ -773,8 +773,8 @@ def test_patients_of_each_class_and_normals_of_women_with_cancer_are_told(patche
         if (number := len({row["patient_id"] for row in index(patches, key)})) < 5
     }
     assert few and facts["notes"] == [
-        f"{key}: {COUNTS[key]} patches of {number} patient{'s' * (number > 1)}; fewer than 5 stand "
-        "for few others."
+        f"{key}: {COUNTS[key]} patches of {number} patient{'s' * (number > 1)}; below 5, "
+        "what is measured on them says little."
         for key, number in few.items()
     ]
 
