@@ -1,5 +1,6 @@
 """Figures 1 to 6 and the pictures of the report: drawing alone, nothing is computed here."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from support import files
 
 DPI = 160
 BLUE, COLOURS = "#0b62a8", {"Baseline": "#555555", "Blob control": "#c2500a"}
+OTHERS = (BLUE, "#2a9d55", "#7b3fa0", "#17a2a2", "#8a6d00", "#c71585")  # regimes in one picture
 PATCH_PX = 256  # a side of a patch in a picture, at least: smaller ones get larger pixels
 LINE_PX, GAP_PX = 28, 6  # of a picture: a line of text, the gap between patches
 BAR_MM = (1, 2, 5, 10, 20, 50)
@@ -84,9 +86,9 @@ def roc_figure(curves: dict[str, np.ndarray], rows: list[dict]) -> Figure:
     """The mean curve of each regime over the seeds."""
     figure = Figure(figsize=(6, 6), layout="constrained")
     ax = figure.add_subplot(aspect="equal", xlabel="1 - specificity", ylabel="sensitivity")
-    for row in rows:
+    for row, colour in zip(rows, itertools.cycle(OTHERS)):
         curve, name = curves[row["regime"]], row["regime"]
-        style = {"color": COLOURS.get(name), "label": f"{name}: {row['auc']:.3f}"}
+        style = {"color": COLOURS.get(name, colour), "label": f"{name}: {row['auc']:.3f}"}
         ax.plot(np.linspace(0, 1, len(curve)), curve, linewidth=1.6, **style)
     ax.legend(loc="lower right", fontsize=9, frameon=False, title="AUC", title_fontsize=9)
     return figure
