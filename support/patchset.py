@@ -315,7 +315,7 @@ class PatchWriter:
         texts = [f"{self.images[i].name}: {self.visits[i]['in_air']}" for i in misplaced[:10]]
         texts += [f"and {len(misplaced) - 10} more"] if len(misplaced) > 10 else []
         remarks, cancer = [f"{IN_AIR}: {'; '.join(texts)}."] if texts else [], {}
-        dark = [tuple(visit["dark"]) for visit in self.visits.values() if visit["dark"]]
+        dark = [visit["dark"] for visit in self.visits.values() if visit["dark"]]
         for used in sorted(set(dark)):
             text = f"{dark.count(used)} of {len(self.visits)} images: each uses {_depth(*used)}"
             remarks.append(f"{text}, too dark or too bright; try --bits {max(dark)[0]}")
@@ -386,7 +386,8 @@ def _read_journal(path: Path) -> list[dict]:
     whole = path.read_bytes().rpartition(b"\n")
     os.truncate(path, len(whole[0] + whole[1]))
     with reading(path, "delete the folder and prepare again"):
-        return [json.loads(line) for line in whole[0].splitlines()]
+        visits = [json.loads(line) for line in whole[0].splitlines()]
+        return [visit | {"dark": visit["dark"] and tuple(visit["dark"])} for visit in visits]
 
 
 @contextlib.contextmanager
