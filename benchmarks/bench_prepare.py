@@ -128,7 +128,7 @@ def measure(
     paths = sorted({row.image_path for row in findings})
     decoded, read = folder / f"{name}.decoded", read_mammogram
 
-    def counting(path: Path):
+    def counting(path: Path, bits=None):
         with open(decoded, "ab") as file:
             file.write(b"x")
         return read(path)

@@ -124,8 +124,8 @@ def open_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
     return array
 
 
-def sha256(*parts: bytes | Path) -> str:
-    """One hex digest over bytes and files, in order."""
+def sha256(*parts: bytes | np.ndarray | Path) -> str:
+    """One hex digest over bytes, contiguous arrays and files, in order."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):

@@ -128,7 +128,7 @@ class Mammogram:
     def image_uid(self) -> str:
         """16 hex digits over stored pixels and shape: the same image under two names is found."""
         shape = repr((self.stored.shape, self.stored.dtype.str))
-        return sha256(shape.encode(), self.stored.tobytes())[:16]
+        return sha256(shape.encode(), self.stored)[:16]
 
     @property
     def used_bits(self) -> tuple[int, int] | None:
@@ -136,7 +136,7 @@ class Mammogram:
 
         None where a window or LUT tells what to map, for signed values, and for a black image.
         """
-        step = 1 + max(self.stored.shape) // 1024
+        step = 1 + max(self.stored.shape) // 512
         sample = self.stored[::step, ::step]
         sample = sample[np.isin(sample, self.table.values)]  # no padding
         counts = np.bincount(np.frexp(sample.astype(float))[1].clip(0), minlength=18)
@@ -447,7 +447,11 @@ class DisplayTable:
 
     def apply(self, stored: np.ndarray) -> np.ndarray:
         """Stored integers of any shape -> float32 in [-1, 1]."""
-        return self.display[stored.view(f"u{stored.itemsize}")]
+        pattern = stored.view(f"u{stored.itemsize}")
+        display = np.empty(stored.shape, np.float32)
+        for row in range(0, len(stored), 64):  # numpy widens indices to 8 bytes: not all at once
+            np.take(self.display, pattern[row : row + 64], out=display[row : row + 64], mode="clip")
+        return display
 
     def invert(self, display: np.ndarray, stored: np.ndarray) -> np.ndarray:
         """The stored values nearest to `display`; among equals the ones nearest to `stored`."""
