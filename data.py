@@ -378,12 +378,8 @@ class Tissue:
 
     def before(self, row: np.ndarray, col: np.ndarray) -> np.ndarray:
         """Tissue pixels above and left of pixel corners: linear between the corners of cells."""
-        px, areas, (i, down), (j, right) = (
-            self.px,
-            self.areas,
-            divmod(row, self.px),
-            divmod(col, self.px),
-        )
+        px, areas = self.px, self.areas
+        (i, down), (j, right) = divmod(row, px), divmod(col, px)
         above = (px - right) * areas[i, j] + right * areas[i, j + 1]
         below = (px - right) * areas[i + 1, j] + right * areas[i + 1, j + 1]
         return (px - down) * above + down * below
@@ -585,13 +581,8 @@ class DecodedImage:
         else:
             row0, col0, row1, col1 = whole_box(lesion.bbox)
             row, col = int(rng.integers(row0, row1)), int(rng.integers(col0, col1))
-        corners_around = (
-            row - h + 1,
-            col - w + 1,
-            row + 1,
-            col + 1,
-        )  # whose window holds the pixel
-        return lesion, self.tissue.draw(rng, size, corners_around)
+        holding = (row - h + 1, col - w + 1, row + 1, col + 1)  # corners of windows with the pixel
+        return lesion, self.tissue.draw(rng, size, holding)
 
     def cut(self, place: Place) -> tuple[np.ndarray, tuple[int, ...] | None]:
         """The patch (S, S) uint16, and the lesion's box in it."""

@@ -106,7 +106,7 @@ def _make(synth: Synthesizer, source: Source, part: Path, name: str, places: dic
         m.spacing_mm = source.spacing_mm or m.spacing_mm
         display, placed = insert_lesions(synth, m, boxes=source.boxes, **places)
     except (ValueError, OSError) as error:
-        return str(error).removeprefix(f"{source.path}: ")
+        return (getattr(error, "strerror", None) or str(error)).removeprefix(f"{source.path}: ")
     try:
         stored = m.restore(display)
     except ValueError as error:

@@ -140,9 +140,7 @@ class Mammogram:
         sample = self.stored[::step, ::step]
         sample = sample[np.isin(sample, self.table.values)]  # no padding
         counts = np.bincount(np.frexp(sample.astype(float))[1].clip(0), minlength=18)
-        more = counts[::-1].cumsum()[
-            ::-1
-        ]  # pixels that need so many bits, and those that need more
+        more = counts[::-1].cumsum()[::-1]  # pixels that need so many bits or more
         enough = (more[1:] <= FEW * sample.size) & (counts[1:] <= NEXT_TO_NONE * sample.size)
         used = int(enough.argmax())
         return (used, self.table.depth) if used and self.table.depth else None
@@ -162,7 +160,7 @@ class Mammogram:
         if used and bits < table.depth:
             if used[0] > bits:
                 found = f"its values use {used[0]} bits"
-                raise NotUsable(f"--bits {bits}: {found}; give --bits {used[0]}")
+                raise NotUsable(f"--bits {bits}: {found}; give --bits {used[0]} and a new --out")
             display, ends = table.display.copy(), table.apply(table.values[[0, -1]])
             at = table.values.view(f"u{table.values.itemsize}")
             display[at] = np.interp(table.values, (0, 2**bits - 1), np.sign(ends - ends[::-1]))

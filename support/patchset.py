@@ -110,7 +110,9 @@ def visit_image(
     except (ValueError, OSError) as error:  # an OSError would name the file
         reason, dark = getattr(error, "strerror", None) or str(error), getattr(error, "dark", None)
         if dark:
-            reason = f"no breast found: it uses {_depth(*dark)}, give --bits {dark[0]}"
+            reason = (
+                f"no breast found: it uses {_depth(*dark)}, give --bits {dark[0]} and a new --out"
+            )
         return visit | {"reason": " ".join(reason.split()), "dark": dark}
     visit |= {"uid": decoded.uid, "in_air": _in_air(decoded), "dark": decoded.dark}
     arrays = {}
@@ -143,7 +145,8 @@ def _in_air(decoded: DecodedImage) -> str:
         a, c = (h - c, h - a) if mirror[1] else (a, c)
         b, d = (w - d, w - b) if mirror[2] else (b, d)
         shares[mirror] = decoded.on_tissue((a, b, c, d))
-    best = next(m for m, share in shares.items() if share > max(shares.values()) - 0.1)
+    fitting = [mirror for mirror in sorted(shares, key=sum) if shares[mirror] > 0.75]
+    best = fitting[0] if fitting else max(shares, key=shares.get)
     words = " and ".join(itertools.compress(MIRRORS, best))
     fit = f"on tissue with {words}" if shares[best] > 0.5 else "no mirror or swap fits"
     return f"box {', '.join(f'{n:g}' for n in box)} in air, {fit}"
@@ -179,7 +182,7 @@ class PatchWriter:
         for key in [key for key, indexes in self.images_of.items() if not indexes]:
             name = key.partition("/")[2]
             elsewhere = any(f"{image.split}/{name}" in image.classes for image in self.images)
-            hint = ", but see --normals" if name == "normal" else ""
+            hint = ", see --normals (annotated)" if name == "normal" else ""
             none = f"the source holds none{hint}"
             self.skip(key, "none of its patients is in this split" if elsewhere else none)
         if not self.images_of:
@@ -329,8 +332,11 @@ class PatchWriter:
                 )
             if split != key:
                 cancer[split] = sum(patient in ill for patient in patients)
-                text += f", {cancer[split]} of women with cancer"
+                text += f", {cancer[split]} of the patches from women with cancer"
             click.echo(text, err=True)
+        for key, why in self.skipped.items():
+            if key.endswith("/normal"):
+                remarks.append(f"{key}: none, which training and tests need ({why}).")
         for remark in remarks:
             click.echo(remark, err=True)
         return remarks, cancer

@@ -380,8 +380,8 @@ class Run:
         if not all(p.isfinite().all() for network in networks for p in network.parameters()):
             problem = problem or f"step {self.done}: a weight is not finite"
         if problem:
-            text = "expected finite values; the checkpoint holds the last good state"
-            raise ValueError(f"{problem}; {text}; lower the learning rates")
+            advice = "lower the learning rates, in a new folder"
+            raise ValueError(f"{problem}; expected finite values; {advice}")
         return values[: len(self.recorded)]
 
     def _average(self, tensors: list[Tensor]) -> None:

@@ -721,7 +721,8 @@ def test_a_box_in_air_leaves_the_other_lesions_of_its_image(tmp_path, capsys):
     facts = files.read_json(tmp_path / "set" / "config.json")
     assert facts["counts"] == {"train/malignant_mass": 30}
     assert facts["skipped"]["train/normal"] == "no image has a place for it"
-    (note,) = facts["notes"]
+    note, normals = facts["notes"]
+    assert normals.startswith("train/normal: none, which training and tests need (no image has")
     assert note.count(".png: box ") == 10 and note.endswith("; and 2 more.")
     assert "box 5, 240, 25, 275 in air" in capsys.readouterr().err
 
@@ -1094,14 +1095,14 @@ def test_Q19_images_that_use_few_of_their_bits_are_told(tmp_path, capsys, bits):
     assert said in capsys.readouterr().err
     if bits == 10:
         out = files.read_table(tmp_path / "dark" / "excluded.csv", ("reason",))["reason"].tolist()
-        assert out == [f"no breast found: it uses {share}, give --bits {bits}"] * 3
+        assert out == [f"no breast found: it uses {share}, give --bits {bits} and a new --out"] * 3
     prepare(rows[:3], tmp_path / "set", dataclasses.replace(config, bits=bits))
     assert "depth" not in str(files.read_json(tmp_path / "set" / "config.json")["notes"])
     patches = np.load(tmp_path / "set" / "patches" / "train" / "normal.npy")
     assert 20_000 < np.median(patches) < 40_000
     prepare(rows, tmp_path / "both", dataclasses.replace(config, bits=bits))
     out = files.read_table(tmp_path / "both" / "excluded.csv", ("reason",))["reason"].tolist()
-    assert out == [f"--bits {bits}: its values use 16 bits; give --bits 16"]
+    assert out == [f"--bits {bits}: its values use 16 bits; give --bits 16 and a new --out"]
 
 
 def test_leak_same_image_of_two_patients_is_refused_of_one_reported(source, tmp_path, capsys):
