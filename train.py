@@ -145,7 +145,7 @@ class GanBatches:
     """Draws the patches of each step from (seed, step)."""
 
     def __init__(self, config: GanConfig, data: Path, run: Run):
-        self.config, self.run, self.ahead = config, run, ReadAhead(self.draw)
+        self.config, self.run, self.ahead = config, run, ReadAhead(self.draw, config.steps)
         self.pools = [Patches.open(data, "train", name) for name in TASKS[config.task]]
         if config.batch_size % run.processes:
             raise ValueError(
@@ -271,8 +271,7 @@ def gan_facts(config: GanConfig, data: Path) -> dict:
             f"{config.patch_size} px; give the preset that prepared them"
         )
     # A pixel of full mammograms must become as large as one of the patches.
-    facts = {"data": patches["fingerprint"], "spacing_mm": patches["spacing_mm"]}
-    return asdict(config) | facts
+    return asdict(config) | {"data": patches["fingerprint"], "spacing_mm": patches["spacing_mm"]}
 
 
 # --- §3 Patch Classifier Training ---
@@ -341,7 +340,8 @@ class ClassifierBatches:
     """Draws the patches of each step from (seed, step)."""
 
     def __init__(self, config: ClassifierConfig, data: Path, sets: list[SyntheticSet], device):
-        self.config, self.device, self.ahead = config, device, ReadAhead(self.draw)
+        steps = -(-config.samples // config.batch_size)
+        self.config, self.device, self.ahead = config, device, ReadAhead(self.draw, steps)
         negatives = ("normal", "benign") if config.include_benign else ("normal",)
         self.pools = {}  # (label, whether synthetic): patches
         for y, names in ((1, ("malignant",)), (0, negatives)):

@@ -29,6 +29,14 @@ from support.files import write_json, write_table
 from support.patchset import fingerprint
 from support.runs import CHECKPOINT_FORMAT, choose_device
 
+TINY = {  # a generator for tests, beside `write_run`
+    "patch_size": 64,
+    "g_base": 4,
+    "g_center": 64,
+    "sn_g": False,
+    "spacing_mm": 0.28,
+}
+
 
 def tissue(seed: int, side: int) -> np.ndarray:
     """A made-up patch (S, S) in [-1, 1]: dark, with one bright spot and fine texture."""

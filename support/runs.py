@@ -217,17 +217,18 @@ def weights_hash(module: nn.Module) -> str:
 
 
 class ReadAhead:
-    """`draw(step)` in a thread, the next step's while one is computed."""
+    """`draw(step)` in a thread, the next step's while one is computed, of `steps` in all."""
 
-    def __init__(self, draw: Callable[[int], Any]):
-        self.draw, self.reader = draw, ThreadPoolExecutor(1)
+    def __init__(self, draw: Callable[[int], Any], steps: int):
+        self.draw, self.steps, self.reader = draw, steps, ThreadPoolExecutor(1)
         self.ahead: dict[int, Future] = {}
         self.waited = 0.0  # seconds that training stood still for data
 
     def at(self, step: int) -> Any:
         start = time.perf_counter()
         drawn = (self.ahead.pop(step, None) or self.reader.submit(self.draw, step)).result()
-        self.ahead = {step + 1: self.reader.submit(self.draw, step + 1)}
+        if step + 1 < self.steps:
+            self.ahead = {step + 1: self.reader.submit(self.draw, step + 1)}
         self.waited += time.perf_counter() - start
         return drawn
 

@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from scipy import ndimage
 
-from benchmarks.bench_synthesize import square, write_patch_set, write_run
+from benchmarks.bench_synthesize import TINY, square, write_patch_set, write_run
 from data import breast_mask, to_uint16
 from postprocess import Synthesizer, isolate_lesion, load_generator
 from support import phantom
@@ -24,14 +24,6 @@ from support.fullimage import before_after, figure3, insert_lesions, synthesize_
 from support.mammogram import read_mammogram
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:pycocotools.*")
-TINY = {
-    "patch_size": 64,
-    "g_base": 4,
-    "g_center": 64,
-    "sn_g": False,
-    "noise_cells": 0,
-    "spacing_mm": 0.28,
-}
 
 
 @pytest.fixture(scope="module")

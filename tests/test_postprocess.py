@@ -16,7 +16,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from scipy import ndimage
 
-from benchmarks.bench_synthesize import write_patch_set, write_run
+from benchmarks.bench_synthesize import TINY, write_patch_set, write_run
 from postprocess import (
     IsolatedLesion,
     Synthesizer,
@@ -200,14 +200,6 @@ COUNTS = {
     "train/malignant_calcification": 4,
     "val/normal": 4,
     "test/normal": 4,
-}
-TINY = {
-    "patch_size": 64,
-    "g_base": 4,
-    "g_center": 64,
-    "sn_g": False,
-    "noise_cells": 0,
-    "spacing_mm": 0.28,
 }
 
 

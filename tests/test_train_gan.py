@@ -248,9 +248,16 @@ def test_run_folder_explains_itself(finished, patches):
     for row in rows:
         for name in ("real_right", "fake_right", "benign_right", "normal_right", "acceptance"):
             assert 0 <= row[name] <= 1
-        for name in ("penalty", "gradient_norm", "dead_units", "lesion_mean", "lesion_std"):
+        # How large they are is not decided in 60 steps: what they mean is tested by hand below.
+        for name in (
+            "penalty",
+            "gradient_norm",
+            "dead_units",
+            "lesion_mean",
+            "spread_x",
+            "spread_z",
+        ):
             assert math.isfinite(row[name])
-        assert row["spread_z"] >= 0  # whether the noise lasts is not decided in 60 steps
         assert len(row["gamma"]) == 3
     assert (finished / "gan.png").exists()
     assert len(list((finished / "samples").glob("*.png"))) == 7
