@@ -189,12 +189,15 @@ def clocked(device: torch.device, warm: int, steps: int, flops: bool = False, sa
         yield figures
 
 
-def shipped(config, data: Path, device, steps: int, half: bool, **more: bool) -> dict:
+def shipped(config, data: Path, device, steps, half, flops=False, save=False) -> dict:
     """Seconds of a step, a look and a save of the shipped loop in one stage; memory, FLOPs."""
     warm = max(2, steps // 3)
     short = schedule(config, warm + steps + 2, half)
     short = dataclasses.replace(short, log_every=10**6)
-    with tempfile.TemporaryDirectory() as folder, clocked(device, warm, steps, **more) as figures:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        clocked(device, warm, steps, flops, save) as figures,
+    ):
         train.train_gan(short, data, Path(folder) / "run", device)
     if device.type == "cuda":
         figures["peak GiB with the look"] = torch.cuda.max_memory_allocated() / 2**30

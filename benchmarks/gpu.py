@@ -21,6 +21,7 @@ import os
 import platform
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -37,7 +38,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
-from benchmarks import bench_gan, check_gpu
+from benchmarks import bench_gan, bench_memory, check_gpu
 from benchmarks.bench_gan import clocked, schedule_seconds, shipped, unsaved
 from benchmarks.bench_generator import generator_update
 from support import phantom, runs
@@ -77,8 +78,8 @@ class Part(NamedTuple):
         self.keep()
         return value
 
-    def keep(self, status: str = "running") -> None:
-        self.results["status"] = status
+    def keep(self, **more: object) -> None:
+        self.results.update(more, status="running")
         write(self.out, self.results)
 
     def left(self) -> float:
@@ -123,71 +124,49 @@ def correctness(part: Part) -> None:
 # --- throughput ---
 
 
-def plain(config, data: Path, device, steps: int, half: bool, tf32: bool) -> dict:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.ExitStack() as stack:
-        if not tf32:
-            stack.enter_context(check_gpu.allowed_tf32(False))
-        times = bench_gan.plain(config, data, device, steps, half)
-    figures = {"step": sorted(times)[len(times) // 2]}
-    if device.type == "cuda":
-        figures["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
-        torch.cuda.empty_cache()
-    return figures
+def plain(config, data: Path, device, steps: int, half: bool) -> dict:
+    times = bench_gan.plain(config, data, device, steps, half)
+    return {"step": statistics.median(times)}
 
 
 def throughput(part: Part) -> None:
     device, gpu = part.device, part.device.type == "cuda"
     config = train.GAN_PRESETS["tiny" if part.dry else "paper"]
-    if part.dry:
-        config = dataclasses.replace(config, batch_size=2)
-    steps, few = (4, 3) if part.dry else (24, 9)
+    config = dataclasses.replace(config, batch_size=2) if part.dry else config
+    steps, few, images = *((4, 3) if part.dry else (24, 9)), 3 * config.batch_size
     part.results["what"] = f"{config.patch_size} px, batch {config.batch_size} of each class"
     rate = part.measure("bf16 product FLOP/s", bench_gan.matrix_product_rate, device) if gpu else 0
     with tempfile.TemporaryDirectory() as folder:
-        count = 4 * config.batch_size
-        data = bench_gan.random_patches(Path(folder) / "data", config.patch_size, count)
-        figures = {}
+        data = bench_gan.random_patches(Path(folder) / "data", config.patch_size, 2 * images)
+        common, figures = (config, data, device), {}
         for stage, half in (("full", False), ("half", True)):
-            common = (config, data, device)
-            name = f"{stage} size, shipped"
-            flags = {"flops": True, "save": stage == "full"}
-            ours = part.measure(name, lambda c=common, h=half, f=flags: shipped(*c, steps, h, **f))
-            figures[stage] = ours
+            name, save = f"{stage} size, shipped", stage == "full"
+            ours = part.measure(name, lambda h=half, s=save: shipped(*common, steps, h, True, s))
             name = f"{stage} size, plain float32 (TF32 as torch sets it)"
-            eager = part.measure(name, plain, *common, few, half, True)
+            eager = part.measure(name, plain, *common, few, half)
             if ours and eager:
-                images = 3 * config.batch_size  # real ones that D sees in a step
-                row = {"images / s": images / ours["step"], "plain": images / eager["step"]}
-                row["times the plain loop"] = eager["step"] / ours["step"]
-                row["at least 4 times"] = row["times the plain loop"] >= SPEEDUP
-                row["GFLOP / image"] = ours["flops"] / images / 1e9
-                if rate:
-                    row["share of the bf16 product rate"] = ours["flops"] / ours["step"] / rate
-                part.results[f"{stage} size"] = row
-                part.keep()
-        if all(figures.values()):
+                gain, figures[stage] = eager["step"] / ours["step"], ours
+                row = {"real images / s": images / ours["step"], "plain": images / eager["step"]}
+                row |= {"times the plain loop": gain, "at least 4 times": gain >= SPEEDUP}
+                row |= {"GFLOP / real image": ours["flops"] / images / 1e9}
+                row["share of the bf16 product rate"] = rate and ours["flops"] / ours["step"] / rate
+                part.keep(**{f"{stage} size": row})
+        if len(figures) == 2:
             hours = schedule_seconds(config, figures["half"], figures["full"]) / 3600
-            part.results["hours"] = {"steps": config.steps, "the preset's schedule": hours}
-            part.keep()
+            part.keep(**{f"hours for {config.steps} steps": hours})
+        part.measure("bytes by arithmetic", bench_memory.gan, config, config.batch_size, gpu)
         if gpu:
             torch.backends.cudnn.benchmark = True
-            name = "full size, shipped, cudnn.benchmark"
-            part.measure(name, shipped, config, data, device, steps, False)
+            part.measure("full size, shipped, cudnn.benchmark", shipped, *common, steps, False)
             torch.backends.cudnn.benchmark = False
-        exact = "full size, plain float32, TF32 off"
-        eager = part.measure(exact, plain, config, data, device, few, False, False)
-        if eager and figures["full"]:
-            gain = eager["step"] / figures["full"]["step"]
-            part.results["full size"]["times the plain loop without TF32"] = gain
-        float32 = dataclasses.replace(config, bfloat16=False)
+            with check_gpu.allowed_tf32(False):
+                part.measure("full size, plain float32, TF32 off", plain, *common, few, False)
+        float32 = (dataclasses.replace(config, bfloat16=False), data, device, few, False)
         for tf32 in (True, False) if gpu else ():
-            name = f"full size, shipped in float32, TF32 {'on' if tf32 else 'off'}"
             with check_gpu.allowed_tf32(tf32):
-                part.measure(name, shipped, float32, data, device, few, False)
+                part.measure(f"full size, shipped in float32, TF32 {tf32}", shipped, *float32)
         with mock.patch.object(runs.Run, "save", unsaved):
-            part.measure("where the time goes", bench_gan.where_time_goes, config, data, device, 30)
+            part.measure("where the time goes", bench_gan.where_time_goes, *common, 30)
 
 
 # --- classifier ---
@@ -201,29 +180,16 @@ def classifier(part: Part) -> None:
     def rate() -> dict:
         samples = (warm + steps + 2) * batch
         short = dataclasses.replace(config, samples=samples, evaluate_every=samples)
-        times, original = [], train.validation_auc
-
-        def validation(*arguments) -> float:
-            start = time.perf_counter()
-            auc = original(*arguments)
-            times.append(time.perf_counter() - start)
-            return auc
-
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            clocked(part.device, warm, steps) as figures,
-            mock.patch.object(train, "validation_auc", validation),
-        ):
+        with tempfile.TemporaryDirectory() as folder, clocked(part.device, warm, steps) as figures:
             train.train_classifier(short, part.data, Path(folder) / "run", [], part.device)
-        return figures | {"patches / s": batch / figures["step"], "validation": times[0]}
+        return figures | {"patches / s": batch / figures["step"]}
 
-    found = part.measure("a few steps", rate)
-    if not found:
+    if not (found := part.measure("a few steps", rate)):
         return
 
     def trained() -> dict:
         looks, start = 4, 12  # and seconds until the program trains
-        seconds = max(3, 0.8 * (part.left() - start - looks * found["validation"]))
+        seconds = max(3, 0.7 * (part.left() - start))
         samples = max(looks * batch, int(seconds * found["patches / s"]) // batch * batch)
         run = part.out.parent / "classifier-run"
         shutil.rmtree(run, ignore_errors=True)
@@ -233,8 +199,8 @@ def classifier(part: Part) -> None:
         rows = runs.read_log(run)
         seconds = sum(row["seconds"] for row in rows)
         share = rows[-1]["seconds_waiting"] / seconds
-        row = {"exit code": done.returncode, "samples": rows[-1]["samples_seen"]}
-        row |= {"patches / s, validation included": row["samples"] / seconds}
+        row = {"exit code": done.returncode, "samples": (seen := rows[-1]["samples_seen"])}
+        row |= {"patches / s, validation included": seen / seconds}
         row |= {"share of time waiting for data": share, "at most 5%": share <= WAITING}
         return row | {"validation AUC": [r["val_auc"] for r in rows]}
 
@@ -247,17 +213,20 @@ def classifier(part: Part) -> None:
 def gan(part: Part) -> None:
     preset = GAN[part.dry]
     config = train.GAN_PRESETS[preset]
-    common, steps = (config, part.data, part.device), 3 if part.dry else 30
-    half = part.measure("half size, a few steps", lambda: shipped(*common, steps, True))
-    full = part.measure("full size, a few steps", lambda: shipped(*common, steps, False, save=True))
+    few = (config, part.data, part.device, 3 if part.dry else 30)
+    half = part.measure("half size, a few steps", shipped, *few, True)
+    full = part.measure("full size, a few steps", shipped, *few, False, False, True)
     if not (half and full):
         return
 
     def trained() -> dict:
         seconds = 0.85 * (part.left() - RESERVE[part.dry])
         fits = min(1.0, seconds / schedule_seconds(config, half, full))
-        short = {name: int(fits * getattr(config, name)) for name in STAGES}
-        minute = int(sum(short.values()) * 60 / max(60, seconds))
+        short = {
+            name: int(fits * getattr(config, name))
+            for name in ("iters_base", "iters_fade", "iters_final")
+        }
+        minute = max(1, int(sum(short.values()) * 60 / max(60, seconds)))
         every = {"log_every": min(config.log_every, max(5, minute // 10)), "save_every": minute}
         options = [f"--{k.replace('_', '-')}={v}" for k, v in (short | every).items()]
         options += ["--data", part.data, "--run", run, "--device", part.device.type]
@@ -287,9 +256,6 @@ def gan(part: Part) -> None:
     run = part.out.parent / "gan-mass"
     part.measure("train-gan", trained)
     part.measure("synthesize", synthesized)
-
-
-STAGES = ("iters_base", "iters_fade", "iters_final")
 
 
 # --- compile ---
@@ -340,9 +306,7 @@ def markdown(out: Path) -> str:
         lines.extend([f"| {' | '.join(rows[0])} |", "|" + "---|" * len(rows[0])])
         lines.extend(f"| {' | '.join(map(shown, row.values()))} |" for row in rows)
 
-    for part in PARTS:
-        if not (out / f"{part}.json").exists():
-            continue
+    for part in [name for name in PARTS if (out / f"{name}.json").exists()]:
         results = read_json(out / f"{part}.json")
         lines += [f"## {part}", ""]
         simple = {k: v for k, v in results.items() if not isinstance(v, dict | list)}
@@ -380,9 +344,8 @@ def run_part(name: str, out: Path, data: Path | None, device: str, limit: float,
         process.wait()
     file = out / f"{name}.json"
     results = read_json(file) if file.exists() else {}
-    failed = [k for k, v in results.items() if isinstance(v, dict) and "failed" in v]
-    if failed and status == "whole":
-        status = f"failed: {', '.join(failed)}"
+    if failed := [k for k, v in results.items() if isinstance(v, dict) and "failed" in v]:
+        status = f"failed: {', '.join(failed)}; {status}"
     write(file, results | {"status": status})
 
 
@@ -416,8 +379,7 @@ def main(data, out, parts, device, dry_run, inside) -> None:
             click.echo(f"{name}: there already")
             continue
         start = time.monotonic()
-        data_ = data and data.resolve()
-        run_part(name, out, data_, device, PARTS[name][dry_run], dry_run)
+        run_part(name, out, data and data.resolve(), device, PARTS[name][dry_run], dry_run)
         click.echo(f"{name}: {read_json(file)['status']} after {time.monotonic() - start:.0f} s")
         (out / "gpu.md").write_text(markdown(out), encoding="utf-8")
     click.echo(f"Results: {out / 'gpu.md'}")
