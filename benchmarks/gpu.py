@@ -48,7 +48,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS = {  # time limits in seconds: on a GPU, of the dry run
     "correctness": (60, 100),
     "throughput": (150, 90),
-    "classifier": (60, 40),
+    "classifier": (60, 75),
     "gan": (270, 90),
     "compile": (60, 60),
 }
@@ -188,7 +188,7 @@ def classifier(part: Part) -> None:
         return
 
     def trained() -> dict:
-        looks, start = 4, 12  # and seconds until the program trains
+        looks, start = 4, 45 if part.dry else 12  # and seconds until the program trains
         seconds = max(3, 0.7 * (part.left() - start))
         samples = max(looks * batch, int(seconds * found["patches / s"]) // batch * batch)
         run = part.out.parent / "classifier-run"
