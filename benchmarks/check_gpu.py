@@ -100,8 +100,9 @@ def relative_errors(found: dict, reference: dict) -> dict[str, tuple[float, floa
 def compared(config: train.GanConfig, n: int, device: torch.device) -> list[dict]:
     """float32 on the CPU against the other ways to compute the same; without a GPU bfloat16.
 
-    In bfloat16 on the CPU n must be odd: oneDNN 3.12 (torch 2.14) is wrong in convolutions of 2, 4
-    or 8 channels with kernels as large as the map, which the double backward consists of.
+    In bfloat16 on the CPU n must be odd: oneDNN 3.12 (torch 2.14) with AMX is wrong in convolutions
+    of an even number of channels, up to 14, with kernels as large as the map. The gradient of the
+    penalty for D's weights is made of them, with n as channels.
     """
     G, D = networks(config)
     x, cpu = inputs(config, n), torch.device("cpu")
