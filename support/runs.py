@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -102,8 +103,12 @@ def _check_options(out: Path, existing: dict, wanted: dict) -> None:
     with reading(out / "config.json"):
         differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     if differing:
+
+        def short(value: object) -> str:
+            return textwrap.shorten(repr(value), 80, placeholder=" ...")
+
         text = "; ".join(
-            f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in differing
+            f"{key}: {short(old.get(key))} there, {short(new.get(key))} now" for key in differing
         )
         advice = "give the same options to go on, or another folder"
         raise ValueError(f"{out}: made with other options ({text}); {advice}")
