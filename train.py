@@ -373,17 +373,17 @@ class ClassifierBatches:
         p = synthetic_proportion(config.proportion, seen, config.decay, config.decay_every)
         possible = np.array([len(self.pools[y, True]) > 0 for y in (0, 1)])[labels]
         synthetic = (chance < p) & possible
-        drawn = []
-        for y, is_synthetic, u in zip(labels, synthetic, which, strict=True):
-            pool = self.pools[int(y), bool(is_synthetic)]
-            drawn.append(pool[int(u * len(pool))])
+        pools = [self.pools[key] for key in zip(labels.tolist(), synthetic.tolist(), strict=True)]
+        drawn = [pool[int(u * len(pool))] for pool, u in zip(pools, which, strict=True)]
         x = torch.from_numpy(to_float(np.stack(drawn)))[:, None]
-        return ClassifierBatch(x, torch.from_numpy(labels), torch.tensor(synthetic.mean()))
+        share = torch.tensor(synthetic.mean(), dtype=torch.float32)
+        batch = ClassifierBatch(x, torch.from_numpy(labels), share)
+        on_gpu = self.device.type == "cuda"
+        return ClassifierBatch(*(t.pin_memory() for t in batch)) if on_gpu else batch
 
     def at(self, step: int) -> ClassifierBatch:
-        x, y, synthetic = self.ahead.at(step)
-        x = x.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-        return ClassifierBatch(x, y.to(self.device), synthetic.to(self.device))
+        x, y, synthetic = (t.to(self.device, non_blocking=True) for t in self.ahead.at(step))
+        return ClassifierBatch(x.to(memory_format=torch.channels_last), y, synthetic)
 
 
 class Best:

@@ -163,15 +163,15 @@ def matrix_product_rate(device) -> float:
     return 50 * 2 * 8192**3 / (time.perf_counter() - start)
 
 
-def where_time_goes(config: train.GanConfig, patches: Path, device) -> str:
-    """The twelve operations that take most of ten steps."""
+def where_time_goes(config: train.GanConfig, patches: Path, device, rows: int = 12) -> str:
+    """The operations that take most of ten steps."""
     activities = [ProfilerActivity.CPU]
     activities += [ProfilerActivity.CUDA] if device.type == "cuda" else []
     ten = dataclasses.replace(schedule(config, 10, half=False), log_every=100)
     with tempfile.TemporaryDirectory() as folder, profile(activities=activities) as profiler:
         train.train_gan(ten, patches, Path(folder) / "run", device)
     key = f"self_{device.type}_time_total"
-    return profiler.key_averages().table(sort_by=key, row_limit=12, max_name_column_width=60)
+    return profiler.key_averages().table(sort_by=key, row_limit=rows, max_name_column_width=60)
 
 
 @click.command()
