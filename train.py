@@ -5,8 +5,8 @@ equals one that was not, bitwise on the CPU. support/runs.py keeps the run. Wher
 
     "Adam ... learning rate of 1e-5"                   GanConfig, ADAM
     "Over 3000 iterations, the weight ... decreases"   growth
-    "examples of all four classes for each update"     GanBatches, "D:" in train_gan
-    "we train the generator twice"                     GanConfig.g_updates, "G:" in train_gan
+    "examples of all four classes for each update"     GanBatches, update_D in train_gan
+    "we train the generator twice"                     GanConfig.g_updates, the loop of train_gan
     "initialized with weights trained from ImageNet"   first_weights
     "positive and negative ... equal probability"      ClassifierBatches.draw
     "decayed by 10% every 5000 training samples"       synthetic_proportion, used in draw
@@ -47,7 +47,7 @@ from support import runs
 from support.facts import classifier_facts, gan_facts, usable_sets
 from support.files import reading
 from support.patchset import Patches, SyntheticSet
-from support.runs import ReadAhead, Run
+from support.runs import Graph, ReadAhead, Run
 from support.watch import Watch, accuracies
 
 # --- §2 Training details, Progressive growing ---
@@ -243,34 +243,40 @@ def train_gan(
         run.resume(G=G, D=D, G_avg=G_avg, opt_G=opt_G, opt_D=opt_D, watch=watch)
         autocast = run.autocast(config.bfloat16)
 
+        def update_D(size: int, alpha: float, source, real, benign, normal, z, delta) -> tuple:
+            """ "given examples of all four classes for each update step" (L2, L3), in one pass, and
+            the penalty at the real ones (L4)."""
+            with torch.no_grad(), autocast:
+                fake = G(source, z, size, alpha)[:, COMBINED]
+            with autocast, parametrize.cached():  # D's spectral norm is estimated once for both
+                logits = D(torch.cat([real, fake, benign, normal]), size, alpha).chunk(4)
+                D_at = partial(D, size=size, alpha=alpha)
+                penalty = gradient_penalty(D_at, real, delta=delta)
+            loss = discriminator_loss(*logits)
+            run.update(opt_D, loss + penalty)
+            return loss, penalty, *logits
+
+        def update_G(size: int, alpha: float, source: Tensor, z: Tensor) -> Tensor:
+            """-log p_real of what G makes of fresh patches and noise (L5)."""
+            D.requires_grad_(False)  # G learns, D stays as it is
+            with autocast:
+                fake = G(source, z, size, alpha)[:, COMBINED]
+                loss = generator_loss(D(fake, size, alpha))
+            run.update(opt_G, loss)
+            D.requires_grad_(True)
+            return loss
+
+        step_D, step_G = Graph(update_D, run), Graph(update_G, run)
         for step in run.steps(config.steps):
-            size, alpha = growth(config, step)  # §2 Progressive growing
+            stage = size, alpha = growth(config, step)  # §2 Progressive growing
             batch = batches.at(step, size)
             rng = run.rng(step)  # of which several processes each use a share
 
-            # D: "given examples of all four classes for each update step" (L2, L3), in one pass,
-            # and the penalty at the real ones (L4)
             z = run.share(G.sample_noise(n, rng))
-            with torch.no_grad(), autocast:
-                fake = G(batch.fake_source, z, size, alpha)[:, COMBINED]
             delta = penalty_noise(config, batch.real, rng, run)
-            with autocast, parametrize.cached():  # D's spectral norm is estimated once for both
-                x = torch.cat([batch.real, fake, batch.benign, batch.normal])
-                logits = D(x, size, alpha).chunk(4)  # in this order
-                D_at = partial(D, size=size, alpha=alpha)
-                penalty = gradient_penalty(D_at, batch.real, delta=delta)
-            loss_D = discriminator_loss(*logits)
-            run.update(opt_D, loss_D + penalty)
-
-            # G: "For masses, we train the generator twice" (T2), on fresh patches and noise (L5)
-            D.requires_grad_(False)  # G learns, D stays as it is
-            for source in batch.sources:
-                z = run.share(G.sample_noise(n, rng))
-                with autocast:
-                    fake = G(source, z, size, alpha)[:, COMBINED]
-                    loss_G = generator_loss(D(fake, size, alpha))
-                run.update(opt_G, loss_G)
-            D.requires_grad_(True)
+            loss_D, penalty, *logits = step_D(stage, *batch[:4], z, delta)
+            for source in batch.sources:  # "For masses, we train the generator twice" (T2)
+                loss_G = step_G(stage, source, run.share(G.sample_noise(n, rng)))
             update_average(G_avg, G, average_decay(config, step))
 
             # Log, samples, checkpoint
