@@ -26,6 +26,11 @@ from support import fullimage, patchset, phantom, report, runs, sources
 
 # --- Command line: one clear message and exit code 1 for bad data, 2 for wrong usage ---
 
+CARD_TOO_SMALL = (  # by benchmarks/bench_memory.py, and 1 GiB for CUDA itself
+    "train-gan --preset paper takes 8 GiB at --batch-size 8, 6 at 4, 5 at 1, 11 at 8 with "
+    "--no-bfloat16; train-cls 3. Lower it in a new folder, free the card, or give --device cpu."
+)
+
 
 class Commands(click.Group):
     """Turns what can go wrong with files into one message, and Ctrl-C into how to go on."""
@@ -40,8 +45,8 @@ class Commands(click.Group):
         except (KeyboardInterrupt, click.Abort):
             raise click.ClickException("stopped; the same command goes on from here") from None
         except torch.OutOfMemoryError as error:
-            text = str(error).partition("\n")[0]
-            raise click.ClickException(f"{text} Lower --batch-size or use --device cpu.") from None
+            text = ". ".join(str(error).partition("\n")[0].split(". ")[:3]).rstrip(". ")
+            raise click.ClickException(f"{text}. {CARD_TOO_SMALL}") from None
         except (ValueError, OSError) as error:
             raise click.ClickException(_one_line(error)) from None
 

@@ -6,19 +6,21 @@
 Prints a Markdown table: steps and images per second of both loops, memory, FLOPs (of the shipped
 loop, counted at dispatch, double backward included), on a GPU the share of the bfloat16
 matrix-product rate measured on the same card and where the time goes, and the time for the preset's
-schedule. The shipped loop looks at its fixed patches and logs as often as it does in training.
+schedule. A step of the shipped loop includes its share of the looks and saves, timed once each.
 Patches are random numbers: the arithmetic does not depend on them.
 """
 
+import contextlib
 import dataclasses
-import json
 import platform
 import resource
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import click
 import numpy as np
@@ -36,6 +38,7 @@ import train
 from support import runs
 from support.files import write_table
 from support.patchset import Patches
+from support.watch import Watch
 
 # docs/configs.md of StyleGAN3, "Old StyleGAN2-ADA configurations", 256 px on one GPU. The FLOPs are
 # our estimate, from its convolutions: G 30 and D 31 GFLOP forward; an image costs 4 G and 8 D, and
@@ -64,16 +67,6 @@ def schedule(config: train.GanConfig, steps: int, half: bool) -> train.GanConfig
     stages = {"iters_base": steps, "iters_final": 0} if half else {"iters_base": 0}
     stages = {"iters_fade": 0, "iters_final": steps} | stages
     return dataclasses.replace(config, **stages, save_every=10 * steps)
-
-
-def ours(config: train.GanConfig, patches: Path, device, steps: int, half: bool) -> list[float]:
-    """Seconds per step of the shipped loop: its own log, the first row (warm-up) left out."""
-    every = min(config.log_every, max(1, steps // 3))
-    config = dataclasses.replace(schedule(config, steps, half), log_every=every)
-    with tempfile.TemporaryDirectory() as folder:
-        train.train_gan(config, patches, Path(folder) / "run", device)
-        rows = [json.loads(r) for r in (Path(folder) / "run/log.jsonl").read_text().splitlines()]
-    return [row["seconds"] / every for row in rows[1:]]
 
 
 class Samples(Dataset):
@@ -142,15 +135,89 @@ class FlopCounter(TorchDispatchMode):
         return out
 
 
-def flops_per_step(config: train.GanConfig, patches: Path, device, half: bool) -> float:
-    """Two steps of the shipped loop less one: what each run does besides steps cancels."""
-    counts = []
-    for steps in (1, 2):
-        one = dataclasses.replace(schedule(config, steps, half), log_every=10)
-        with tempfile.TemporaryDirectory() as folder, FlopCounter() as counter:
-            train.train_gan(one, patches, Path(folder) / "run", device)
-        counts.append(counter.total)
-    return counts[1] - counts[0]
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def unsaved(run: runs.Run) -> None:
+    run.saved = True
+
+
+@contextlib.contextmanager
+def clocked(device: torch.device, warm: int, steps: int, flops: bool = False, save: bool = False):
+    """Yields seconds of one step, one look and one save of the loops of train.py run inside.
+
+    They must take `warm + steps + 2` steps. save: else nothing is saved at all
+    """
+    figures, originals = {}, (runs.Run.steps, Watch.look, Watch.draw, runs.Run.save)
+    counter = FlopCounter()
+
+    def steps_(run, total, by=1):
+        for i, step in enumerate(originals[0](run, total, by)):
+            if i in (warm, warm + steps):
+                synchronize(device)
+            if i == warm:
+                figures["step"] = time.perf_counter()
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+            elif i == warm + steps:
+                figures["step"] = (time.perf_counter() - figures["step"]) / steps
+                if device.type == "cuda":
+                    figures["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
+                if flops:
+                    counter.__enter__()
+            elif flops and i == warm + steps + 1:
+                counter.__exit__(None, None, None)
+                figures["flops"] = counter.total
+            yield step
+
+    def timed(name: str, function: Callable):
+        def wrapper(*arguments):
+            synchronize(device)
+            start = time.perf_counter()
+            value = function(*arguments)
+            synchronize(device)
+            figures[name] = time.perf_counter() - start
+            return value
+
+        return wrapper
+
+    with (
+        mock.patch.object(runs.Run, "steps", steps_),
+        mock.patch.object(Watch, "look", timed("look", originals[1])),
+        mock.patch.object(Watch, "draw", timed("draw", originals[2])),
+        mock.patch.object(runs.Run, "save", timed("save", originals[3]) if save else unsaved),
+    ):
+        yield figures
+
+
+def shipped(config, data: Path, device, steps, half, flops=False, save=False) -> dict:
+    """Seconds of a step, a look and a save of the shipped loop in one stage; memory, FLOPs."""
+    warm = max(2, steps // 3)
+    short = schedule(config, warm + steps + 2, half)
+    short = dataclasses.replace(short, log_every=10**6)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        clocked(device, warm, steps, flops, save) as figures,
+    ):
+        train.train_gan(short, data, Path(folder) / "run", device)
+    if device.type == "cuda":
+        figures["peak GiB with the look"] = torch.cuda.max_memory_allocated() / 2**30
+        torch.cuda.empty_cache()
+    return figures
+
+
+def step_seconds(config: train.GanConfig, figures: dict) -> float:
+    """Of a step of the shipped loop with its share of the looks and saves."""
+    saving = (figures["draw"] + figures.get("save", 0)) / config.save_every
+    return figures["step"] + figures["look"] / config.log_every + saving
+
+
+def schedule_seconds(config: train.GanConfig, half: dict, full: dict) -> float:
+    """What the whole schedule takes."""
+    late = (config.steps - config.iters_base) * step_seconds(config, full)
+    return config.iters_base * step_seconds(config, half) + late
 
 
 def matrix_product_rate(device) -> float:
@@ -181,7 +248,7 @@ def where_time_goes(config: train.GanConfig, patches: Path, device, rows: int = 
 @click.option("--preset", type=click.Choice(list(train.GAN_PRESETS)), default="tiny")
 @click.option("--task", type=click.Choice(list(data.TASKS)), default="mass")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
-@click.option("--steps", type=int, help="Of each measurement; default: three rows of the log.")
+@click.option("--steps", type=int, default=60, help="Of each measurement.")
 @click.option("--rounds", default=2, help="The two loops take turns so often.")
 @click.option("--batch-size", type=int, default=None, help="Per class; default: the preset's.")
 @click.option("--threads", type=int, default=None, help="CPU threads (default: torch's).")
@@ -193,7 +260,6 @@ def main(preset, task, device, steps, rounds, batch_size, threads, profiled, dry
         steps, rounds, batch_size = 4, 1, 1
     if batch_size:
         config = dataclasses.replace(config, batch_size=batch_size)
-    steps = steps or 3 * config.log_every
     if threads:
         torch.set_num_threads(threads)
     device = runs.choose_device(device)
@@ -215,15 +281,16 @@ def main(preset, task, device, steps, rounds, batch_size, threads, profiled, dry
     with tempfile.TemporaryDirectory() as folder:
         patches = random_patches(Path(folder) / "data", config.patch_size, 4 * config.batch_size)
         for stage, half in (("half", True), ("full", False)):
-            flops = flops_per_step(config, patches, device, half)
             times, peak = {"plain": [], "ours": []}, {}
             for _ in range(rounds):  # in turns: what else runs on the machine meets both
-                for loop, measure in (("plain", plain), ("ours", ours)):
-                    if gpu:
-                        torch.cuda.reset_peak_memory_stats()
-                    times[loop] += measure(config, patches, device, steps, half)
-                    if gpu:
-                        peak[loop] = torch.cuda.max_memory_allocated() / 2**30
+                if gpu:
+                    torch.cuda.reset_peak_memory_stats()
+                times["plain"] += plain(config, patches, device, steps, half)
+                if gpu:
+                    peak["plain"] = torch.cuda.max_memory_allocated() / 2**30
+                made = shipped(config, patches, device, steps, half, flops=True, save=True)
+                times["ours"].append(step_seconds(config, made))
+                flops, peak["ours"] = made["flops"], made.get("peak GiB")
             for loop, values in times.items():
                 s = per_step[stage, loop] = statistics.median(values)
                 share = f"{flops / s / rate:.0%}" if rate else "not measured"

@@ -8,13 +8,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed.run as torchrun
 from click.testing import CliRunner
 
 import mamgan
+from benchmarks import bench_memory
 from support import files, patchset, phantom, sources
 from support.derived import write_png16
 
@@ -70,6 +73,25 @@ def test_the_torchrun_line_of_the_help_leaves_our_options_to_us():
     found = torchrun.parse_args([*line.replace("N", "2").split()[1:], "--run", "RUN"])
     assert (found.nproc_per_node, found.training_script) == ("2", "mamgan.py")
     assert found.training_script_args == ["train-gan", "--run", "RUN"]
+
+
+def test_a_card_that_is_too_small_is_told_what_to_lower_to_what(monkeypatch):
+    said = "CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 has 12.00 GiB. Process 1 has"
+    monkeypatch.setattr(mamgan.train, "train_gan", Mock(side_effect=torch.OutOfMemoryError(said)))
+    result = run(*TRAIN_GAN)
+    assert result.exit_code == 1
+    start = "Error: CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 has 12.00 GiB. train-gan"
+    assert result.output.startswith(start) and result.output.count("\n") == 1
+
+    def card(config, *more) -> int:
+        measure = bench_memory.classifier if "samples" in vars(config) else bench_memory.gan
+        return round(measure(config, *more)["in all"] / 2**30 + 1)
+
+    gan, cls = mamgan.train.GAN_PRESETS["paper"], mamgan.train.CLASSIFIER_PRESETS["paper"]
+    eight, four, one = (card(gan, n, True) for n in (8, 4, 1))
+    text = f"takes {eight} GiB at --batch-size 8, {four} at 4, {one} at 1, {card(gan, 8, False)} at"
+    assert text in result.output
+    assert f"train-cls {card(cls, cls.batch_size, 256, True)}." in result.output
 
 
 @pytest.mark.parametrize(

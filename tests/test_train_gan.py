@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ from support import facts, files, patchset, runs
 from support import watch as watching
 from train import GAN_PRESETS, GanBatches, GanConfig, growth, train_gan
 
-CPU = torch.device("cpu")
+CPU, ROOT = torch.device("cpu"), Path(train.__file__).parent
 TINY = GanConfig(  # every stage of growth in seconds
     patch_size=64,
     g_base=2,
@@ -638,16 +639,28 @@ def test_log_keeps_what_the_checkpoint_knows_and_refuses_damage(patches, finishe
 # --- Several processes ---
 
 
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def assert_same_losses(one: Path, two: Path, steps: int, rel: float) -> None:
+    rows = list(zip(log_of(one), log_of(two), strict=True))
+    assert len(rows) == steps
+    names = ["loss_d", "penalty", "loss_g", *(f"{name}_right" for name in watching.CLASSES_OF_D)]
+    for one, two in rows:
+        for name in names:
+            assert two[name] == pytest.approx(one[name], rel=rel, abs=1e-6), (one["step"], name)
+
+
 def test_two_processes_with_half_the_batch_equal_one(patches, tmp_path):
     config = dataclasses.replace(
         TINY, batch_size=4, iters_base=4, iters_fade=3, iters_final=3, g_lr=1e-4, d_lr=1e-4
     )
     config = dataclasses.replace(config, log_every=1, save_every=10)
     train_gan(config, patches, tmp_path / "one", CPU)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
     both = [
         processes().Process(
             target=child, args=(config, patches, tmp_path / "two", env | {"RANK": str(rank)})
@@ -659,12 +672,28 @@ def test_two_processes_with_half_the_batch_equal_one(patches, tmp_path):
     for process in both:
         process.join()
         assert process.exitcode == 0
-    rows = list(zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True))
-    assert len(rows) == 10
-    for one, two in rows:
-        names = [f"{name}_right" for name in watching.CLASSES_OF_D]
-        for name in ("loss_d", "penalty", "loss_g", *names):
-            assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), (one["step"], name)
+    assert_same_losses(tmp_path / "one", tmp_path / "two", steps=10, rel=1e-4)
+
+
+def test_two_machines_under_torchrun_equal_one_process(patches, tmp_path):
+    sizes = {"g_base": 2, "g_center": 8, "d_base": 2, "d_center": 8, "batch_size": 4}
+    stages = {"iters_base": 1, "iters_fade": 1, "iters_final": 1, "log_every": 1, "save_every": 9}
+    config = dataclasses.replace(GAN_PRESETS["tiny"], **sizes, **stages)
+    train_gan(config, patches, tmp_path / "one", CPU)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]  # README's line
+    torchrun += ["--nproc-per-node", "1", "--rdzv-backend", "c10d", "--local-addr", "127.0.0.1"]
+    torchrun += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--", ROOT / "mamgan.py"]
+    options = [f"--{k.replace('_', '-')}={v}" for k, v in (sizes | stages).items()]
+    options += ["--data", patches, "--run", tmp_path / "two", "--device", "cpu"]
+    line = [*torchrun, "train-gan", "--preset", "tiny", "--task", "mass", *options]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    both = [subprocess.Popen(list(map(str, line)), env=env) for _ in range(2)]
+    try:
+        assert [process.wait(200) for process in both] == [0, 0]
+    finally:
+        for process in both:
+            process.terminate()  # an agent ends its worker, too
+    assert_same_losses(tmp_path / "one", tmp_path / "two", steps=3, rel=1e-5)
 
 
 def test_a_batch_that_the_processes_cannot_share_evenly_is_refused(patches):
