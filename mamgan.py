@@ -195,6 +195,7 @@ def prepare(
 @option("--task", click.Choice(list(data.TASKS)), "One GAN each (G14).", required=True)
 @option("--data patches", FOLDER, "Patch set of prepare.", required=True)
 @option("--run", FOLDER, "Run folder to write.", required=True)
+@option("--init", FOLDER, "Start from the networks of this run (fine-tuning), of the same shape.")
 @preset_options(
     train.GAN_PRESETS,
     {
@@ -221,16 +222,18 @@ def prepare(
 )
 @seed_option
 @device_option
-def train_gan(task, patches, run, preset, seed, device, **options):
+def train_gan(task, patches, run, init, preset, seed, device, **options):
     """Train the GAN that adds a mass, adds calcifications, or removes a lesion (section 2).
 
-    Several GPUs: torchrun --nproc-per-node N -- mamgan.py train-gan ...
+    For calcifications the presets but the paper's have a noise value a pixel, no growth and no
+    spectral normalisation of the generator: --noise-cells 256 --iters-base 0 --iters-fade 0
+    --no-sn-g. Several GPUs: torchrun --nproc-per-node N -- mamgan.py train-gan ...
     """
-    config = configure(train.GAN_PRESETS, preset, options, task=task, seed=seed)
+    config = configure(train.gan_presets(task), preset, options, seed=seed)
     if not config.iters_fade + config.iters_final:
         text = "--iters-fade, --iters-final: both 0; the full-size layers would stay untrained"
         raise click.UsageError(text)
-    train.train_gan(config, patches, run, runs.choose_device(device))
+    train.train_gan(config, patches, run, runs.choose_device(device), init)
 
 
 # --- §3 Synthetic dataset ---

@@ -208,7 +208,7 @@ class Generator(nn.Module):
         else:
             y = self.to_lesion(h)  # (N, 1, S, S)
             if half is not None:
-                y = torch.lerp(up2(half), y, alpha)  # T4
+                y = torch.lerp(up2(half).float(), y.float(), alpha)  # T4
         lesion = crop_border(y.float()).clamp(-1, 1)  # G11; blend -> crop -> clamp, Q8
         combined = (x + lesion).clamp(-1, 1)  # G12; Q9
         return torch.cat([lesion, x, combined], dim=1)  # G13
@@ -257,7 +257,8 @@ class Discriminator(nn.Module):
             # Pooling before LeakyReLU equals after it, and keeps less for the backward pass (Q4).
             h = leaky_relu(F.max_pool2d(self.encoder[str(side)](h), kernel_size=2))
             if new and alpha < 1:
-                h = torch.lerp(leaky_relu(self.from_image_half(down2(x))), h, alpha)
+                half = leaky_relu(self.from_image_half(down2(x)))
+                h = torch.lerp(half, h.to(half.dtype), alpha)
             if side == self.patch_size // 8:
                 h = self.attention(h)
         if self.widen is not None:

@@ -5,8 +5,8 @@ equals one that was not, bitwise on the CPU. support/runs.py keeps the run. Wher
 
     "Adam ... learning rate of 1e-5"                   GanConfig, ADAM
     "Over 3000 iterations, the weight ... decreases"   growth
-    "examples of all four classes for each update"     GanBatches, "D:" in train_gan
-    "we train the generator twice"                     GanConfig.g_updates, "G:" in train_gan
+    "examples of all four classes for each update"     GanBatches, update_D in train_gan
+    "we train the generator twice"                     GanConfig.g_updates, the loop of train_gan
     "initialized with weights trained from ImageNet"   first_weights
     "positive and negative ... equal probability"      ClassifierBatches.draw
     "decayed by 10% every 5000 training samples"       synthetic_proportion, used in draw
@@ -14,7 +14,7 @@ equals one that was not, bitwise on the CPU. support/runs.py keeps the run. Wher
 """
 
 import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -43,10 +43,11 @@ from models import (
     gradient_penalty,
     update_average,
 )
-from support import patchset, runs
-from support.files import reading, sha256
+from support import runs
+from support.facts import classifier_facts, gan_facts, usable_sets
+from support.files import reading
 from support.patchset import Patches, SyntheticSet
-from support.runs import ReadAhead, Run
+from support.runs import Graph, ReadAhead, Run
 from support.watch import Watch, accuracies
 
 # --- §2 Training details, Progressive growing ---
@@ -92,6 +93,7 @@ class GanConfig:
 
 # What the small presets change beyond size, each with its measurement (docs/PAPER.md):
 SMALL = {
+    "noise_cells": 16,  # scalars a block were ignored: spread 0.009 over z, 0.042 between inputs
     "sn_d": False,  # with it the loss of D stayed at chance, 3.0 to 3.4 for 400 steps; without 2.6
     "g_lr": 2e-4,  # the lesions are local after 600 steps; with 4e-4 they had faded by then
     "d_lr": 2e-4,  # 5e-4 and 1e-3 left fewer lesions over the threshold (0.13 and 0.19 for 0.31)
@@ -119,6 +121,17 @@ GAN_PRESETS = {
         save_every=200,
     ),
 }
+
+# Calcifications with the small presets: a grain is a pixel or two, so that it needs noise of its
+# own, does not exist at half size, and is lost where G is held smooth.
+GRAINS = {"noise_cells": 256, "sn_g": False, "iters_base": 0, "iters_fade": 0}
+
+
+def gan_presets(task: str) -> dict[str, GanConfig]:
+    """The presets of a task; `paper` is the same for all."""
+    grains = {name: GRAINS for name in GAN_PRESETS if name != "paper" and task == "calcification"}
+    return {n: replace(c, task=task, **grains.get(n, {})) for n, c in GAN_PRESETS.items()}
+
 
 ADAM = {"betas": (0.0, 0.99), "eps": 1e-8}  # T1
 
@@ -182,11 +195,18 @@ class GanBatches:
         return GanBatch(fake_source, *shown, sources)
 
 
-def networks(config: GanConfig, device: torch.device) -> tuple[Generator, Discriminator]:
-    """G and D with the first weights of this seed, the same on every device."""
+def networks(
+    config: GanConfig, device: torch.device, init: Path | None = None
+) -> tuple[Generator, Discriminator]:
+    """G and D with the first weights of this seed, the same on every device; or those that a run
+    of the same shape ended with (fine-tuning; ours)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(runs.torch_rng(config.seed, 0, runs.WEIGHTS).initial_seed())
         G, D = generator(asdict(config)), discriminator(asdict(config))
+    if init:
+        with runs.checkpoint(init) as state:
+            G.load_state_dict(state["watch"]["chosen"])
+            D.load_state_dict(state["D"])
     layout = torch.channels_last
     return G.to(device, memory_format=layout), D.to(device, memory_format=layout)
 
@@ -205,14 +225,17 @@ def average_decay(config: GanConfig, step: int) -> float:
     return min(config.g_average, (1 + step) / (10 + step))
 
 
-def train_gan(config: GanConfig, data: Path, folder: Path, device: torch.device) -> None:
+def train_gan(
+    config: GanConfig, data: Path, folder: Path, device: torch.device, init: Path | None = None
+) -> None:
     """Train G and D of one task on the patch set `data` into the run `folder`.
 
+    init: a finished run to start from
     Raises ValueError for data that do not fit, a foreign run, or a loss that is not finite.
     """
-    with Run(folder, "train-gan", gan_facts(config, data), device, config.seed) as run:
+    with Run(folder, "train-gan", gan_facts(config, data, init), device, config.seed) as run:
         batches, n = GanBatches(config, data, run), config.batch_size
-        G, D = networks(config, device)
+        G, D = networks(config, device, init)
         G_avg = copy.deepcopy(G).eval()  # the average of G's weights: what is watched and used
         opt_G = torch.optim.Adam(G.parameters(), lr=config.g_lr, fused=True, **ADAM)
         opt_D = torch.optim.Adam(D.parameters(), lr=config.d_lr, fused=True, **ADAM)
@@ -220,34 +243,40 @@ def train_gan(config: GanConfig, data: Path, folder: Path, device: torch.device)
         run.resume(G=G, D=D, G_avg=G_avg, opt_G=opt_G, opt_D=opt_D, watch=watch)
         autocast = run.autocast(config.bfloat16)
 
+        def update_D(size: int, alpha: float, source, real, benign, normal, z, delta) -> tuple:
+            """ "given examples of all four classes for each update step" (L2, L3), in one pass, and
+            the penalty at the real ones (L4)."""
+            with torch.no_grad(), autocast:
+                fake = G(source, z, size, alpha)[:, COMBINED]
+            with autocast, parametrize.cached():  # D's spectral norm is estimated once for both
+                logits = D(torch.cat([real, fake, benign, normal]), size, alpha).chunk(4)
+                D_at = partial(D, size=size, alpha=alpha)
+                penalty = gradient_penalty(D_at, real, delta=delta)
+            loss = discriminator_loss(*logits)
+            run.update(opt_D, loss + penalty)
+            return loss, penalty, *logits
+
+        def update_G(size: int, alpha: float, source: Tensor, z: Tensor) -> Tensor:
+            """-log p_real of what G makes of fresh patches and noise (L5)."""
+            D.requires_grad_(False)  # G learns, D stays as it is
+            with autocast:
+                fake = G(source, z, size, alpha)[:, COMBINED]
+                loss = generator_loss(D(fake, size, alpha))
+            run.update(opt_G, loss)
+            D.requires_grad_(True)
+            return loss
+
+        step_D, step_G = Graph(update_D, run), Graph(update_G, run)
         for step in run.steps(config.steps):
-            size, alpha = growth(config, step)  # §2 Progressive growing
+            stage = size, alpha = growth(config, step)  # §2 Progressive growing
             batch = batches.at(step, size)
             rng = run.rng(step)  # of which several processes each use a share
 
-            # D: "given examples of all four classes for each update step" (L2, L3), in one pass,
-            # and the penalty at the real ones (L4)
             z = run.share(G.sample_noise(n, rng))
-            with torch.no_grad(), autocast:
-                fake = G(batch.fake_source, z, size, alpha)[:, COMBINED]
             delta = penalty_noise(config, batch.real, rng, run)
-            with autocast, parametrize.cached():  # D's spectral norm is estimated once for both
-                x = torch.cat([batch.real, fake, batch.benign, batch.normal])
-                logits = D(x, size, alpha).chunk(4)  # in this order
-                D_at = partial(D, size=size, alpha=alpha)
-                penalty = gradient_penalty(D_at, batch.real, delta=delta)
-            loss_D = discriminator_loss(*logits)
-            run.update(opt_D, loss_D + penalty)
-
-            # G: "For masses, we train the generator twice" (T2), on fresh patches and noise (L5)
-            D.requires_grad_(False)  # G learns, D stays as it is
-            for source in batch.sources:
-                z = run.share(G.sample_noise(n, rng))
-                with autocast:
-                    fake = G(source, z, size, alpha)[:, COMBINED]
-                    loss_G = generator_loss(D(fake, size, alpha))
-                run.update(opt_G, loss_G)
-            D.requires_grad_(True)
+            loss_D, penalty, *logits = step_D(stage, *batch[:4], z, delta)
+            for source in batch.sources:  # "For masses, we train the generator twice" (T2)
+                loss_G = step_G(stage, source, run.share(G.sample_noise(n, rng)))
             update_average(G_avg, G, average_decay(config, step))
 
             # Log, samples, checkpoint
@@ -260,18 +289,6 @@ def train_gan(config: GanConfig, data: Path, folder: Path, device: torch.device)
                 watch.draw(G_avg, size, alpha)
                 run.save()
         run.finish(generator=runs.weights_hash(watch.chosen))
-
-
-def gan_facts(config: GanConfig, data: Path) -> dict:
-    """What decides a GAN run, for its config.json. Raises ValueError when the data do not fit."""
-    patches = patchset.patch_config(data)
-    if patches["patch_size"] != config.patch_size:
-        raise ValueError(
-            f"{data}: holds patches of {patches['patch_size']} px, the preset trains on "
-            f"{config.patch_size} px; give the preset that prepared them"
-        )
-    # A pixel of full mammograms must become as large as one of the patches.
-    return asdict(config) | {"data": patches["fingerprint"], "spacing_mm": patches["spacing_mm"]}
 
 
 # --- §3 Patch Classifier Training ---
@@ -440,37 +457,6 @@ def train_classifier(
                 run.log(row, f"validation AUC {val_auc:.3f}")
                 run.save()
         run.finish(best={"val_auc": best.val_auc, "samples_seen": best.samples_seen})
-
-
-def usable_sets(config: ClassifierConfig, data: Path, paths: list[Path]) -> list[SyntheticSet]:
-    """The synthetic sets to mix in. Raises ValueError when they do not fit data or proportion."""
-    sets = [patchset.open_synthetic(path) for path in paths]
-    for s in sets:
-        patchset.check_synthetic(s, data)
-    if len({s.control for s in sets}) > 1:
-        found = ", ".join(f"{s.path} ({s.control or 'GAN'})" for s in sets)
-        raise ValueError(f"--synthetic: found {found}; expected sets of GANs or of a control alone")
-    if bool(config.proportion) != any(s.label for s in sets):
-        raise ValueError(
-            f"--proportion {config.proportion}: found {len(sets)} --synthetic sets; expected a "
-            "proportion above 0 together with a mass or calcification set, or neither"
-        )
-    if sets and all(s.label for s in sets):
-        click.echo("no removal set: synthetic patches replace positives only", err=True)
-    return sets
-
-
-def classifier_facts(config: ClassifierConfig, data: Path, sets: list[SyntheticSet]) -> dict:
-    """What decides a classifier run, for its config.json."""
-    facts = asdict(config) | {"data": patchset.patch_config(data)["fingerprint"]}
-    facts["synthetic"] = [
-        {"task": s.task, "control": s.control, "short": s.short, "samples": len(s.combined)}
-        | {"generator": s.generator, "fingerprint": s.fingerprint}
-        for s in sets
-    ]
-    if config.weights not in ("imagenet", "none"):
-        facts["weights"] = f"file {sha256(Path(config.weights))[:16]}"
-    return facts
 
 
 def first_weights(config: ClassifierConfig) -> PatchClassifier:

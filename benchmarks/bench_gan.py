@@ -36,6 +36,7 @@ import data
 import models
 import train
 from support import runs
+from support.files import write_table
 from support.patchset import Patches
 from support.watch import Watch
 
@@ -54,6 +55,8 @@ def random_patches(out: Path, side: int, count: int) -> Path:
             file = out / "patches" / f"{key}.npy"
             file.parent.mkdir(parents=True, exist_ok=True)
             np.save(file, rng.integers(0, 65536, (count, side, side), dtype=np.uint16))
+            rows = [(f"image {k}", f"woman {k}") for k in range(count)]
+            write_table(file.with_suffix(".csv"), ("image_uid", "patient_id"), rows)
         (out / "splits.csv").write_text("patient_id,split\n")
         runs.finish_folder(out, counts=dict.fromkeys(keys, count))
     return out

@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -102,8 +103,12 @@ def _check_options(out: Path, existing: dict, wanted: dict) -> None:
     with reading(out / "config.json"):
         differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     if differing:
+
+        def short(value: object) -> str:
+            return textwrap.shorten(repr(value), 80, placeholder=" ...")
+
         text = "; ".join(
-            f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in differing
+            f"{key}: {short(old.get(key))} there, {short(new.get(key))} now" for key in differing
         )
         advice = "give the same options to go on, or another folder"
         raise ValueError(f"{out}: made with other options ({text}); {advice}")
@@ -216,6 +221,43 @@ def weights_hash(module: nn.Module) -> str:
 # --- One training ---
 
 
+class Graph:
+    """A function of tensors that is launched as one CUDA graph, not as thousands of kernels.
+
+    Called as `f(stage, *tensors)`, it gives f(*stage, *tensors). After three calls of a stage it
+    is recorded and then replayed, so it must do the same at every call, wait for nothing, draw
+    nothing, and what it returns holds until the next call. On the CPU, or for several processes
+    (which exchange gradients), the function is simply called.
+    """
+
+    def __init__(self, function: Callable, run: "Run"):
+        self.function, self.stage = function, ()
+        self.enabled = run.device.type == "cuda" and run.processes == 1
+
+    def __call__(self, stage: tuple, *tensors: Tensor) -> tuple[Tensor, ...]:
+        if not self.enabled:
+            return self.function(*stage, *tensors)
+        if stage != self.stage:
+            self.stage, self.calls, self.graph = stage, 0, None
+            self.side = torch.cuda.Stream()  # where it is recorded; the first calls run there too
+        self.calls += 1
+        if self.calls <= 3:
+            self.side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.side):
+                result = self.function(*stage, *tensors)
+            torch.cuda.current_stream().wait_stream(self.side)
+            return result
+        if self.graph is None:
+            self.inputs, self.graph = [t.clone() for t in tensors], torch.cuda.CUDAGraph()
+            # The thread that reads ahead may pin memory meanwhile.
+            with torch.cuda.graph(self.graph, stream=self.side, capture_error_mode="thread_local"):
+                self.result = self.function(*stage, *self.inputs)
+        for held, given in zip(self.inputs, tensors, strict=True):
+            held.copy_(given)
+        self.graph.replay()
+        return self.result
+
+
 class ReadAhead:
     """`draw(step)` in a thread, the next step's while one is computed, of `steps` in all."""
 
@@ -277,6 +319,10 @@ class Run:
                     part.load_state_dict(state[name])
                 self.done, self.names = state["step"], state["names"]
                 self.recorded = list(state["recorded"].to(self.device))
+        for part in parts.values():
+            if isinstance(part, torch.optim.Optimizer):  # the checkpoint may be of another device
+                for group in part.param_groups:
+                    group["capturable"] = self.device.type == "cuda"  # in a CUDA graph
         if self.rank == 0:
             rows = read_log(self.folder, self.done) if log.exists() else []
             with replace_file(log, "w") as file:  # later rows come again

@@ -19,8 +19,14 @@ from support.patchset import Patches
 from support.runs import FIXED_NOISE, Run, read_log, torch_rng
 
 FIXED = 64  # validation patches that the log and the grids look at
-FIXED_Z = 8  # noise vectors for the spread over z
-LASTING = 3  # rows of the log after which a sign of failure is said
+FIXED_Z = 8  # noise vectors for the spread over z,
+VARIED = 8  # of each of so many patches
+SHOWN_VARIED = 4  # of them in varieties.png
+LASTING = 3  # rows of the log after which a sign of failure is said; a quarter of all for this one:
+IGNORED = (
+    "the noise is ignored, one patch gives one lesion (varieties.png); try --noise-cells 16, for "
+    "calcifications --noise-cells 256 --no-sn-g"
+)
 CLASSES_OF_D = ("real", "fake", "benign", "normal")
 GAMMAS = ("in G's encoder", "in G's decoder", "in D")  # order of the log's gamma of attention
 PANELS = {  # of gan.png
@@ -97,7 +103,6 @@ class Watch:
         lesion = G(self.x, self.z[FIXED_Z:], size, alpha)[:, 0]  # (N, s, s)
         for hook in hooks:
             hook.remove()
-        one_patch = self.x[:1].expand(FIXED_Z, -1, -1, -1)
         component = "cluster" if self.config.task == "calcification" else "largest"  # Q27
         kept = [isolate_lesion(x, self.removal, component=component) for x in lesion.cpu().numpy()]
         over = (-lesion if self.removal else lesion) > LESION_THRESHOLD
@@ -107,10 +112,15 @@ class Watch:
             "lesion_std": lesion.std(),
             "lesion_share": over.float().mean(),
             "spread_x": lesion.std(0).mean(),
-            "spread_z": G(one_patch, self.z[:FIXED_Z], size, alpha)[:, 0].std(0).mean(),
+            "spread_z": self.varieties(G, VARIED, size, alpha)[:, :, 0].std(0).mean(),
             "acceptance": np.mean([k is not None for k in kept]),
         }
         return {name: float(value) for name, value in figures.items()}
+
+    def varieties(self, G: Generator, patches: int, size: int, alpha: float) -> Tensor:
+        """(FIXED_Z, patches, 3, s, s): the first fixed patches with the same few noises each."""
+        x = self.x[:patches]
+        return torch.stack([G(x, z.expand(len(x), -1), size, alpha) for z in self.z[:FIXED_Z]])
 
     def _choose(self, G: Generator, acceptance: float) -> bool:
         late = self.run.done > self.config.steps - self.config.iters_final / 2
@@ -133,28 +143,38 @@ class Watch:
             "the lesions ignore their input; lower --g-lr or start again with another --seed": (
                 row["spread_x"] < flat or row["dead_units"] > 0.8
             ),
+            # What a removal leaves hangs on the tissue around: it rightly varies little.
+            IGNORED: row["spread_z"] < row["spread_x"] / 5 and not self.removal,
         }
         grown = row["side"] == self.x.shape[-1] and row["alpha"] == 1
         present = [sign for sign, shown in signs.items() if shown and grown]
         self.lasting = {sign: self.lasting.get(sign, 0) + 1 for sign in present}
-        for sign, rows in self.lasting.items():
-            if rows == LASTING and self.run.rank == 0:
+        quarter = max(LASTING, self.config.steps // self.config.log_every // 4)
+        over = {s: n - (quarter if s == IGNORED else LASTING) for s, n in self.lasting.items()}
+        for sign, rows in over.items():  # said when it is new, and again at the end
+            last = rows > 0 and self.run.done == self.config.steps
+            if (rows == 0 or last) and self.run.rank == 0:
                 click.echo(f"step {self.run.done}: {sign}", err=True)
-        return [sign for sign, rows in self.lasting.items() if rows >= LASTING]
+        return [sign for sign, rows in over.items() if rows >= 0]
 
     @torch.no_grad()
     def draw(self, G: Generator, size: int, alpha: float) -> None:
-        """samples/STEP.png: patch, lesion (grey = no change) and result, four samples a row; and
-        gan.png, what the log holds, over steps."""
+        """samples/STEP.png: patch, lesion (grey = no change) and result, four samples a row;
+        varieties.png: a patch and what eight noises make of it, four rows; gan.png, what the log
+        holds, over steps."""
         if self.run.rank > 0:
             return
         made = G(self.x[:16], self.z[FIXED_Z:][:16], size, alpha)
         lesion, before, after = made.unbind(1)  # (n, s, s) each
         tiles = torch.cat([before, (2 * lesion).clamp(-1, 1), after], dim=2)[:, None]
-        path = self.run.folder / f"samples/{self.run.done:06d}.png"
-        path.parent.mkdir(exist_ok=True)
-        with replace_file(path) as file:
-            save_image(tiles, file, "png", nrow=4, padding=1, normalize=True, value_range=(-1, 1))
+        one = self.varieties(G, SHOWN_VARIED, size, alpha)  # (FIXED_Z, n, 3, s, s)
+        one = torch.cat([one[:1, :, 1], one[:, :, 2]]).transpose(0, 1).flatten(0, 1)[:, None]
+        (self.run.folder / "samples").mkdir(exist_ok=True)
+        names = f"samples/{self.run.done:06d}.png", "varieties.png"
+        for name, shown, across in zip(names, (tiles, one), (4, 1 + FIXED_Z), strict=True):
+            with replace_file(self.run.folder / name) as file:
+                look = {"padding": 1, "normalize": True, "value_range": (-1, 1)}
+                save_image(shown, file, "png", nrow=across, **look)
         rows = [r | dict(zip(GAMMAS, r["gamma"], strict=True)) for r in read_log(self.run.folder)]
         figure = Figure(figsize=(14, 7), layout="constrained")
         for axes, (title, names) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):

@@ -1,6 +1,7 @@
 """§3 Results: the statistics against hand-worked numbers, definitions, R, and simulation."""
 
 import functools
+import itertools
 import json
 import math
 import shutil
@@ -12,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy import ndimage, stats
+from scipy import ndimage, spatial, stats
 
 import data
 import evaluate
 import models
 import train
-from support import controls, figures, files, patchset, report, runs, sources
+from support import controls, figures, files, patchset, phantom, report, runs, sources
 
 Y = [1] * 5 + [0] * 6
 S1 = [0.9, 0.8, 0.7, 0.55, 0.3, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
@@ -450,7 +451,7 @@ def write_set(folder: Path, patches: Path, task: str, control: str = "", n: int 
     rows = [(i, i, *both, i, 80, 9, 9, 20, 20) for i, both in enumerate(origin)]
     files.write_table(folder / "index.csv", patchset.SYNTHETIC_COLUMNS, rows)
     config = {"task": task, "control": control, "patch_size": SIDE, "n": n, "generator": "g" * 64}
-    config |= {"data": patchset.fingerprint(patches), "seed": 0}
+    config |= {"data": patchset.fingerprint(patches), "seed": 0, "spacing_mm": 0.33}
     facts = {"command": "synthesize", "config": config, "complete": True, "short": False}
     facts |= {"attempts": 3 * n, "acceptance": 1 / 3, "area_median": 0.12, "strength": 0.2}
     facts |= {"warnings": [], "gan": {"task": task, "seed": 7, "g_lr": 0.00012}}
@@ -842,6 +843,40 @@ def test_a_detector_never_sees_the_patient_it_is_asked_about():
 
     controls.detectability(who[:, None], who[:, None], who, who, fit_predict)
     assert len(seen) == 5 and not any(seen)
+
+
+def clusters_of_phantoms(n: int, mm: float):
+    """Patches (64 px) of tissue with a malignant cluster, and each one's drawn figures."""
+    women = (phantom.patient(0, k) for k in itertools.count())
+    women = (w for w in women if (w.finding, w.pathology) == ("calcification", "malignant"))
+    for seed, who in enumerate(itertools.islice(women, n)):
+        rng, axis = np.random.default_rng(seed), (np.arange(64) - 32) * mm
+        y, x = np.meshgrid(axis, axis, indexing="ij")
+        added, _ = phantom.calcifications(rng, who, y, x, mm)
+        tissue = 0.45 + 0.05 * phantom.power_law(rng, (64, 64), mm, 3.4, longest=20.0)
+        tissue += rng.normal(0, 0.006, tissue.shape)
+        labels, n = ndimage.label(added > 0.3 * who.contrast, np.ones((3, 3)))
+        at = mm * np.array(ndimage.center_of_mass(labels > 0, labels, range(1, n + 1)))
+        sizes = mm * np.sqrt(4 / np.pi * np.bincount(labels.ravel())[1:])
+        contrast = 2 * np.median(ndimage.maximum(added, labels, range(1, n + 1)))
+        extent = spatial.distance.pdist(at).max()
+        drawn = (n, np.median(sizes), contrast, extent)
+        yield (tissue * 2 - 1, 2 * (tissue + added) - 1, drawn)
+
+
+def test_the_grain_table_counts_what_the_phantoms_drew():
+    tissue, patches, drawn = map(np.array, zip(*clusters_of_phantoms(40, 0.33), strict=True))
+    found = np.array([controls.grains(patch, 0.33) for patch in data.to_uint16(patches)])
+    for figure, (ours, true) in enumerate(zip(found.T, drawn.T, strict=True)):
+        assert 0.8 < np.median(ours / true) < 1.2, controls.GRAINS[figure]
+    assert np.corrcoef(found[:, 0], drawn[:, 0])[0, 1] > 0.7
+    table = controls.grain_table(data.to_uint16(patches), 0.33)
+    assert table["with"] == 1
+    assert table["grains"] == pytest.approx(np.percentile(found[:, 0], (25, 50, 75)).tolist())
+    bare = controls.grain_table(data.to_uint16(tissue), 0.33)
+    assert bare["with"] < 0.2
+    half = controls.grain_table(data.to_uint16((tissue + patches) / 2), 0.33)
+    assert half["contrast"][1] == pytest.approx(table["contrast"][1] / 2, rel=0.2)
 
 
 def test_copies_are_nearest_to_their_originals():

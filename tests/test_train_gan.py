@@ -25,7 +25,7 @@ import data
 import models
 import postprocess
 import train
-from support import files, patchset, runs
+from support import facts, files, patchset, runs
 from support import watch as watching
 from train import GAN_PRESETS, GanBatches, GanConfig, growth, train_gan
 
@@ -62,6 +62,8 @@ def patch_set(out: Path, n: int = 40, leave_out: tuple[str, ...] = ()) -> Path:
             patches = rng.integers(0, 20_000, (n, 64, 64)) + 4_000 * i
             patches[:, 0, 0] = 1_000 * i + np.arange(n)
             np.save(file, patches.astype(np.uint16))
+            rows = [(f"{out.name} {k}", f"woman {k}") for k in range(n)]
+            files.write_table(file.with_suffix(".csv"), ("image_uid", "patient_id"), rows)
         (out / "splits.csv").write_text("patient_id,split\n")
         runs.finish_folder(out, counts=dict.fromkeys(keys, n))
     return out
@@ -112,6 +114,17 @@ def test_presets_keep_the_papers_topology(preset):
     config = GAN_PRESETS[preset]
     assert config.g_center == 128 * config.g_base
     assert config.d_center == 128 * config.d_base
+
+
+def test_only_small_presets_of_calcifications_differ_from_those_of_masses():
+    for task in data.TASKS:
+        for name, config in train.gan_presets(task).items():
+            usual = dataclasses.replace(GAN_PRESETS[name], task=task)
+            grains = dataclasses.replace(usual, **train.GRAINS)
+            assert config == (grains if task == "calcification" and name != "paper" else usual)
+    tiny = train.gan_presets("calcification")["tiny"]
+    assert set(models.generator(dataclasses.asdict(tiny)).noise_sides) == {4, 8, 16, 32, 64}
+    assert growth(tiny, 0) == (64, 1.0)
 
 
 def test_T3_T5_schedule_of_the_growth():
@@ -241,8 +254,9 @@ def test_real_patches_are_what_the_patch_set_holds(patches):
 def test_run_folder_explains_itself(finished, patches):
     config = files.read_json(finished / "config.json")
     assert config["complete"] and config["command"] == "train-gan"
-    facts = {"data": patchset.fingerprint(patches), "spacing_mm": 0.33}
-    assert config["config"] == dataclasses.asdict(TINY) | facts
+    made_of = {"data": patchset.fingerprint(patches), "spacing_mm": 0.33}
+    made_of["images"] = sorted(f"patches {k}" for k in range(40))
+    assert config["config"] == dataclasses.asdict(TINY) | made_of
     rows = log_of(finished)
     assert [row["step"] for row in rows] == [*range(7, 60, 7), 60]
     assert [row["side"] for row in rows] == [32] * 2 + [64] * 7
@@ -262,7 +276,7 @@ def test_run_folder_explains_itself(finished, patches):
         assert len(row["gamma"]) == 3
     assert (finished / "gan.png").exists()
     assert len(list((finished / "samples").glob("*.png"))) == 7
-    names = {"config.json", "log.jsonl", "checkpoint.pt", "gan.png", "samples"}
+    names = {"config.json", "log.jsonl", "checkpoint.pt", "gan.png", "varieties.png", "samples"}
     assert {path.name for path in finished.iterdir()} == names
 
 
@@ -365,12 +379,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(
         ({"lesion_share": 0.9}, "the lesions cover the patch"),
         ({"dead_units": 0.95}, "the lesions ignore their input"),
         ({"spread_x": 0.0001}, "the lesions ignore their input"),
+        ({"spread_z": 0.009}, "the noise is ignored"),
     ],
 )
 def test_a_run_that_fails_says_so_in_words_once_it_lasts(patches, capsys, figures, sign):
     watch = watching.Watch(TINY, patches, models.Generator(64, 2, 8), alone())
     good = {"real_right": 0.7, "fake_right": 0.7, "lesion_share": 0.1, "lesion_mean": 0.05}
-    good |= {"spread_x": 0.05, "dead_units": 0.1, "side": 64, "alpha": 1.0}
+    good |= {"spread_x": 0.05, "spread_z": 0.03, "dead_units": 0.1, "side": 64, "alpha": 1.0}
     for _ in range(10):
         assert watch.signs_of_failure(good) == []
     messages = [watch.signs_of_failure(good | figures) for _ in range(5)]
@@ -379,6 +394,23 @@ def test_a_run_that_fails_says_so_in_words_once_it_lasts(patches, capsys, figure
     assert capsys.readouterr().err.count(sign) == 1
     for _ in range(5):  # at half size nothing is said yet
         assert watch.signs_of_failure(good | figures | {"side": 32}) == []
+
+
+def test_noise_that_is_ignored_is_said_after_a_quarter_and_at_the_end(patches, capsys):
+    config = dataclasses.replace(TINY, iters_base=0, iters_fade=0, iters_final=80, log_every=2)
+    watch = watching.Watch(config, patches, models.Generator(64, 2, 8), alone())
+    row = {"real_right": 0.7, "fake_right": 0.7, "lesion_share": 0.1, "lesion_mean": 0.05}
+    row |= {"spread_x": 0.05, "spread_z": 0.009, "dead_units": 0.1, "side": 64, "alpha": 1.0}
+    said = []
+    for step in range(2, 82, 2):
+        watch.run.done = step
+        said.append(watch.signs_of_failure(row) == [watching.IGNORED])
+    assert said == [False] * 9 + [True] * 31  # 10 of 40 rows are the quarter
+    err = capsys.readouterr().err
+    assert err == f"step 20: {watching.IGNORED}\nstep 80: {watching.IGNORED}\n"
+    removal = dataclasses.replace(config, task="removal")
+    watch = watching.Watch(removal, patches, models.Generator(64, 2, 8), alone())
+    assert [watch.signs_of_failure(row) for _ in range(12)] == [[]] * 12
 
 
 def test_the_figures_of_the_watch_by_hand(patches):
@@ -404,7 +436,7 @@ def test_the_figures_of_the_watch_by_hand(patches):
     assert figures["lesion_mean"] == pytest.approx(float(over_x.mean()) * inside, rel=1e-3)
     assert figures["lesion_share"] == pytest.approx(inside)
     assert figures["acceptance"] == 1
-    z = watch.z[:8, 0]
+    z = watch.z[:8, 0]  # the same eight for each of eight patches
     assert figures["spread_z"] == pytest.approx(float((0.5 + 0.1 * z).std()) * inside, rel=1e-3)
     removal = watching.Watch(dataclasses.replace(TINY, task="removal"), patches, G, alone())
     figures = removal.lesions(G, 64, 1.0)
@@ -438,6 +470,10 @@ def test_sample_grids_show_patch_lesion_and_result_side_by_side(patches, finishe
         row = np.asarray(picture)[32, :, 0]
     values = [row[1 + 32], row[1 + 64 + 32], row[1 + 128 + 32]]  # before, lesion doubled, after
     assert values == [0, round(0.75 * 255 + 0.01), round(0.125 * 255)]
+    with Image.open(tmp_path / "varieties.png") as picture:
+        shown = np.asarray(picture)[..., 0]
+    assert shown.shape == (4 * 65 + 1, 9 * 65 + 1)  # four patches, each with eight noises
+    assert shown[33, 33::65].tolist() == [0] + 8 * [round(0.125 * 255)]
 
 
 # --- Resume ---
@@ -535,6 +571,43 @@ def test_noise_a_cell_resumes_bitwise_with_growth_and_without(
     train_gan(config, patches, tmp_path / "cut", CPU)
     assert_equal(state_of(tmp_path / "cut"), state_of(tmp_path / "whole"))
     assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
+
+
+def test_a_run_starts_from_the_networks_of_another_and_inherits_its_images(
+    patches, finished, tmp_path, capsys
+):
+    other = patch_set(tmp_path / "other")
+    config = dataclasses.replace(TINY, g_lr=1e-12, d_lr=1e-12)
+    train_gan(config, other, tmp_path / "tuned", CPU, init=finished)
+    assert f"starts from the networks of {finished}" in capsys.readouterr().err
+    start, end = state_of(finished), state_of(tmp_path / "tuned")
+    for old, new in ((start["watch"]["chosen"], end["G"]), (start["D"], end["D"])):
+        names = [name for name in old if name.endswith(("original", "bias", "gamma"))]
+        assert names and all(torch.allclose(new[n], old[n], atol=1e-8) for n in names)
+    made_of = files.read_json(tmp_path / "tuned/config.json")["config"]
+    generator = files.read_json(finished / "config.json")["generator"]
+    assert made_of["init"] == {"generator": generator, "task": "mass"}
+    assert made_of["images"] == sorted(
+        f"{of} {k}" for of in ("other", "patches") for k in range(40)
+    )
+    with pytest.raises(ValueError, match=r"made with other options \(images: .*\.\.\."):
+        train_gan(config, other, tmp_path / "tuned", CPU)  # the same command without --init
+    with pytest.raises(ValueError, match=r"--init .*: found networks with g_base 2; expected 4"):
+        wider = dataclasses.replace(config, g_base=4)
+        train_gan(wider, other, tmp_path / "wider", CPU, init=finished)
+    with pytest.raises(ValueError, match="no such folder; expected one that train-gan made"):
+        train_gan(config, other, tmp_path / "none", CPU, init=tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("spacing", "said"),
+    [(0.33, "WARNING: "), (0.15, "calcifications of"), (None, "calcifications of")],
+)
+def test_which_spacing_calcifications_need_is_said(spacing, said, capsys):
+    facts.say_spacing(spacing)
+    text = capsys.readouterr().err
+    assert text.startswith(said) and "0.1 mm or less" in text and text.count("\n") == 1
+    assert (f"{spacing} mm" if spacing else "native pixels") in text
 
 
 def test_stopping_saves_the_step_it_was_in(patches, tmp_path):
