@@ -198,6 +198,7 @@ PREPARE_PRESETS = {
         counts=_counts((4_000, 2_000, 1_000, 1_000, 1_000), 300) | {"test/benign_mass": 300},
     ),
 }
+PREPARE_PRESETS["cbis-cpu"] = PREPARE_PRESETS["cbis"]
 
 
 @dataclass(frozen=True)

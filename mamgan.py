@@ -89,7 +89,7 @@ def preset_options(presets: dict, texts: dict[str, str]):
             kind = RANGES.get(name, COUNT if type(known) is int else type(known))
             flag, kind = (f"{flag}/--no-{flag[2:]}", None) if kind is bool else (flag, kind)
             command = option(flag, kind, f"{text}  [{shown}]", default=None)(command)
-        text = "A whole configuration: the paper's, 128 px for one GPU, 64 px for two CPU cores."
+        text = "A whole configuration: the paper's; 128 px for a GPU or the CPU; 64 px for the CPU."
         return option("--preset", click.Choice(list(presets)), text, default="paper")(command)
 
     return decorate
@@ -153,7 +153,7 @@ def cli() -> None:
     "--normals",
     click.Choice(["studies", "images", "annotated"]),
     "Normal patches of women without any finding (A4), of any image without one, or also of "
-    "annotated images, off the boxes.  [paper studies, cbis and tiny images]",
+    "annotated images, off the boxes.  [paper studies, the others images]",
 )
 @option("--distinct-ids distinct", bool, "Ids such as 7 and 007 are two patients.", is_flag=True)
 @option(
@@ -171,7 +171,7 @@ def prepare(
     SOURCE is a manifest or the folder of a public data set. Patients are split 60/20/20 (P2);
     windows hold at least 90% breast tissue (P6); those for training are scaled by 0.8 to 1.2,
     flipped and rotated (P7); lesions lie anywhere in theirs (P8). Patches have 256 px in preset
-    paper (P9), 128 in cbis, 64 in tiny.
+    paper (P9), 128 in cbis and cbis-cpu, 64 in tiny.
     """
     if source_format == "manifest":
         if birads:
@@ -398,6 +398,8 @@ def evaluate(patches, baseline, augmented, synthetic, out, seed, device):
 
 # Shorter than the preset: three GANs and four classifiers in about ten minutes.
 DEMO_GAN = ("--iters-base", 200, "--iters-fade", 50, "--iters-final", 450)
+DEMO_GAN += ("--d-base", 16, "--d-center", 2048)
+DEMO_GRAINS = ("--iters-final", 1_000)
 DEMO_CLASSIFIER = ("--samples", 10_000, "--decay-every", 100, "--evaluate-every", 1_000)
 DEMO_SAMPLES = 300  # synthetic patches a set
 DEMO_PATIENTS = 72
@@ -425,8 +427,10 @@ def demo(out, seed):
     sets = {"": [], "blob": []}  # by control
     for task in data.TASKS:
         gan = out / f"gan-{task}"
-        call("train-gan", "--task", task, "--data", patches, "--run", gan, *common, *DEMO_GAN)
-        component = "cluster" if task == "calcification" else "largest"
+        grains = task == "calcification"
+        line = ["train-gan", "--task", task, "--data", patches, "--run", gan, *common]
+        call(*line, *(DEMO_GRAINS if grains else DEMO_GAN))
+        component = "cluster" if grains else "largest"
         for control, made in sets.items():
             folder = out / "-".join(["synthetic", task, *filter(None, [control])])
             line = ["synthesize", "--gan", gan, "--data", patches, "--out", folder]

@@ -27,8 +27,16 @@ def gan_facts(config, data: Path, init: Path | None = None) -> dict:
         )
     # A pixel of full mammograms must become as large as one of the patches.
     facts = asdict(config) | {"data": patches["fingerprint"], "spacing_mm": patches["spacing_mm"]}
-    pools = [Patches.open(data, "train", name) for name in TASKS[config.task]]
-    images = {uid for pool in pools for uid in pool.column("image_uid").tolist()}
+    images, task = set(), TASKS[config.task]
+    for name in task:
+        pool = Patches.open(data, "train", name)
+        least = config.batch_size * (2 if name == task.source else 1)
+        if len(pool) < least:
+            raise ValueError(
+                f"{data}: train/{name} holds {len(pool)} patches; expected at least {least} "
+                f"for --batch-size {config.batch_size}; prepare more or lower it"
+            )
+        images |= set(pool.column("image_uid").tolist())
     if init:
         start = runs.finished(init, "train-gan")
         for name in NETWORKS:

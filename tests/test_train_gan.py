@@ -120,7 +120,7 @@ def test_only_small_presets_of_calcifications_differ_from_those_of_masses():
     for task in data.TASKS:
         for name, config in train.gan_presets(task).items():
             usual = dataclasses.replace(GAN_PRESETS[name], task=task)
-            grains = dataclasses.replace(usual, **train.GRAINS)
+            grains = dataclasses.replace(usual, **train.CALCIFICATION.get(name, {}))
             assert config == (grains if task == "calcification" and name != "paper" else usual)
     tiny = train.gan_presets("calcification")["tiny"]
     assert set(models.generator(dataclasses.asdict(tiny)).noise_sides) == {4, 8, 16, 32, 64}
