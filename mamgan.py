@@ -155,6 +155,18 @@ def cli() -> None:
     "Normal patches of women without any finding (A4), of any image without one, or also of "
     "annotated images, off the boxes.  [paper studies, the others images]",
 )
+@option(
+    "--fold",
+    None,
+    "Cross-validation: of N folds of patients, dealt by the seed alone, fold K (1 to N) is tested, "
+    "K+1 (after N the first) validates, the others train.  [none: 60/20/20]",
+    metavar="K/N",
+)
+@option(
+    "--malignant-share",
+    click.FloatRange(0, 1, min_open=True),
+    "Keep only this share of the training patients with cancer, the same validation and test.",
+)
 @option("--distinct-ids distinct", bool, "Ids such as 7 and 007 are two patients.", is_flag=True)
 @option(
     "--qc", click.IntRange(0), "Contact sheet of so many images: mask, boxes, windows.", default=0

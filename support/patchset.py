@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 import data
 from data import CLASSES, KEYS, DecodedImage, PrepareConfig, SourceImage
-from support import runs, sources
+from support import folds, runs, sources
 from support.figures import save_figure
 from support.files import open_array, read_json, read_table, reading, sha256, write_table
 from support.runs import claim_folder, finish_folder, finished, numpy_rng, progress, signals_held
@@ -67,7 +67,8 @@ def prepare(
     writer = PatchWriter(findings, out, config)
     base = os.path.commonpath([os.path.dirname(row.image_path) for row in findings])
     rows = [(os.path.relpath(row.image_path, base), row) for im in writer.images for row in im.rows]
-    rows = [(name, replace(row, image_path="", mask_path="")) for name, row in rows]
+    blank = {"image_path": "", "mask_path": ""} | ({"split": ""} if config.fold else {})
+    rows = [(name, replace(row, **blank)) for name, row in rows]  # the same source in every fold
     settings = {"source": sha256(repr(rows).encode()), "key": writer.hide("key")}
     with claim_folder(out, "prepare", asdict(config) | settings) as complete:
         if not complete:
@@ -167,7 +168,8 @@ class PatchWriter:
 
     def __init__(self, findings: list[Finding], out: Path, config: PrepareConfig):
         self.out, self.config, self.hide = out, config, _pseudonyms(config.pseudonymise)
-        self.images = data.source_images(findings, config, self.hide)
+        images = data.source_images(folds.deal_folds(findings, config), config, self.hide)
+        self.images = folds.keep_share(images, config.malignant_share, config.seed)
         self.images_of = {  # "split/class": images it is drawn from
             key: [index for index, image in enumerate(self.images) if key in image.classes]
             for key in KEYS
@@ -189,7 +191,7 @@ class PatchWriter:
             text = f"found no wanted class in {len(self.images)} images; expected normal images, or"
             advice = "see --normals and --birads-as-pathology"
             raise ValueError(f"the source: {text} boxes with a pathology; {advice}")
-        self.splits = {image.patient_id: image.split for image in self.images}
+        self.splits = {image.patient_id: image.split for image in self.images if image.split}
         self.patients = {split: list(self.splits.values()).count(split) for split in SPLITS}
         text = ", ".join(f"{split} {number}" for split, number in self.patients.items())
         click.echo(f"patients: {text}", err=True)
@@ -301,6 +303,8 @@ class PatchWriter:
         """Why an image gave no patch."""
         image, visit = self.images[index], self.visits.get(index)
         if visit is None:
+            if not image.split:
+                return "a patient with cancer left out by --malignant-share"
             if any(row.finding and not row.bbox for row in image.rows):
                 return "a finding without a box: nobody knows where its lesion lies"
             return f"none of its findings is a class wanted in {image.split}"
