@@ -1,6 +1,5 @@
 """Cross-validation and scarcity, beyond the paper: folds of patients, fewer of them with cancer."""
 
-import re
 from collections import defaultdict
 from dataclasses import replace
 
@@ -20,20 +19,16 @@ def deal_folds(findings: list[Finding], config: PrepareConfig) -> list[Finding]:
     """
     if config.fold is None:
         return findings
-    parts = re.fullmatch(r"([1-9]\d{0,2})/([1-9]\d{0,2})", config.fold, re.ASCII)
-    k, n = map(int, parts.groups()) if parts else (0, 0)
+    k, _, n = (int(x) if x.isdecimal() and len(x) < 4 else 0 for x in config.fold.partition("/"))
+    option = f"--fold {config.fold[:40]}"
     if not 1 <= k <= n or n < 3:
-        text = (
-            f"--fold {config.fold[:40]}: expected K/N, the fold 1 to N that is tested, of N folds"
-        )
-        raise ValueError(f"{text}, at least 3 (one tests, one validates, the others train)")
+        text = "expected K/N, the fold 1 to N that is tested, of N folds, at least 3"
+        raise ValueError(f"{option}: {text} (one tests, one validates, the others train)")
     if given := {row.patient_id for row in findings if row.split}:
-        text = (
-            f"{len(given)} patients come with a split, such as {min(given)}, and --fold deals all"
-        )
-        raise ValueError(f"--fold {config.fold}: {text}; leave out the manifest's column 'split'")
+        text = f"{len(given)} patients come with a split, such as {min(given)}"
+        raise ValueError(f"{option}: {text}; leave out the manifest's column 'split'")
     if (number := len({row.patient_id for row in findings})) < n:
-        raise ValueError(f"--fold {config.fold}: found {number} patients; expected at least {n}")
+        raise ValueError(f"{option}: found {number} patients; expected at least {n}")
     shares = dict.fromkeys(range(n), 1.0)
     fold = split_patients(findings, config.seed, config.normals, shares)
     split = {k - 1: "test", k % n: "val"}
@@ -55,26 +50,17 @@ def keep_share(images: list[SourceImage], share: float | None, seed: int) -> lis
     ill = {r.patient_id for image in images for r in image.rows if r.pathology == "malignant"}
     lesions, alike = defaultdict(set), defaultdict(list)
     for image in images:
-        patient = image.rows[0].patient_id
-        if image.split == "train" and patient in ill:
+        if image.split == "train" and (patient := image.rows[0].patient_id) in ill:
             lesions[patient] |= {key for key in image.classes if "malignant" in key}
-    patients = sorted(lesions)
-    for at in np.random.default_rng(seed).permutation(len(patients)):
+    for at in np.random.default_rng(seed).permutation(len(patients := sorted(lesions))):
         alike[frozenset(lesions[patients[at]])].append(patients[at])
-    kept = {
-        p for same in alike.values() for i, p in enumerate(same) if i + 0.5 <= share * len(same)
-    }
-    text = (
-        f"--malignant-share {share:g}: {len(kept)} of {len(lesions)} training patients with cancer"
-    )
+    kept = {p for same in alike.values() for p in same[: int(share * len(same) + 0.5)]}
+    text = f"--malignant-share {share:g}: {len(kept)} of {len(lesions)} patients with cancer train"
     for key in sorted(set().union(*lesions.values())):
         having = {patient for patient in lesions if key in lesions[patient]}
         text += f"; {key} {len(having & kept)} of {len(having)}"
         if not having & kept:
             raise ValueError(f"{text}; expected at least one of each class, give a larger share")
     click.echo(f"{text}; the others are left out", err=True)
-    out = lesions.keys() - kept
-    return [
-        replace(image, split="", classes={}) if image.rows[0].patient_id in out else image
-        for image in images
-    ]
+    out, gone = lesions.keys() - kept, {"split": "", "classes": {}}
+    return [replace(i, **gone) if i.rows[0].patient_id in out else i for i in images]

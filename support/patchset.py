@@ -55,6 +55,7 @@ def prepare(
     workers: int = 1,
     qc: int = 0,
     notes: Sequence[str] = (),
+    source_format: str = "manifest",
 ) -> None:
     """Findings -> patch set in `out`; goes on where it was interrupted.
 
@@ -74,7 +75,7 @@ def prepare(
         if not complete:
             writer.reserve()
             writer.cut(workers)
-            writer.finish(notes)
+            writer.finish(notes, source_format)
         shutil.rmtree(out / "work", ignore_errors=True)
         if qc:
             contact_sheet(writer.images, config, out, qc)
@@ -345,7 +346,7 @@ class PatchWriter:
             click.echo(remark, err=True)
         return remarks, cancer
 
-    def finish(self, notes: Sequence[str]) -> None:
+    def finish(self, notes: Sequence[str], source_format: str) -> None:
         """Write the tables, then mark the patch set whole."""
         images, out = self.images, self.out
         for key in self.skipped:
@@ -386,6 +387,7 @@ class PatchWriter:
             duplicates=duplicates,
             normals_with_cancer=cancer,
             notes=[*notes, *remarks],
+            format=source_format,
         )
 
 
@@ -475,7 +477,8 @@ def patch_config(data: Path) -> dict:
         if not held.keys() <= set(KEYS):
             raise ValueError("counts")
     # BI-RADS as pathology, say; the other breast of women with cancer
-    told = {key: facts[key] for key in ("notes", "normals_with_cancer") if facts.get(key)}
+    told = ("notes", "normals_with_cancer", "format")
+    told = {key: facts[key] for key in told if facts.get(key)}
     return config | {"held": held, "fingerprint": fingerprint(data)} | told
 
 
@@ -484,6 +487,28 @@ def fingerprint(data: Path) -> str:
     data = Path(data)
     config = json.dumps(read_json(data / "config.json").get("config"), sort_keys=True)
     return sha256(config.encode(), data / "splits.csv", *sorted(data.glob("patches/*/*.csv")))
+
+
+def check_external(other: Path, data: Path) -> dict:
+    """Configuration of a patch set whose test split is to test models trained on `data`.
+
+    Raises ValueError: another side (px) or spacing (mm), or a test image (by the hash of its
+    pixels) that gave patches in any split of `data`. A patient's id in both is an error too when
+    both are of one source: the same rows, or one public data set (prepare --format). Else it may be
+    another patient, as two hospitals number theirs alike; pseudonyms of two keys never agree.
+    """
+    ours, theirs = patch_config(data), patch_config(other)
+    for key in ("patch_size", "spacing_mm"):
+        if ours[key] != theirs[key]:
+            text = f"{key} is {theirs[key]}, in {data} {ours[key]}"
+            raise ValueError(f"--test {other}: {text}; prepare it with the same")
+    one = any(ours.get(k) == theirs.get(k) not in (None, "manifest") for k in ("source", "format"))
+    for name, what in (("image_uid", "images"), ("patient_id", "patients"))[: 1 + one]:
+        known = {v for split in SPLITS for v in Patches.open(data, split).column(name).tolist()}
+        if both := sorted(known & set(Patches.open(other, "test").column(name).tolist())):
+            text = f"{len(both)} {what} of its test split, such as {both[0]}, are in {data} too"
+            raise ValueError(f"--test {other}: {text}; give patients that the models never saw")
+    return theirs
 
 
 def open_patches(data: Path, split: str, name: str) -> np.ndarray:

@@ -642,13 +642,13 @@ def test_scarcity_keeps_nested_patients_of_both_lesions_and_every_other(seed, fo
 
 def test_scarcity_that_leaves_no_patient_of_a_lesion_says_how_many(capsys):
     findings = ill_cohort(50, 10)
-    message = "0.04: 1 of 36 training patients with cancer; train/malignant_calcification 0 of 6; "
+    message = "0.04: 1 of 36 patients with cancer train; train/malignant_calcification 0 of 6; "
     with pytest.raises(ValueError, match=message + "expected at least one"):
         kept_of(findings, 0.04)
     with pytest.raises(ValueError, match=r"share 1\.5: expected a share above 0"):
         kept_of(findings, 1.5)
     kept_of(findings, 0.5)
-    assert "0.5: 18 of 36 training patients with cancer; train/" in capsys.readouterr().err
+    assert "0.5: 18 of 36 patients with cancer train; train/" in capsys.readouterr().err
 
 
 def test_scarcity_leaves_validation_and_test_byte_for_byte_and_names_who_is_out(source, tmp_path):

@@ -153,6 +153,23 @@ def test_a_folder_that_is_no_patch_set_is_one_message(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("line", ["", "--data d", "--baseline b", "--folds f --baseline b"])
+def test_evaluate_takes_one_patch_set_and_its_baseline_or_folds(line):
+    found = run("evaluate", "--out", "o", *line.split())
+    assert found.exit_code == 2 and "give --data and --baseline, or --folds alone" in found.output
+
+
+def test_the_printed_table_says_what_could_be_found(capsys, tmp_path):
+    row = {"regime": "Baseline", "auc": 0.75, "low": 0.7, "high": 0.8, "detectable": None}
+    row |= dict.fromkeys(("delta", "delta_low", "delta_high", "p_delong", "p_clustered"))
+    other = row | {"regime": "50% w/ decay", "delta": 0.012, "delta_low": -0.01}
+    other |= {"delta_high": 0.034, "p_delong": 0.1, "p_clustered": 0.25, "detectable": 0.0314}
+    mamgan.print_table([row, other], tmp_path)
+    header, *lines, place = capsys.readouterr().out.splitlines()
+    at = header.index("detectable")
+    assert [line[at:] for line in lines] == ["-", "0.031"] and place.startswith("Report: ")
+
+
 def test_a_run_folder_made_with_other_options_is_refused_by_name(patches, tmp_path):
     line = ("train-cls", "--data", patches, "--preset", "tiny", "--run", tmp_path / "run")
     short = ("--samples", "8", "--batch-size", "4", "--width", "4", "--device", "cpu")
