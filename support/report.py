@@ -153,13 +153,9 @@ def conditions(kind, patients, scores, where, fold=None) -> dict[str, dict]:
 def _write(metrics: dict, kind, scores: dict[str, np.ndarray], out: Path, fold=None) -> list[dict]:
     """Curves, differences, tables and the report; the folder is whole then. Rows of table1.csv."""
     rows = metrics["conditions"][MAIN]["rows"]
-    fold = np.zeros(len(kind)) if fold is None else fold
-    inside = np.isin(kind, list(itertools.chain(*CONDITIONS[MAIN])))
-    parts = [inside & (fold == k) for k in np.unique(fold)]
-    curves = {
-        name: np.mean([mean_roc(kind[at] != "normal", s[:, at]) for at in parts], axis=0)
-        for name, s in scores.items()
-    }
+    at = np.isin(kind, list(itertools.chain(*CONDITIONS[MAIN])))
+    y, fold = kind[at] != "normal", fold if fold is None else fold[at]
+    curves = {name: mean_roc(y, s[:, at], fold) for name, s in scores.items()}
     figures.save_figure(figures.roc_figure(curves, rows), out / "roc.png")
     if len(rows) > 1:
         figures.save_figure(figures.difference_figure(rows), out / "difference.png")
