@@ -180,11 +180,10 @@ def _mean_auc(folds, groups) -> tuple[float, float, float]:
     and new seeds. For another training set they are too narrow (Bates, Hastie, Tibshirani 2023).
     Seeds count as drawn anew in each fold.
     """
-    contrasts = [sum(weight * v[rows].mean(axis=0) for weight, rows in groups) for _, v, _ in folds]
-    value = float(np.mean([d[y].mean() for d, (y, *_) in zip(contrasts, folds, strict=True)]))
+    parts = [(y, sum(w * v[k].mean(axis=0) for w, k in groups)[None], who) for y, v, who in folds]
+    value = float(np.mean([d[0, y].mean() for y, d, _ in parts]))
     if min(len(rows) for _, rows in groups) == 1:
-        parts = zip(contrasts, folds, strict=True)
-        test = sum(float(clustered_covariance(y, d[None], who)[0, 0]) for d, (y, _, who) in parts)
+        test = sum(float(clustered_covariance(*part)[0, 0]) for part in parts)
         return value, test / len(folds) ** 2, math.inf
     test = pooled = 0.0
     for y, v, clusters in folds:
@@ -353,10 +352,9 @@ def condition_table(
     size = {"patients": len(set(patients)), "patches": len(y)}
     scores, rows = {name: s[:, at] for name, s in scores.items()}, []
     for name, ours in scores.items():
-        row = {"regime": name, "seeds": len(ours), **size}
         aucs = np.array([v[:, y].mean(axis=1) for y, v, _ in by_fold(y, ours, patients, fold)])
+        row = {"regime": name, "seeds": len(ours), "folds": len(aucs), **size}
         row |= {"seed_aucs": aucs.mean(axis=0).tolist(), "fold_aucs": aucs.mean(axis=1).tolist()}
-        row["folds"] = len(aucs)
         for statistic in dict.fromkeys(function for function, *_ in STATISTICS.values()):
             row |= statistic(y, ours, scores[BASELINE], patients, fold)
         if name == BASELINE:

@@ -20,14 +20,12 @@ def deal_folds(findings: list[Finding], config: PrepareConfig) -> list[Finding]:
     if config.fold is None:
         return findings
     k, _, n = (int(x) if x.isdecimal() and len(x) < 4 else 0 for x in config.fold.partition("/"))
-    option = f"--fold {config.fold[:40]}"
     if not 1 <= k <= n or n < 3:
-        raise ValueError(f"{option}: expected K/N, fold K (1 to N) of N folds, 3 or more")
+        raise ValueError(f"--fold {config.fold}: expected K/N, fold K (1 to N) of N, 3 or more")
     if given := {row.patient_id for row in findings if row.split}:
-        text = f"{len(given)} patients come with a split, such as {min(given)}"
-        raise ValueError(f"{option}: {text}; leave out the manifest's column 'split'")
-    shares = dict.fromkeys(range(n), 1.0)
-    fold = split_patients(findings, config.seed, config.normals, shares)
+        text = f"--fold {config.fold}: {len(given)} patients have a split, such as {min(given)}"
+        raise ValueError(f"{text}; leave out the manifest's column 'split'")
+    fold = split_patients(findings, config.seed, config.normals, dict.fromkeys(range(n), 1.0))
     split = {k - 1: "test", k % n: "val"}
     return [replace(row, split=split.get(fold[row.patient_id], "train")) for row in findings]
 

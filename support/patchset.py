@@ -477,8 +477,7 @@ def patch_config(data: Path) -> dict:
         if not held.keys() <= set(KEYS):
             raise ValueError("counts")
     # BI-RADS as pathology, say; the other breast of women with cancer
-    told = ("notes", "normals_with_cancer", "format")
-    told = {key: facts[key] for key in told if facts.get(key)}
+    told = {k: facts[k] for k in ("notes", "normals_with_cancer", "format") if facts.get(k)}
     return config | {"held": held, "fingerprint": fingerprint(data)} | told
 
 
@@ -500,8 +499,9 @@ def check_external(other: Path, data: Path) -> dict:
     ours, theirs = patch_config(data), patch_config(other)
     for key in ("patch_size", "spacing_mm"):
         if ours[key] != theirs[key]:
-            text = f"{key} is {theirs[key]}, in {data} {ours[key]}"
-            raise ValueError(f"--test {other}: {text}; prepare it with the same")
+            raise ValueError(
+                f"{other}: {key} {theirs[key]}; prepare it with {ours[key]}, as {data}"
+            )
     one = any(ours.get(k) == theirs.get(k) not in (None, "manifest") for k in ("source", "format"))
     for name, what in (("image_uid", "images"), ("patient_id", "patients"))[: 1 + one]:
         known = {v for split in SPLITS for v in Patches.open(data, split).column(name).tolist()}

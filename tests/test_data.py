@@ -593,7 +593,7 @@ def test_a_fold_that_is_none_is_refused(text):
 
 def test_folds_of_a_manifest_with_splits_are_refused():
     published = cohort({"normal": 9}) + cohort({"benign": 2}, split="test")
-    with pytest.raises(ValueError, match="2 patients come with a split, such as benign0"):
+    with pytest.raises(ValueError, match="2 patients have a split, such as benign0"):
         folds.deal_folds(published, PrepareConfig(fold="1/5"))
 
 
