@@ -178,7 +178,8 @@ def _mean_auc(folds, groups) -> tuple[float, float, float]:
     with the training set is unbiased (Bengio and Grandvalet 2004). Nothing here uses the spread
     over folds: interval and test are conditional on these training sets, about new test patients
     and new seeds. For another training set they are too narrow (Bates, Hastie, Tibshirani 2023).
-    Seeds count as drawn anew in each fold.
+    Seeds count as drawn anew in each fold: give each its own (--seed) if the same seed may be
+    lucky in all of them, as with the same random first weights.
     """
     parts = [(y, sum(w * v[k].mean(axis=0) for w, k in groups)[None], who) for y, v, who in folds]
     value = float(np.mean([d[0, y].mean() for y, d, _ in parts]))

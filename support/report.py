@@ -120,7 +120,7 @@ def _score(regimes, patches, path: Path, device, advance) -> dict[str, np.ndarra
     for regime in regimes:
         scores[regime.name] = score(regime, patches, device)
         advance(len(regime.runs), f"{regime.name} scored")
-    names = [f"{regime.name}, seed {seed}" for regime in regimes for seed in regime.seeds]
+    names = [f"{regime.name} seed {seed}" for regime in regimes for seed in regime.seeds]
     found, facts = np.concatenate(list(scores.values())).tolist(), ("patch", "patient_id")
     rows = zip(*map(patches.column, facts), patches.kind, *found, strict=True)
     files.write_table(path, ("patch", "patient", "class", *names), rows)
@@ -200,19 +200,23 @@ def evaluate_folds(folders: Sequence[Path], out: Path) -> list[dict]:
 
 
 def _read_fold(folder: Path) -> tuple[dict, list[str], dict[str, np.ndarray]]:
-    """metrics.json, what of it must be the same in every fold, and columns of scores.csv."""
+    """metrics.json, what of it must be the same in every fold, columns of scores.csv by number.
+
+    A fold may have seeds of its own, as many as the others.
+    """
     runs.finished(folder, "evaluate")
     with files.reading(folder, "evaluate again"):
         metrics, names = files.read_json(folder / "metrics.json"), []
         same = [f"patch set: {k} {v}" for k, v in metrics["data"].items() if k not in OWN]
         for run in metrics["runs"]:
             sets = [(s["task"], s["control"]) for s in run["config"]["synthetic"]]
-            facts = {key: run[key] for key in ("seeds", "proportion")}
+            facts = {"number of seeds": len(run["seeds"]), "proportion": run["proportion"]}
             facts = run["config"] | facts | {"data": "", "synthetic": sets}
             same += [f"{run['regime']}: {key} {value}" for key, value in facts.items()]
-            names += [f"{run['regime']}, seed {seed}" for seed in run["seeds"]]
+            names += [f"{run['regime']} seed {seed}" for seed in run["seeds"]]
         table = files.read_table(folder / "scores.csv", ("class", "patient", *names))
-        return metrics, same, table | {name: table[name].astype(float) for name in names}
+        values = {column: table.pop(name).astype(float) for column, name in enumerate(names)}
+        return metrics, same, table | values
 
 
 def _keep_pictures(sets: list[patchset.SyntheticSet], k: int, out: Path) -> None:

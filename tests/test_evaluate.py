@@ -882,7 +882,7 @@ def test_baseline_alone_and_one_lesion_type(tmp_path):
 def test_scores_csv_is_what_the_table_was_made_of(evaluated):
     """Table 1 again, from scores.csv alone."""
     world, out, rows = evaluated
-    names = [f"{row['regime']}, seed {k}" for row in rows for k in range(2)]
+    names = [f"{row['regime']} seed {k}" for row in rows for k in range(2)]
     table = files.read_table(out / "scores.csv", ("patch", "patient", "class", *names))
     test = patchset.Patches.open(world["patch_set"], "test")
     assert table["class"].tolist() == test.kind.tolist()
@@ -973,7 +973,7 @@ def changed(fold: Path, folder: Path, change) -> Path:
             r"differs from .*out in more than its patients: 50% w/ decay: ",
         ),
         (lambda m: m["runs"][1]["config"].update(decay=0.5), "patients: 50% w/ decay: decay 0.5"),
-        (lambda m: m["runs"][0].update(seeds=[0]), r"patients: Baseline: seeds \[0"),
+        (lambda m: m["runs"][0].update(seeds=[0]), "patients: Baseline: number of seeds 1"),
         (
             lambda m: m["data"].update(malignant_share=0.1),
             "patients: patch set: malignant_share 0.1",
@@ -991,6 +991,18 @@ def test_folds_that_differ_are_named(folds, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         report.evaluate_folds([*folds[:2], third], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_folds_may_have_seeds_of_their_own(folds, tmp_path):
+    def other(metrics):
+        for run in metrics["runs"]:
+            run["seeds"] = [seed + 10 for seed in run["seeds"]]
+
+    third = changed(folds[2], tmp_path / "third", other)
+    text = (third / "scores.csv").read_text()
+    (third / "scores.csv").write_text(text.replace("seed ", "seed 1"))
+    rows = report.evaluate_folds([*folds[:2], third], tmp_path / "out")
+    assert rows == report.evaluate_folds(folds, tmp_path / "same")
 
 
 def test_folds_that_are_none_or_share_patients_are_refused(folds, evaluated, tmp_path):
