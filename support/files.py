@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -42,9 +43,17 @@ def reading(path: Path, advice: str = "make it again") -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.filename:  # it cannot be opened
             raise
-        text = str(error).partition("\n")[0].partition(". ")[0][:200] or "no reason given"
+        text = str(error).partition("\n")[0].partition(". ")[0]
+        text = shorten(text, 200) or "no reason given"
         text = text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
         raise ValueError(f"{path}: damaged ({text}); {advice}") from None
+
+
+def shorten(text: str, width: int) -> str:
+    """Another program's words in one line, cut at a word's end."""
+    return (
+        textwrap.shorten(text, width, placeholder=" ...") if " " in text[:width] else text[:width]
+    )
 
 
 def write_json(path: Path, value: object) -> None:

@@ -35,6 +35,7 @@ INDEX_COLUMNS = (
 )
 SYNTHETIC_COLUMNS = ("sample", "source_patch", "image_uid", "patient_id", "seed", "area", *BBOX)
 IN_AIR = "Boxes in air gave no lesion patches, and their images no normal ones; correct the source"
+UNMASKED = "Masks that cannot be used, the boxes in their place; correct the source"
 MIRRORS = (
     "rows and columns swapped",
     "rows counted from the bottom",
@@ -103,8 +104,8 @@ def visit_image(
     The result is a line of the journal. Its "rows" are the patches that found a place: key, patch,
     columns of the index; they are on disk.
     """
-    visit = {"image": index, "uid": "", "reason": "", "dark": None}
-    visit |= {"no_place": [], "in_air": "", "rows": []}
+    visit = {"image": index, "uid": "", "reason": "", "dark": None, "unlimited": False}
+    visit |= {"no_place": [], "in_air": "", "unmasked": "", "rows": []}
     try:
         decoded = DecodedImage(image, config)
     except (ValueError, OSError) as error:  # an OSError would name the file
@@ -115,6 +116,7 @@ def visit_image(
             )
         return visit | {"reason": " ".join(reason.split()), "dark": dark}
     visit |= {"uid": decoded.uid, "in_air": _in_air(decoded), "dark": decoded.dark}
+    visit |= {"unlimited": decoded.unlimited, "unmasked": "; ".join(decoded.unmasked)}
     arrays = {}
     for key in sorted({key for key, _, _ in requests}):
         # Whether a class has any place here may not depend on which patches ask first.
@@ -217,10 +219,7 @@ class PatchWriter:
             raise ValueError(f"{self.out}: {text}; make room or lower --count")
         for key, rows in self.rows.items():
             self.path(key).parent.mkdir(parents=True, exist_ok=True)
-            np.lib.format.open_memmap(self.path(key), "w+", "<u2", (len(rows), size, size))
-            with open(self.path(key), "r+b") as file:
-                if hasattr(os, "posix_fallocate"):  # not on macOS
-                    os.posix_fallocate(file.fileno(), 0, self.path(key).stat().st_size)
+            _reserve(self.path(key), (len(rows), size, size))
         (self.out / "work").mkdir()  # last: with it, the arrays are whole
 
     def assign(self, key: str, patch: int, attempt: int) -> None:
@@ -303,6 +302,10 @@ class PatchWriter:
         if visit is None:
             if any(row.finding and not row.bbox for row in image.rows):
                 return "a finding without a box: nobody knows where its lesion lies"
+            if not any(row.pathology for row in image.rows):
+                return "its pathology is unknown: neither a lesion patch nor a normal one"
+            if image.rows[0].pathology == "normal" and not image.classes:
+                return "normal, of a woman with findings: see --normals"
             return f"none of its findings is a class wanted in {image.split}"
         if visit["in_air"]:
             return visit["in_air"]
@@ -314,10 +317,15 @@ class PatchWriter:
     def remarks(self) -> tuple[list[str], dict[str, int]]:
         """What to know of boxes and patients, which it prints; normal patches of ill women."""
         ill = {i.patient_id for i in self.images if any(r.pathology == "malignant" for r in i.rows)}
-        misplaced = [index for index in sorted(self.visits) if self.visits[index]["in_air"]]
-        texts = [f"{self.images[i].name}: {self.visits[i]['in_air']}" for i in misplaced[:10]]
-        texts += [f"and {len(misplaced) - 10} more"] if len(misplaced) > 10 else []
-        remarks, cancer = [f"{IN_AIR}: {'; '.join(texts)}."] if texts else [], {}
+        remarks, cancer = [], {}
+        for field, meaning in {"in_air": IN_AIR, "unmasked": UNMASKED}.items():
+            found = [index for index in sorted(self.visits) if self.visits[index][field]]
+            texts = [f"{self.images[i].name}: {self.visits[i][field]}" for i in found[:10]]
+            texts += [f"and {len(found) - 10} more"] if len(found) > 10 else []
+            remarks += [f"{meaning}: {'; '.join(texts)}."] if texts else []
+        if unlimited := sum(visit["unlimited"] for visit in self.visits.values()):
+            text = f"--bits {self.config.bits}: without effect on {unlimited} of {len(self.visits)}"
+            remarks.append(f"{text} images, which have a window, a LUT or fewer bits.")
         dark = [visit["dark"] for visit in self.visits.values() if visit["dark"]]
         for used in sorted(set(dark)):
             text = f"{dark.count(used)} of {len(self.visits)} images: each uses {_depth(*used)}"
@@ -385,6 +393,22 @@ class PatchWriter:
         )
 
 
+def _reserve(path: Path, shape: tuple[int, int, int]) -> None:
+    """An array on disk, its whole size reserved, by zeros where the system or the file system has
+    no other way (macOS, FUSE): a full disk must show here, not when a page is written."""
+    try:
+        start, size = 128, np.lib.format.open_memmap(path, "w+", "<u2", shape).nbytes + 128
+        with open(path, "r+b") as file:
+            with contextlib.suppress(AttributeError, OSError):
+                os.posix_fallocate(file.fileno(), 0, size)
+                start = size
+            file.seek(start)
+            for at in range(start, size, 2**20):
+                file.write(bytes(min(2**20, size - at)))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 def _read_journal(path: Path) -> list[dict]:
     """The visits of earlier runs; a last line that a kill cut off is taken away."""
     if not path.exists():
@@ -399,11 +423,12 @@ def _read_journal(path: Path) -> list[dict]:
 @contextlib.contextmanager
 def _processes(workers: int) -> Iterator[concurrent.futures.Executor]:
     """Worker processes that end at once when the block is left by an exception."""
-    fork = multiprocessing.get_context("fork")
-    pool = concurrent.futures.ProcessPoolExecutor(workers, fork, initializer=_start_worker)
+    spawned = multiprocessing.get_start_method() == "spawn"  # macOS: to fork is not safe there
+    context = multiprocessing.get_context("spawn" if spawned else "fork")
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_start_worker)
     try:
         with signals_held() as stopping:  # Python drops a KeyboardInterrupt that comes in a fork
-            pool.submit(os.getpid).result()  # forks all workers
+            pool.submit(os.getpid).result()  # starts all workers, or the first
         if stopping():
             raise KeyboardInterrupt
         yield pool
@@ -416,7 +441,7 @@ def _processes(workers: int) -> Iterator[concurrent.futures.Executor]:
 
 
 def _start_worker() -> None:
-    """Runs in each worker after the fork."""
+    """Runs first in each worker."""
     for lock in runs.LOCKS:  # the folder is the parent's
         os.close(lock)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers

@@ -5,11 +5,14 @@ Nothing here is of the paper; the loops of train.py use `Run`, the other command
 
 import contextlib
 import fcntl
+import functools
 import io
 import json
 import math
 import os
+import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +30,7 @@ from support.files import read_json, reading, replace_file, sha256, write_json
 
 CHECKPOINT_FORMAT = "mamgan 2"
 LOCKS: set[int] = set()  # folder locks of this process, which forked workers must not keep
+LOCK_FILE = ".lock.part"  # where folders cannot be locked
 
 
 # --- Random numbers: a step's batch and noise follow from (seed, step), whenever it is run ---
@@ -62,14 +66,7 @@ def claim_folder(out: Path, command: str, config: dict) -> Iterator[bool]:
     """
     out.mkdir(parents=True, exist_ok=True)
     path, config = out / "config.json", json.loads(json.dumps(config))
-    lock = os.open(out, os.O_RDONLY)  # the folder itself is locked: no file to leave behind
-    LOCKS.add(lock)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            text = "another process is writing there; wait for it or give another folder"
-            raise ValueError(f"{out}: {text}") from None
+    with _locked(out):
         if path.exists():
             existing = read_json(path)
             _check_options(out, existing, {"command": command, "config": config})
@@ -85,12 +82,55 @@ def claim_folder(out: Path, command: str, config: dict) -> Iterator[bool]:
         try:
             yield complete
         except Exception:  # nothing was written yet: other options may try in the same folder
-            if [p.name for p in out.iterdir()] == [path.name]:
+            if {p.name for p in out.iterdir()} <= {path.name, LOCK_FILE}:
                 path.unlink()
             raise
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """The folder is this process's. Raises ValueError when it is another's."""
+    lock, held = os.open(out, os.O_RDONLY), None  # itself is locked: no file to leave behind
+    LOCKS.add(lock)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = "another process is writing there; wait for it or give another folder"
+            raise ValueError(f"{out}: {text}") from None
+        except OSError as error:  # NFS, some of FUSE
+            held = _lock_file(out / LOCK_FILE)
+            text = f"the file system locks no folders ({error.strerror}): each holds {LOCK_FILE}"
+            say_once(f"{text} while it is written")
+        yield
     finally:
+        if held:
+            held.unlink(missing_ok=True)
         LOCKS.discard(lock)
         os.close(lock)
+
+
+def _lock_file(path: Path) -> Path:
+    """Create `path`, which names host and process, or take it over from one that was killed."""
+    mine = f"{os.getpid()} on {socket.gethostname()}"
+    for _ in range(2):
+        with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
+            file.write(mine)
+            return path
+        process, _, host = (other := path.read_text(encoding="utf-8")).partition(" on ")
+        try:
+            if not mine.endswith(f" on {host}") or os.kill(int(process), 0) is None:
+                break
+        except ProcessLookupError:
+            path.unlink()
+    text = f"process {other} is writing there; wait for it, or give another folder"
+    raise ValueError(f"{path.parent}: {text}; if it is no more, delete {path}")
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """What holds for several runs of one command."""
+    click.echo(text, err=True)
 
 
 def _check_options(out: Path, existing: dict, wanted: dict) -> None:
@@ -105,6 +145,7 @@ def _check_options(out: Path, existing: dict, wanted: dict) -> None:
         text = "; ".join(
             f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in differing
         )
+        text = re.sub(r"(\w+): '\w{64}' there, '\w{64}' now", r"made from other \1", text)  # hashes
         advice = "give the same options to go on, or another folder"
         raise ValueError(f"{out}: made with other options ({text}); {advice}")
 
