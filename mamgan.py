@@ -55,6 +55,8 @@ def _one_line(error: Exception) -> str:
 
 
 FOLDER = click.Path(path_type=Path)
+BIRADS = "VinDr-Mammo, INbreast: BI-RADS 4 to 6 stand for malignant, 2 and 3 for benign."
+FORMATS = click.Choice(["manifest", *sources.READERS])
 COUNT, SHARE = click.IntRange(1), click.FloatRange(0, 1)
 RANGES = {  # of the options that override a preset; other whole numbers begin at 1
     **dict.fromkeys(("iters_base", "iters_fade", "iters_final", "noise_cells"), click.IntRange(0)),
@@ -115,12 +117,7 @@ def cli() -> None:
 @cli.command()
 @click.argument("source", type=FOLDER)
 @option("--out", FOLDER, "Patch set to write.", required=True)
-@option(
-    "--format source_format",
-    click.Choice(["manifest", *sources.READERS]),
-    "What SOURCE is: a manifest (CSV), or a public data set as distributed.",
-    default="manifest",
-)
+@option("--format source_format", FORMATS, "Of SOURCE: manifest or data set.", default="manifest")
 @preset_options(
     data.PREPARE_PRESETS,
     {
@@ -138,12 +135,7 @@ def cli() -> None:
     multiple=True,
     metavar="SPLIT/CLASS=N",
 )
-@option(
-    "--birads-as-pathology birads",
-    bool,
-    "VinDr-Mammo, INbreast: BI-RADS 4 to 6 stand for malignant, 2 and 3 for benign.",
-    is_flag=True,
-)
+@option("--birads-as-pathology birads", bool, BIRADS, is_flag=True)
 @option(
     "--normals",
     click.Choice(["studies", "images", "annotated"]),
@@ -243,11 +235,7 @@ def train_gan(task, patches, run, preset, seed, device, **options):
     "10 px, recommended for calcifications (Q27).",
     default="largest",
 )
-@option(
-    "--control",
-    click.Choice(["blob"]),
-    "A featureless bump of the same size in place of the lesion.",
-)
+@option("--control", click.Choice(["blob"]), "A featureless bump in place of the lesion.")
 @option(
     "--min-area min_area_frac",
     SHARE,
@@ -374,15 +362,8 @@ def print_table(rows: list[dict], out: Path) -> None:
 @device_option
 def evaluate(patches, baseline, augmented, synthetic, out, seed, device):
     """Table 1 with patient-clustered statistics, controls, figures and one report (E1 to E4)."""
-    rows = report.evaluate(
-        patches,
-        baseline,
-        list(augmented),
-        list(synthetic),
-        out,
-        seed=seed,
-        device=runs.choose_device(device),
-    )
+    more = {"seed": seed, "device": runs.choose_device(device)}
+    rows = report.evaluate(patches, baseline, list(augmented), list(synthetic), out, **more)
     print_table(rows, out)
 
 

@@ -44,16 +44,9 @@ def reading(path: Path, advice: str = "make it again") -> Iterator[None]:
         if isinstance(error, OSError) and error.filename:  # it cannot be opened
             raise
         text = str(error).partition("\n")[0].partition(". ")[0]
-        text = shorten(text, 200) or "no reason given"
+        text = textwrap.shorten(text, 200, placeholder=" ...") or "no reason given"
         text = text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
         raise ValueError(f"{path}: damaged ({text}); {advice}") from None
-
-
-def shorten(text: str, width: int) -> str:
-    """Another program's words in one line, cut at a word's end."""
-    return (
-        textwrap.shorten(text, width, placeholder=" ...") if " " in text[:width] else text[:width]
-    )
 
 
 def write_json(path: Path, value: object) -> None:
@@ -84,10 +77,11 @@ def read_table(path: Path, columns: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def csv_rows(
-    path: Path, columns: tuple[str, ...], optional: tuple[str, ...] = (), delimiter: str = ","
+    path: Path, columns: Sequence[str], optional: Sequence[str] = (), delimiter=",", damaged=None
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Line number and named columns of each row; an absent optional column is "" throughout.
 
+    damaged: is told of a row with too few or too many fields, which is passed over then
     Raises ValueError: no such file, no CSV in UTF-8, a column missing or twice, a row too short.
     """
     expected = f"expected UTF-8 with fields parted by {delimiter!r}"
@@ -107,8 +101,11 @@ def csv_rows(
         for row in filter(None, reader):
             if len(row) != len(header):
                 count = f"{len(row)} fields; expected {len(header)}, as its header"
-                raise ValueError(f"line {reader.line_num} has {count}")
-            yield reader.line_num, absent | {name: row[i] for name, i in at.items()}
+                if damaged is None:
+                    raise ValueError(f"line {reader.line_num} has {count}")
+                damaged(f"{path} line {reader.line_num} has {count}")
+            else:
+                yield reader.line_num, absent | {name: row[i] for name, i in at.items()}
 
 
 def numbers(row: dict, names: Sequence[str], where: str = "") -> tuple[float, ...]:

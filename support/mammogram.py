@@ -11,6 +11,7 @@ import math
 import os
 import re
 import struct
+import textwrap
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from pydicom import Dataset, encaps, uid
 from pydicom.pixels import pixel_array
 from pydicom.sr.codedict import codes
 
-from support.files import sha256, shorten
+from support.files import sha256
 
 # A header that claims more is refused before anything is decoded, which takes up to 12 bytes a
 # pixel; film of 24 x 30 cm at 25 micrometres has 115 megapixels.
@@ -35,15 +36,14 @@ PLAUSIBLE_PIXELS, PIXELS_A_BYTE = 50_000_000, 512
 RASTERS = ("PNG", "PPM", "TIFF", "JPEG")
 WIDEST_MM = 1000  # no detector or film is a metre long: converters write 1 where they know none
 MODALITIES = ("MG", "CR", "DX", "RG", "SC")  # mammography and what film digitisers write
-# Values of ImageType that are no plain mammogram (C.8.11.7.1.4, C.8.21.6.1.1, and vendors' words):
-# a slice or projection, unless a 2-D image was made of them; what serves a needle; what is made of
-# or belongs to two energies; a picture of a screen. Of contrast images, low energy ones are plain.
-SLICED = re.compile(r"TOMO(?!_?2D)|DBT|SLICE|SLAB|VOLUME|MIP$|MAXIMUM|MEAN$")
+# Values of ImageType (C.8.11.7.1.4, C.8.21.6.1.1, vendors' words) of a slice or projection, unless
+# a 2-D image was made of them, and of other images that are no plain mammograms: with a needle, one
+# of a stereo pair, made of or belonging to two energies unless it is the low one, of a screen.
+SLICED = re.compile(r"TOMO(?!_?2D)|DBT|SLICE|SLAB|VOLUME|MIP\b|MAXIMUM|MEAN\b")
 OTHER = re.compile(
-    "STEREO|FIRE|BIOPSY|NEEDLE|POST_?MARKER|SCOUT|LOCALIZER|SPECIMEN|SUBTRACT|ADDITION$|RECOMB|"
-    "HIGH_?ENERGY|DUAL_?ENERGY|IODINE|SCREEN_?(SAVE|SHOT|CAPTURE)|REPORT|CAD$"
+    r"STEREO|FIRE|BIOPSY|NEEDLE|POST_?MARKER|SCOUT|LOCALIZER|SPECIMEN|SUBTRACT|ADDITION\b|RECOMB|"
+    r"HIGH_?ENERGY|IODINE|(CONTRAST|CEDM|CESM)(?!.*LOW_?ENERGY)|SCREEN_?(SAVE|SHOT|CAPTURE)|CAD\b"
 )
-CONTRAST, LOW_ENERGY = re.compile("CONTRAST|CEDM|CESM|^CEM$"), re.compile("LOW_?ENERGY")
 # Labels and hot pixels may lie above the depth that an image uses: so many of its pixels, and next
 # to none of them up to twice as high, where values follow when an image is only dim.
 FEW, NEXT_TO_NONE = 0.05, 1e-4
@@ -241,7 +241,7 @@ def _reading(what: str, quote: bool = True) -> Iterator[None]:
     except (NotUsable, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        text = f": {shorten(str(error), 250)}" if quote else ""
+        text = f": {textwrap.shorten(str(error), 250, placeholder=' ...')}" if quote else ""
         raise NotUsable(f"{what} ({type(error).__name__}{text})") from None
     finally:
         os.dup2(kept, 2)
@@ -318,13 +318,12 @@ def _exclude(ds: Dataset) -> None:
     other = re.search("For Processing|Tomosynthesis", uid.UID(word("SOPClassUID")).name)
     need(not other, "SOPClassUID", "a 2-D image for presentation")
     need(ds.get("NumberOfFrames") in (None, "", 0, 1), "NumberOfFrames", "1, a single image")
-    image_type = {str(v).upper().replace(" ", "_") for v in values(ds, "ImageType")}
-    sliced = any(map(SLICED.search, image_type)) and "GENERATED_2D" not in image_type
+    words = ["CONTRAST"] * bool(ds.get("ContrastBolusAgentSequence")) + values(ds, "ImageType")
+    image_type = " ".join(str(v).upper().replace(" ", "_") for v in words)
+    sliced = SLICED.search(image_type) and "GENERATED_2D" not in image_type
     need(not sliced, "ImageType", "a 2-D image, not tomosynthesis")
-    plain = "a plain mammogram: no needle, no stereo pair, of one (low) energy"
-    need(not any(map(OTHER.search, image_type)), "ImageType", plain)
-    contrast = any(map(CONTRAST.search, image_type)) or ds.get("ContrastBolusAgentSequence")
-    need(not contrast or any(map(LOW_ENERGY.search, image_type)), "ImageType", "LOW_ENERGY")
+    plain = "a plain mammogram: no needle, no stereo pair, of two energies LOW_ENERGY"
+    need(not OTHER.search(image_type), "ImageType", plain)
     need(word("QualityControlImage") != "YES", "QualityControlImage", "NO, a patient's image")
     need(ds.get("Modality") in MODALITIES, "Modality", f"one of {', '.join(MODALITIES)}")
     body_part = word("BodyPartExamined") or "BREAST"
@@ -350,12 +349,10 @@ def _exclude(ds: Dataset) -> None:
 def _imply(ds: Dataset) -> None:
     """Fill in what is absent and has one lawful value, which decoders and derived files need."""
     kind = uid.UID(ds.get("SOPClassUID") or ds.file_meta.get("MediaStorageSOPClassUID") or "")
-    implied = {"SOPClassUID": kind, "SamplesPerPixel": 1}
-    if "Mammography" in kind.name:
-        implied |= {"Modality": "MG", "PixelRepresentation": 0}  # A.27, C.8.11.7
-    for keyword, value in implied.items():
-        if ds.get(keyword) in (None, "") and value != "":
-            setattr(ds, keyword, value)
+    implied = {"SOPClassUID": kind or None, "SamplesPerPixel": 1}
+    implied |= {"Modality": "MG", "PixelRepresentation": 0} if "Mammography" in kind.name else {}
+    for keyword in [keyword for keyword in implied if ds.get(keyword) in (None, "")]:
+        setattr(ds, keyword, implied[keyword])
 
 
 def values(ds: Dataset, keyword: str) -> list:
@@ -439,11 +436,9 @@ def _read_pixels(ds: Dataset, file: BinaryIO) -> np.ndarray:
     kind = "ui"[ds.PixelRepresentation]
     stored = np.ascontiguousarray(stored, dtype=f"={kind}{ds.BitsAllocated // 8}")
     assert stored.shape == (ds.Rows, ds.Columns)
-    if syntax in DECODERS and (unused := ds.BitsAllocated - ds.BitsStored):
-        if syntax in LOSSY:  # what is above the range is no bit of its own, but rounding
-            top = 2 ** (ds.BitsStored - ds.PixelRepresentation) - 1
-            return stored.clip(-top - 1 if ds.PixelRepresentation else 0, top)
-        return stored << unused >> unused  # an overlay, say: of the image are the lower bits alone
+    if syntax in DECODERS and syntax not in LOSSY:  # what lossy ones put above is rounding
+        unused = ds.BitsAllocated - ds.BitsStored
+        stored = stored << unused >> unused  # an overlay, say: of the image are the lower bits
     return stored
 
 

@@ -111,20 +111,19 @@ def _locked(out: Path) -> Iterator[None]:
 
 
 def _lock_file(path: Path) -> Path:
-    """Create `path`, which names host and process, or take it over from one that was killed."""
+    """Create `path`, which names process and host; that of a killed process is taken over."""
     mine = f"{os.getpid()} on {socket.gethostname()}"
-    for _ in range(2):
-        with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
-            file.write(mine)
-            return path
-        process, _, host = (other := path.read_text(encoding="utf-8")).partition(" on ")
-        try:
-            if not mine.endswith(f" on {host}") or os.kill(int(process), 0) is None:
-                break
-        except ProcessLookupError:
-            path.unlink()
-    text = f"process {other} is writing there; wait for it, or give another folder"
-    raise ValueError(f"{path.parent}: {text}; if it is no more, delete {path}")
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        process, _, host = path.read_text(encoding="utf-8").partition(" on ")
+        if not mine.endswith(f" on {host}") or os.kill(int(process), 0) is None:
+            text = (
+                f"process {process} on {host} is writing there; wait for it, or give another folder"
+            )
+            raise ValueError(f"{path.parent}: {text}; if it is no more, delete {path}")
+        path.unlink()
+    with open(path, "x", encoding="utf-8") as file:
+        file.write(mine)
+    return path
 
 
 @functools.cache
@@ -195,15 +194,9 @@ def progress(total: int, label: str, done: int = 0, every: float = 15.0) -> Iter
     """Yields `advance(n, text="")`: rate and time left in a bar on a terminal, else in lines."""
     start = last = time.monotonic()
     count, terminal = done, sys.stderr.isatty()
-    with click.progressbar(
-        length=total,
-        label=label,
-        file=sys.stderr,
-        hidden=not terminal,
-        show_pos=True,
-        show_eta=False,  # click's counts what an earlier run has done
-        item_show_func=lambda text: text,
-    ) as bar:
+    options = {"file": sys.stderr, "hidden": not terminal, "show_pos": True}
+    options |= {"show_eta": False, "item_show_func": lambda text: text}  # click's eta counts `done`
+    with click.progressbar(length=total, label=label, **options) as bar:
 
         def advance(n: int = 1, text: str = "") -> None:
             nonlocal count, last
