@@ -265,13 +265,12 @@ def train_gan(config: GanConfig, data: Path, folder: Path, device: torch.device)
 def gan_facts(config: GanConfig, data: Path) -> dict:
     """What decides a GAN run, for its config.json. Raises ValueError when the data do not fit."""
     patches = patchset.patch_config(data)
-    if patches["patch_size"] != config.patch_size:
-        raise ValueError(
-            f"{data}: holds patches of {patches['patch_size']} px, the preset trains on "
-            f"{config.patch_size} px; give the preset that prepared them"
-        )
-    # A pixel of full mammograms must become as large as one of the patches.
-    return asdict(config) | {"data": patches["fingerprint"], "spacing_mm": patches["spacing_mm"]}
+    if (held := patches["patch_size"]) != config.patch_size:
+        found = f"{data}: holds patches of {held} px, the preset trains on {config.patch_size} px"
+        raise ValueError(f"{found}; give the preset that prepared them")
+    # Full mammograms must be read, and a pixel of them become as large, as those of the patches.
+    read = {"spacing_mm": patches["spacing_mm"], "bits": patches.get("bits")}
+    return asdict(config) | {"data": patches["fingerprint"]} | read
 
 
 # --- §3 Patch Classifier Training ---
@@ -456,7 +455,7 @@ def usable_sets(config: ClassifierConfig, data: Path, paths: list[Path]) -> list
             "proportion above 0 together with a mass or calcification set, or neither"
         )
     if sets and all(s.label for s in sets):
-        click.echo("no removal set: synthetic patches replace positives only", err=True)
+        runs.say_once("no removal set: synthetic patches replace positives only")
     return sets
 
 
@@ -483,7 +482,7 @@ def first_weights(config: ClassifierConfig) -> PatchClassifier:
         model = classifier(asdict(config))
     if config.weights == "none":
         text = "WARNING: random first weights; the paper starts from ImageNet's (C1)"
-        click.secho(text, fg="red", err=True)
+        runs.say_once(click.style(text, fg="red"))
         return model
     if config.weights == "imagenet":
         if (config.width, *config.blocks) != (64, 3, 4, 6, 3):

@@ -19,6 +19,7 @@ from pathlib import Path
 import click
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 import data
 from data import CLASSES, KEYS, DecodedImage, PrepareConfig, SourceImage
@@ -111,9 +112,8 @@ def visit_image(
     except (ValueError, OSError) as error:  # an OSError would name the file
         reason, dark = getattr(error, "strerror", None) or str(error), getattr(error, "dark", None)
         if dark:
-            reason = (
-                f"no breast found: it uses {_depth(*dark)}, give --bits {dark[0]} and a new --out"
-            )
+            found = f"no breast found: it uses {_depth(*dark)}"
+            reason = f"{found}, give --bits {dark[0]} and a new --out"
         return visit | {"reason": " ".join(reason.split()), "dark": dark}
     visit |= {"uid": decoded.uid, "in_air": _in_air(decoded), "dark": decoded.dark}
     visit |= {"unlimited": decoded.unlimited, "unmasked": "; ".join(decoded.unmasked)}
@@ -285,9 +285,7 @@ class PatchWriter:
                     except concurrent.futures.process.BrokenProcessPool:
                         names = ", ".join(self.images[index].name for index, _ in running.values())
                         text = f"a worker process died at one of {names}; leave the damaged one out"
-                        raise ValueError(
-                            f"{text}, or give fewer --workers to save memory"
-                        ) from None
+                        raise ValueError(f"{text}, or give fewer --workers, make room") from None
                     lines.write(json.dumps(visit) + "\n")
                     lines.flush()
                     advance(len(visit["rows"]))
@@ -335,9 +333,8 @@ class PatchWriter:
             number, split = len(set(patients)), key.removesuffix("/normal")
             text = f"{key}: {len(rows)} patches of {number} patient{'s' if number > 1 else ''}"
             if number < FEW_PATIENTS:
-                remarks.append(
-                    f"{text}; below {FEW_PATIENTS}, what is measured on them says little."
-                )
+                little = f"below {FEW_PATIENTS}, what is measured on them says little."
+                remarks.append(f"{text}; {little}")
             if split != key:
                 cancer[split] = sum(patient in ill for patient in patients)
                 text += f", {cancer[split]} of the patches from women with cancer"
@@ -381,16 +378,10 @@ class PatchWriter:
         for names in duplicates:
             click.echo(f"the same image under {len(names)} names: {', '.join(names)}", err=True)
         remarks, cancer = self.remarks()
-        finish_folder(
-            out,
-            counts={key: len(rows) for key, rows in self.rows.items()},
-            skipped=self.skipped,
-            images={"used": len(used), "excluded": len(excluded)},
-            patients=self.patients,
-            duplicates=duplicates,
-            normals_with_cancer=cancer,
-            notes=[*notes, *remarks],
-        )
+        facts = {"counts": {key: len(rows) for key, rows in self.rows.items()}}
+        facts |= {"images": {"used": len(used), "excluded": len(excluded)}}
+        facts |= {"skipped": self.skipped, "patients": self.patients, "duplicates": duplicates}
+        finish_folder(out, normals_with_cancer=cancer, notes=[*notes, *remarks], **facts)
 
 
 def _reserve(path: Path, shape: tuple[int, int, int]) -> None:
@@ -477,11 +468,15 @@ def contact_sheet(images: list[SourceImage], config: PrepareConfig, out: Path, n
         for colour, line, (row0, col0, row1, col1) in shown:
             corners = [col0, col1, col1, col0, col0], [row0, row0, row1, row1, row0]
             axes.plot(*corners, color=colour, linewidth=line)
-        title = f"{decoded.uid} {image.split} {first.laterality} {first.view}"
-        axes.set_title(f"{title}: {len(windows[decoded.uid])} patches", fontsize=7)
-    text = ", ".join(f"{name} {colour}" for name, colour in colours.items())
-    text = f"lime: breast mask; thick: lesion boxes; thin: the first patch windows; {text}"
-    figure.suptitle(text, fontsize=8)
+        title = (
+            f"{image.split} {first.laterality} {first.view}: {len(windows[decoded.uid])} patches"
+        )
+        axes.set_title(f"{image.name[-48:]}\n{title}", fontsize=7)
+    legend = {"breast mask": "lime", **colours, "other findings": "white"}
+    lines = [Line2D([], [], color=colour, label=name) for name, colour in legend.items()]
+    text = "thick: boxes of lesions; thin: the first windows of patches"
+    style = {"title": text, "fontsize": 8, "facecolor": "lightgrey", "ncols": 1 + across}
+    figure.legend(handles=lines, loc="outside upper center", **style)
     save_figure(figure, out / "qc.png")
 
 
@@ -594,14 +589,10 @@ def open_synthetic(path: Path) -> SyntheticSet:
         values |= {"data_fingerprint": config["data"], "requested": config["n"], "short": short}
         shape = (len(index["sample"]), config["patch_size"], config["patch_size"])
     types = {"input": np.uint16, "combined": np.uint16, "lesion": np.int32, "mask": np.bool_}
-    return SyntheticSet(
-        path=path,
-        label=0 if values["task"] == "removal" else 1,
-        fingerprint=sha256(json.dumps(facts, sort_keys=True).encode(), path / "index.csv"),
-        **{name: open_array(path / f"{name}.npy", shape, t) for name, t in types.items()},
-        index=index,
-        **values,
-    )
+    values |= {"path": path, "index": index, "label": 0 if values["task"] == "removal" else 1}
+    values["fingerprint"] = sha256(json.dumps(facts, sort_keys=True).encode(), path / "index.csv")
+    arrays = {name: open_array(path / f"{name}.npy", shape, t) for name, t in types.items()}
+    return SyntheticSet(**values, **arrays)
 
 
 def check_synthetic(syn: SyntheticSet, data: Path) -> None:

@@ -65,7 +65,10 @@ def evaluate(
             if c == MAIN or (at != tested[MAIN]).any()
         }
         if not conditions[MAIN]:
-            raise ValueError(f"{patch_set}: fewer than two test patients a class; prepare more")
+            names = [name for names in results.CONDITIONS[MAIN] for name in names]
+            text = ", ".join(f"{name} {len(set(patients[kind == name]))}" for name in names)
+            found = f"{patch_set}: fewer than two test patients a class; found {text}"
+            raise ValueError(f"{found}; prepare more, see --count")
         rows, at = conditions[MAIN]["rows"], tested[MAIN]
         curves = {
             name: results.mean_roc(kind[at] != "normal", s[:, at]) for name, s in scores.items()

@@ -100,8 +100,7 @@ def _locked(out: Path) -> Iterator[None]:
             raise ValueError(f"{out}: {text}") from None
         except OSError as error:  # NFS, some of FUSE
             held = _lock_file(out / LOCK_FILE)
-            text = f"the file system locks no folders ({error.strerror}): each holds {LOCK_FILE}"
-            say_once(f"{text} while it is written")
+            say_once(f"the disk locks no folders ({error.strerror}): {LOCK_FILE} stands for it")
         yield
     finally:
         if held:
@@ -144,7 +143,7 @@ def _check_options(out: Path, existing: dict, wanted: dict) -> None:
         text = "; ".join(
             f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in differing
         )
-        text = re.sub(r"(\w+): '\w{64}' there, '\w{64}' now", r"made from other \1", text)  # hashes
+        text = re.sub(r"'\w{64}' there, '\w{64}' now", "another one there", text)  # hashes
         advice = "give the same options to go on, or another folder"
         raise ValueError(f"{out}: made with other options ({text}); {advice}")
 

@@ -233,6 +233,7 @@ def test_manifest_rows_are_read_as_written(tmp_path):
         ("1.png,B,L,CC,mass,benign,1,1,9,9", "rows differ in patient_id"),
         ("1.png,A,R,CC,mass,benign,1,1,9,9", "rows differ in laterality"),
         ("1.png,A,L,CC,,normal,,,,", "normal, and yet with a finding"),
+        ("2.png,A,L,CC,,normal,,,,\n2.png,A,L,CC,,normal,,,,", r"2\.png: normal twice"),
         ("1.png,A,L,CC,mass,benign,1,1,8,8", "the same finding and box twice"),
     ],
 )
@@ -1190,7 +1191,9 @@ def test_a_lock_file_is_taken_over_from_a_killed_process_alone(unlocked, tmp_pat
 def test_a_folder_made_of_other_data_is_told_without_hashes(tmp_path):
     with runs.claim_folder(tmp_path / "a", "x", {"data": "a" * 64, "n": 1}):
         pass
-    with pytest.raises(ValueError, match=r"made with other options \(made from other data; n: 1 "):
+    with pytest.raises(
+        ValueError, match=r"made with other options \(data: another one there; n: 1 "
+    ):
         runs.claim_folder(tmp_path / "a", "x", {"data": "b" * 64, "n": 2}).__enter__()
 
 
@@ -1375,6 +1378,53 @@ def test_qc_sheet_is_drawn_for_a_finished_set_too(patches, source):
         assert image.width > 1000 and not {"Author", "Creation Time"} & set(image.info)
     (patches / "qc.png").unlink()
     assert digest(patches) == before
+
+
+def test_qc_legend_overprints_no_title_and_titles_name_the_files(patches, source, monkeypatch):
+    shown = []
+    monkeypatch.setattr(patchset, "save_figure", lambda figure, path: shown.append(figure))
+    for number in (1, 3, 6):
+        prepare(source, patches, SMALL, qc=number)
+        figure = shown.pop()
+        figure.canvas.draw()
+        (legend,) = figure.legends
+        box = legend.get_window_extent()
+        assert figure.bbox.containsx(box.x0) and figure.bbox.containsx(box.x1)
+        words = [text.get_text() for text in legend.get_texts()]
+        assert words == ["breast mask", *data.CLASSES, "other findings"]
+        paths = [row.image_path for row in source]
+        for ax in figure.axes:
+            assert not ax.title.get_window_extent().overlaps(box)
+            name = ax.get_title().partition("\n")[0]
+            assert any(path.endswith(name) for path in paths)
+
+
+@pytest.mark.parametrize("bits", [12, 14])
+def test_Q19_bits_without_effect_are_told(source, tmp_path, capsys, bits):
+    """8-bit files have fewer; of a window or LUT nothing is changed."""
+    config = dataclasses.replace(SMALL, bits=bits, counts={"train/normal": 5})
+    prepare([row for row in source if row.pathology == "normal"], tmp_path / "set", config)
+    (note,) = [n for n in files.read_json(tmp_path / "set/config.json")["notes"] if "--bits" in n]
+    seen = len((tmp_path / "set/excluded.csv").read_text().splitlines())
+    assert re.match(rf"--bits {bits}: without effect on (\d+) of \1 images, which have a w", note)
+    assert note in capsys.readouterr().err and seen
+
+
+def test_config_counts_the_images_that_gave_patches(patches):
+    facts = files.read_json(patches / "config.json")
+    used = files.read_table(patches / "manifest.csv", ("image_path",))["image_path"]
+    out = files.read_table(patches / "excluded.csv", ("image_path",))["image_path"]
+    assert facts["images"] == {"used": len(set(used)), "excluded": len(out)}
+
+
+def test_problems_of_a_manifest_are_told_in_one_pass(tmp_path):
+    path = write_manifest(
+        tmp_path,
+        *("1.png,A,X,CC,mass,benign,1,1,9,9", "3.png,A,L,CC,mass,benign,1,1,9,9"),
+        "1.png,A,L,CC,mass,benign,1,1,400,9",
+    )
+    with pytest.raises(ValueError, match=r"3 problems: line 2: lat.*3\.png: no such.*outside the"):
+        sources.read_manifest(path)
 
 
 # --- Reading patch sets and synthetic sets ---

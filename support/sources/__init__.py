@@ -116,8 +116,7 @@ def check_findings(findings: list[Finding]) -> list[str]:
         if any(r.finding or r.bbox for r in (rows if normal else ())):
             problems.append(f"{path}: normal, and yet with a finding")
         elif len({(row.finding, row.bbox) for row in rows}) < len(rows):
-            what = "normal" if normal else "the same finding and box"
-            problems.append(f"{path}: {what} in {len(rows)} rows; expected one")
+            problems.append(f"{path}: {'normal' if normal else 'the same finding and box'} twice")
         for box in [row.bbox for row in rows if row.bbox]:
             height, width = image_size(path) or (math.inf, math.inf)
             if box[2] > height or box[3] > width:
@@ -164,7 +163,8 @@ def _read(
         raise ValueError("--birads-as-pathology: this data set holds pathology; leave it out")
     rows = list(read(root, traps))
     damaged = [key for key in traps if key[0] == common.DAMAGED]
-    rows = [row for row in rows if row.image_path not in {path for *_, path in damaged}]
+    spoiled = {path for *_, path in damaged}
+    rows = [row for row in rows if row.image_path not in spoiled]
     if damaged and not any(row.bbox or row.pathology == "normal" for row in rows):
         raise ValueError(damaged[0][1])  # there is nothing else
     for _, error, _ in damaged[:10]:  # here alone: notes go into the patch set
@@ -182,10 +182,8 @@ def _read(
     if not has_pathology:  # no silent stand-in: the notes say what the pathology rests on
         note = NO_PATHOLOGY + (BIRADS_USED if birads_as_pathology else BIRADS_UNUSED)
         traps[note] += sum(bool(row.finding) for row in worst)
-    met = Counter()
-    for trap, count in traps.items():
-        met[trap if isinstance(trap, str) else trap[0]] += count
-    return worst, [f"{sentence}: {count}." for sentence, count in met.items() if count]
+    met = Counter(trap if isinstance(trap, str) else trap[0] for trap in traps.elements())
+    return worst, [f"{sentence}: {count}." for sentence, count in met.items()]
 
 
 # A folder, and whether BI-RADS stands for pathology -> findings, a sentence for each trap

@@ -36,11 +36,12 @@ def read_embed(root: Path, traps: common.Traps) -> Iterator[common.Finding]:
         for side in row["side"] if row["side"] in ("L", "R") else "LR":
             exams[_id(row["acc_anon"]), side].add(_opinion(row, side, traps))
     optional = ("ViewPosition", "spot_mag", *BOXES)
+    images = "images/" if (root / "images").is_dir() else ""
     for where, row in common.table(metadata, METADATA, traps, optional=optional):
         if row["FinalImageType"].lower() not in ("2d", "cview") or row["spot_mag"] not in NONE:
             traps["Images that are no full view in 2D or C-view, left out"] += 1
             continue
-        place = common.inside(re.sub(r"^.*?(?=cohort_)", "images/", row["anon_dicom_path"]))
+        place = common.inside(re.sub(r"^.*?(?=cohort_)", images, row["anon_dicom_path"]))
         path = common.image(root, place, traps)
         with common.sparing(traps, path):
             side = common.known({"L": "L", "R": "R"}, row["ImageLateralityFinal"], where)
