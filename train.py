@@ -269,8 +269,9 @@ def gan_facts(config: GanConfig, data: Path) -> dict:
         found = f"{data}: holds patches of {held} px, the preset trains on {config.patch_size} px"
         raise ValueError(f"{found}; give the preset that prepared them")
     # Full mammograms must be read, and a pixel of them become as large, as those of the patches.
-    read = {"spacing_mm": patches["spacing_mm"], "bits": patches.get("bits")}
-    return asdict(config) | {"data": patches["fingerprint"]} | read
+    read = {"bits": patches["bits"]} if patches.get("bits") else {}
+    read |= {"data": patches["fingerprint"], "spacing_mm": patches["spacing_mm"]}
+    return asdict(config) | read
 
 
 # --- §3 Patch Classifier Training ---

@@ -452,7 +452,7 @@ def _check_stream(ds: Dataset, syntax: uid.UID) -> None:
     stream = b"".join(fragments)
     # JPEG and JPEG-LS streams end in a marker, which some makers leave out of JPEG 2000; padding
     # may follow, and no pixels hold that marker.
-    if "2000" not in syntax.name and b"\xff\xd9" not in stream.rstrip(b"\0")[-16:]:
+    if "2000" not in syntax.name and b"\xff\xd9" not in stream.rstrip(b"\0\xff")[-16:]:
         raise NotUsable("PixelData is cut off: no end of image")
     try:
         rows, columns = _codestream_shape(stream[: 1 << 20], syntax)
@@ -464,12 +464,12 @@ def _check_stream(ds: Dataset, syntax: uid.UID) -> None:
 
 
 def _whole_scan(data: bytes) -> bytes:
-    """The JPEG data of a single component with Se = 63 where its only scan says 0 (B.2.3, G.1).
+    """The JPEG data of a single component with Se = 63 where its only scan says else (B.2.3, G.1).
 
-    Sequential scans have no other value; some makers wrote 0, which libjpeg refuses.
+    Sequential scans have no other value; some makers wrote 0, which the decoder refuses.
     """
-    head = rb"\xff[\xc0\xc1]\0\x0b.*?\xff\xda\0\x08\x01..\0(\0)\0"  # SOF0 or SOF1, then SOS
-    scan = re.search(head, data, re.DOTALL)
+    head = rb"\xff[\xc0\xc1]\0\x0b.*?\xff\xda\0\x08\x01..\0([^?])\0"  # SOF0 or SOF1, then SOS
+    scan = re.search(head, data[: 1 << 20], re.DOTALL)
     return data[: scan.start(1)] + b"\x3f" + data[scan.end(1) :] if scan else data
 
 

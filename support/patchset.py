@@ -298,7 +298,10 @@ class PatchWriter:
         """Why an image gave no patch."""
         image, visit = self.images[index], self.visits.get(index)
         if visit is None:
-            if any(row.finding and not row.bbox for row in image.rows):
+            marked = [
+                row for row in image.rows if row.finding or row.pathology not in ("", "normal")
+            ]
+            if not all(row.bbox for row in marked):
                 return "a finding without a box: nobody knows where its lesion lies"
             if not any(row.pathology for row in image.rows):
                 return "its pathology is unknown: neither a lesion patch nor a normal one"

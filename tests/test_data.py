@@ -662,6 +662,7 @@ def test_P3_Q24_lesions_without_box_or_class_give_no_patch(source, tmp_path):
         dataclasses.replace(source[1], bbox=None),
         dataclasses.replace(source[7], finding="distortion"),
         dataclasses.replace(source[11], pathology=""),
+        dataclasses.replace(source[13], finding="", bbox=None, mask_path="", pathology="malignant"),
         *source[::2],
     ]
     config = dataclasses.replace(SMALL, counts={**COUNTS})
@@ -674,6 +675,7 @@ def test_P3_Q24_lesions_without_box_or_class_give_no_patch(source, tmp_path):
     assert "a finding without a box" in reasons[rows[0].image_path]
     assert "none of its findings is a class" in reasons[rows[1].image_path]
     assert "its pathology is unknown" in reasons[rows[2].image_path]
+    assert "a finding without a box" in reasons[rows[3].image_path]  # a label of the image alone
 
 
 def test_a_normal_image_of_an_ill_woman_is_told_from_one_without_a_wanted_finding(source, tmp_path):

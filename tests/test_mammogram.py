@@ -523,6 +523,7 @@ FRAGMENTS = {
     "an empty first one": lambda c: encapsulated(b"", c),
     "zeros behind": lambda c: encapsulated(c + bytes(70)),
     "many zeros behind": lambda c: encapsulated(c + bytes(70_000)),
+    "zeros and fill bytes behind": lambda c: encapsulated(c + b"\xff" * 40 + bytes(8)),
     "a last one of zeros": lambda c: encapsulated(c, bytes(64)),
 }
 
