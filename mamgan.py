@@ -55,10 +55,7 @@ def _one_line(error: Exception) -> str:
 
 
 FOLDER = click.Path(path_type=Path)
-COMPONENT = (
-    "largest: one connected object, as the paper (S4); cluster: joins grains widened by 10 px, "
-    "recommended for calcifications (Q27)."
-)
+COMPONENT = "largest: one object, as the paper (S4); cluster: grains, for calcifications (Q27)."
 COUNTS = (
     "Patches of one class in one split; repeat. Paper: train/normal=400000, malignant_mass 42280, "
     "benign_mass 3500, malignant_calcification 24100, benign_calcification 6580 (P4); in val and "
@@ -226,11 +223,7 @@ def train_gan(task, patches, run, preset, seed, device, **options):
 @option("-n number", COUNT, "Samples to write (S10).  [5000]")
 @option("--component", click.Choice(["largest", "cluster"]), COMPONENT, default="largest")
 @option("--control", click.Choice(["blob"]), "A featureless bump in place of the lesion.")
-@option(
-    "--min-area min_area_frac",
-    SHARE,
-    "Smallest object, share of the patch (S5).  [largest 0.10, cluster 0.02]",
-)
+@option("--min-area min_area_frac", SHARE, "Least share (S5).  [largest 0.10, cluster 0.02]")
 @option(
     "--expand dilate_px", click.FloatRange(0), "px at 256 px (S6).", default=postprocess.DILATE_PX
 )

@@ -27,7 +27,7 @@ from support import runs, sources
 from support.figures import save_figure
 from support.files import open_array, read_json, read_table, reading, sha256, write_table
 from support.runs import claim_folder, finish_folder, finished, numpy_rng, progress, signals_held
-from support.sources import BOX, SPLITS, Finding
+from support.sources import BOX, PATHOLOGIES, SPLITS, Finding
 
 BBOX = tuple(f"bbox_{name}" for name in BOX)
 INDEX_COLUMNS = (
@@ -298,10 +298,9 @@ class PatchWriter:
         """Why an image gave no patch."""
         image, visit = self.images[index], self.visits.get(index)
         if visit is None:
-            marked = [
-                row for row in image.rows if row.finding or row.pathology not in ("", "normal")
-            ]
-            if not all(row.bbox for row in marked):
+            if any(
+                (r.finding or r.pathology in PATHOLOGIES[2:]) and not r.bbox for r in image.rows
+            ):
                 return "a finding without a box: nobody knows where its lesion lies"
             if not any(row.pathology for row in image.rows):
                 return "its pathology is unknown: neither a lesion patch nor a normal one"
