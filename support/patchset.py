@@ -298,9 +298,8 @@ class PatchWriter:
         """Why an image gave no patch."""
         image, visit = self.images[index], self.visits.get(index)
         if visit is None:
-            if any(
-                (r.finding or r.pathology in PATHOLOGIES[2:]) and not r.bbox for r in image.rows
-            ):
+            boxless = [row for row in image.rows if not row.bbox]
+            if any(row.finding or row.pathology in PATHOLOGIES[2:] for row in boxless):
                 return "a finding without a box: nobody knows where its lesion lies"
             if not any(row.pathology for row in image.rows):
                 return "its pathology is unknown: neither a lesion patch nor a normal one"
@@ -477,7 +476,7 @@ def contact_sheet(images: list[SourceImage], config: PrepareConfig, out: Path, n
     legend = {"breast mask": "lime", **colours, "other findings": "white"}
     lines = [Line2D([], [], color=colour, label=name) for name, colour in legend.items()]
     text = "thick: boxes of lesions; thin: the first windows of patches"
-    style = {"title": text, "fontsize": 8, "facecolor": "lightgrey", "ncols": 1 + across}
+    style = {"title": text, "fontsize": 7, "facecolor": "lightgrey", "ncols": 1 + across}
     figure.legend(handles=lines, loc="outside upper center", **style)
     save_figure(figure, out / "qc.png")
 
