@@ -484,7 +484,7 @@ def first_weights(config: ClassifierConfig) -> PatchClassifier:
         model = classifier(asdict(config))
     if config.weights == "none":
         text = "WARNING: random first weights; the paper starts from ImageNet's (C1)"
-        click.secho(text, fg="red", err=True)
+        runs.say_once(click.style(text, fg="red"))
         return model
     if config.weights == "imagenet":
         if (config.width, *config.blocks) != (64, 3, 4, 6, 3):

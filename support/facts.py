@@ -20,13 +20,12 @@ def gan_facts(config, data: Path, init: Path | None = None) -> dict:
     Raises ValueError when data or the run to start from do not fit.
     """
     patches = patchset.patch_config(data)
-    if patches["patch_size"] != config.patch_size:
-        raise ValueError(
-            f"{data}: holds patches of {patches['patch_size']} px, the preset trains on "
-            f"{config.patch_size} px; give the preset that prepared them"
-        )
-    # A pixel of full mammograms must become as large as one of the patches.
+    if (held := patches["patch_size"]) != config.patch_size:
+        found = f"{data}: holds patches of {held} px, the preset trains on {config.patch_size} px"
+        raise ValueError(f"{found}; give the preset that prepared them")
     facts = asdict(config) | {"data": patches["fingerprint"], "spacing_mm": patches["spacing_mm"]}
+    # Full mammograms must be read, and a pixel of them become as large, as those of the patches.
+    facts |= {"bits": patches["bits"]} if patches.get("bits") else {}
     images, task = set(), TASKS[config.task]
     for name in task:
         pool = Patches.open(data, "train", name)
@@ -78,7 +77,7 @@ def usable_sets(config, data: Path, paths: list[Path]) -> list[SyntheticSet]:
             "proportion above 0 together with a mass or calcification set, or neither"
         )
     if sets and all(s.label for s in sets):
-        click.echo("no removal set: synthetic patches replace positives only", err=True)
+        runs.say_once("no removal set: synthetic patches replace positives only")
     return sets
 
 

@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import math
+import re
 import shutil
 import sys
 from html.parser import HTMLParser
@@ -598,6 +599,17 @@ def test_report_is_one_file_without_script(evaluated):
     assert str(out) not in html and str(out.parent) not in html  # folder names, no paths
 
 
+def test_what_was_run_is_told_in_words(evaluated):
+    """No None, True, brackets or quotes of Python; sets by their folders."""
+    html = (evaluated[1] / "report.html").read_text()
+    run = html.partition("<h2>What was run</h2>")[2].partition("<h2>How to read this")[0]
+    texts = re.findall(r"<span>(.*?)</span>", run, re.DOTALL)
+    assert len(texts) > 20
+    for text in texts:
+        assert not re.search(r"\bNone\b|\bTrue\b|\bFalse\b|[\[\]{}]|&#39;|\(\d+, ", text), text
+    assert any(re.search(r"sets [^,]*\bmass\b", text) for text in texts)
+
+
 def test_report_tells_normals_of_women_with_cancer(evaluated):
     metrics = files.read_json(evaluated[1] / "metrics.json")
     metrics["data"]["normals_with_cancer"] = {"train": 945, "test": 0}
@@ -760,7 +772,28 @@ def test_baseline_alone_and_one_lesion_type(tmp_path):
     assert not conditions["Calcifications against normal"]
     html = (tmp_path / "out" / "report.html").read_text()
     assert "Calcifications against normal</h3><p>Not computed" in html
+    absent = "the patch set holds no test/malignant_calcification (--count)"
+    assert absent in html and "benign masses</h3><p>Not computed: the patch set holds no" in html
+    assert "fewer than two test patients" not in html
     assert "None was run" in html and "<figure><figcaption>" not in html
+
+
+def test_too_few_test_patients_are_told_by_class(tmp_path):
+    counts = {"train/normal": 30, "train/malignant_mass": 30, "test/normal": 30, "val/normal": 30}
+    patches = write_data(tmp_path / "data", counts)
+    run = write_run(tmp_path / "run", patches, 0.5)
+    found = "found malignant_mass 0, malignant_calcification 0, normal [0-9]+; prepare more"
+    with pytest.raises(ValueError, match=f"fewer than two test patients a class; {found}"):
+        report.evaluate(patches, run, [], [], tmp_path / "out")
+
+
+def test_F4_groups_differ_in_shape_and_colour():
+    groups = np.repeat([*evaluate.EMBEDDED, "rescued"], 3)
+    xy = np.random.default_rng(0).random((len(groups), 2))
+    (ax,) = figures.embedding_figure({"Baseline": xy}, groups, evaluate.EMBEDDED).axes
+    shapes = {points.get_paths()[0].vertices.tobytes() for points in ax.collections[:-1]}
+    colours = {tuple(points.get_facecolor()[0]) for points in ax.collections}
+    assert len(shapes) == len(evaluate.EMBEDDED) and len(colours) == len(groups) // 3
 
 
 def test_patches_stand_pixel_by_pixel_in_figures(tmp_path):

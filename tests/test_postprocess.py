@@ -384,6 +384,26 @@ def test_Q27_rare_and_patch_filling_lesions_are_said(made, tmp_path, capsys):
     assert [text[:9] for text in _warnings(facts)] == ["only 4.0%"]
 
 
+@pytest.mark.parametrize(
+    ("task", "component", "advised"),
+    [
+        ("calcification", "largest", True),
+        ("calcification", "cluster", False),
+        ("mass", "largest", False),
+        ("removal", "largest", False),
+    ],
+)
+def test_Q27_cluster_is_advised_for_calcifications_that_were_made_without(
+    made, tmp_path, task, component, advised
+):
+    write_run(tmp_path / "run", made / "data", task=task, gain=0.0, **TINY)
+    synth = Synthesizer(tmp_path / "run", "cpu", "", {"component": component})
+    assert ("--component cluster" in synth.advice) == advised
+    facts = {"short": False, "accepted": 4, "attempts": 100, "acceptance": 0.04, "area_median": 0.6}
+    for text in _warnings(facts, synth.advice):
+        assert ("--component cluster" in text) == advised and "Train longer" in text
+
+
 def test_nothing_accepted_is_one_clear_message(made, tmp_path):
     with pytest.raises(ValueError, match=r"no lesion accepted in 40 attempts; 40 had no pixel"):
         synthesize_set(made / "nothing", made / "data", tmp_path / "out", n=2, device="cpu")

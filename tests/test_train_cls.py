@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 import data
+import mamgan
 import train
 from support import files, patchset, runs, sources
 from train import ClassifierBatches, ClassifierConfig, synthetic_proportion, train_classifier
@@ -328,6 +330,15 @@ def test_C1_random_weights_are_said_loudly(patches, tmp_path, capsys):
     config = dataclasses.replace(TINY, samples=32)
     train_classifier(config, patches, tmp_path / "run", [], CPU)
     assert "WARNING: random first weights" in capsys.readouterr().err
+
+
+def test_warnings_come_once_whatever_number_of_seeds(patches, tmp_path, capsys):
+    line = ["train-cls", "--data", patches, "--run", tmp_path / "run", "--preset", "tiny"]
+    line += ["--seeds", 2, "--samples", 32, "--evaluate-every", 32, "--width", 4, "--device", "cpu"]
+    for _ in range(2):  # each command says it
+        mamgan.cli.main([str(part) for part in line], standalone_mode=False)
+        assert capsys.readouterr().err.count("WARNING: random first weights") == 1
+        shutil.rmtree(tmp_path / "run")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(patches, tmp_path):

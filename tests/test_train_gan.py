@@ -280,6 +280,15 @@ def test_run_folder_explains_itself(finished, patches):
     assert {path.name for path in finished.iterdir()} == names
 
 
+def test_a_run_carries_how_its_images_were_read(patches, tmp_path):
+    assert "bits" not in train.gan_facts(TINY, patches)
+    shutil.copytree(patches, tmp_path / "set")
+    config = files.read_json(tmp_path / "set" / "config.json")
+    config["config"]["bits"] = 12
+    files.write_json(tmp_path / "set" / "config.json", config)
+    assert train.gan_facts(TINY, tmp_path / "set")["bits"] == 12
+
+
 def test_the_average_of_the_weights_is_what_is_used(finished):
     state = state_of(finished)
     G, config, name = postprocess.load_generator(finished, CPU)
