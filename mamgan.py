@@ -26,9 +26,9 @@ from support import fullimage, patchset, phantom, report, runs, sources
 
 # --- Command line: one clear message and exit code 1 for bad data, 2 for wrong usage ---
 
-CARD_TOO_SMALL = (  # by benchmarks/bench_memory.py, and 1 GiB for CUDA itself
-    "train-gan --preset paper takes 8 GiB at --batch-size 8, 6 at 4, 5 at 1, 11 at 8 with "
-    "--no-bfloat16; train-cls 3. Lower it in a new folder, free the card, or give --device cpu."
+CARD_TOO_SMALL = (  # an H100's peak; arithmetic of benchmarks/bench_memory.py, half as much again
+    "train-gan --preset paper takes 11 GiB: on 12 GB give --batch-size 4, on 8 GB 2, in a new "
+    "folder and without --no-bfloat16; train-cls takes 4. Or free the card, or give --device cpu."
 )
 
 
@@ -212,7 +212,9 @@ def train_gan(task, patches, run, init, preset, seed, device, **options):
 
     For calcifications the presets but the paper's have a noise value a pixel, no growth and no
     spectral normalisation of the generator: --noise-cells 256 --iters-base 0 --iters-fade 0
-    --no-sn-g. Several GPUs: torchrun --nproc-per-node N -- mamgan.py train-gan ...
+    --no-sn-g.
+
+    Several GPUs: torchrun --nproc-per-node N -- mamgan.py train-gan ...
     """
     config = configure(train.gan_presets(task), preset, options, seed=seed)
     if not config.iters_fade + config.iters_final:
