@@ -80,7 +80,10 @@ RANGES = {  # of the options that override a preset; other whole numbers begin a
     "bits": click.IntRange(2, 16),
     "g_average": SHARE,
     "decay": SHARE,
+    "average": SHARE,
     "gp_noise": click.Choice(["uniform", "std"]),
+    "network": click.Choice(["resnet50", "small"]),
+    "augment": click.Choice(["classical"]),
 }
 
 
@@ -302,7 +305,10 @@ def synthesize(gan, patches, out, number, control, images, at, lesions, strip, d
         "decay": "Of the proportion (C5, Q33).",
         "decay_every": "Patches between decays (C5).",
         "evaluate_every": "Patches between looks at the validation set (C7).",
-        "width": "Of the first stage; 64 is ResNet-50 (C1).",
+        "network": "resnet50 (C1) or small, for the CPU.",
+        "width": "Filters of the small network's first stage.",
+        "average": "Decay of the average of the weights that is used; 0 uses the last.",
+        "augment": "classical: flips, turns, scale, contrast, brightness drawn for every patch.",
         "include_benign": "Benign patches as negatives (Q36).",
         "bfloat16": "Autocast on a GPU; the CPU always computes in float32.",
     },

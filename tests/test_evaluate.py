@@ -466,7 +466,7 @@ def write_run(folder: Path, patches: Path, proportion: float, sets=(), seed: int
     """A classifier run with random, but scaled, weights."""
     folder.mkdir(parents=True)
     torch.manual_seed(1000 * seed + int(100 * proportion) + len(sets))
-    model = models.PatchClassifier(width=16, blocks=(1, 1, 1, 1))
+    model = models.SmallResNet(16)
     x = torch.from_numpy(data.to_float(np.load(patches / "patches/train/malignant_mass.npy")[:20]))
     z = torch.from_numpy(data.to_float(np.load(patches / "patches/train/normal.npy")[:20]))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
