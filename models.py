@@ -360,7 +360,7 @@ class ResNet50(ResNet):
 
 
 class SmallResNet(nn.Module):
-    """One bottleneck a stage and no max pooling, for small patches on a CPU (ours; A3)."""
+    """One bottleneck a stage and no max pooling, for small patches on a CPU (ours; A2)."""
 
     def __init__(self, width: int = 16):
         super().__init__()
