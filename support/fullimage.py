@@ -1,6 +1,7 @@
 """Lesions in full mammograms (§4 "As a future step", F7; Figure 3): boxes, masks, pictures."""
 
 import itertools
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -105,7 +106,10 @@ def _make(synth: Synthesizer, source: Source, part: Path, name: str, places: dic
         m.spacing_mm = source.spacing_mm or m.spacing_mm
         display, placed = insert_lesions(synth, m, boxes=source.boxes, **places)
     except (ValueError, OSError) as error:
-        return (getattr(error, "strerror", None) or str(error)).removeprefix(f"{source.path}: ")
+        why = (getattr(error, "strerror", None) or str(error)).removeprefix(f"{source.path}: ")
+        return re.sub(
+            r"^(--bits \d+): (.*); give.*", r"\2; the generator's patches were read with \1", why
+        )
     try:
         stored = m.restore(display)
     except ValueError as error:

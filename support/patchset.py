@@ -475,7 +475,7 @@ def contact_sheet(images: list[SourceImage], config: PrepareConfig, out: Path, n
         axes.set_title(f"{image.name[-48:]}\n{title}", fontsize=7)
     legend = {"breast mask": "lime", **colours, "other findings": "white"}
     lines = [Line2D([], [], color=colour, label=name) for name, colour in legend.items()]
-    text = "thick: boxes of lesions; thin: the first windows of patches"
+    text = "thick: boxes of lesions; thin: first patches"
     style = {"title": text, "fontsize": 7, "facecolor": "lightgrey", "ncols": 1 + across}
     figure.legend(handles=lines, loc="outside upper center", **style)
     save_figure(figure, out / "qc.png")

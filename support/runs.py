@@ -120,7 +120,7 @@ def _lock_file(path: Path) -> Path:
                 f"process {process} on {host} is writing there; wait for it, or give another folder"
             )
             raise ValueError(f"{path.parent}: {text}; if it is no more, delete {path}")
-        path.unlink()
+    path.unlink(missing_ok=True)
     with open(path, "x", encoding="utf-8") as file:
         file.write(mine)
     return path

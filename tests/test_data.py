@@ -1388,7 +1388,7 @@ def test_qc_legend_overprints_no_title_and_titles_name_the_files(patches, source
     for number in (1, 3, 6):
         prepare(source, patches, SMALL, qc=number)
         figure = shown.pop()
-        figure.canvas.draw()
+        figure.draw_without_rendering()
         (legend,) = figure.legends
         box = legend.get_window_extent()
         assert figure.bbox.containsx(box.x0) and figure.bbox.containsx(box.x1)

@@ -376,8 +376,10 @@ def test_full_images_are_read_with_the_bits_of_the_patch_set(made, tmp_path):
     assert np.median(picture[tissue]) > 25_000
     config = json.loads((made / "bump" / "config.json").read_text())["config"]
     assert "bits" not in config  # a run of an earlier version is read as it was
-    values[0, 0:40] = values[300:340, 100:140] = 60000
-    Image.fromarray(values.astype(np.uint16)).save(path)
+    Image.fromarray((values * 15).astype(np.uint16)).save(path)
+    images = [csv_of([path], tmp_path)]
+    ((_, why),) = synthesize_images(tmp_path / "run", images, tmp_path / "other")
+    assert why == "its values use 16 bits; the generator's patches were read with --bits 12"
 
 
 def test_enlarged_windows_mark_the_lesion_and_pictures_fill_the_page(made, phantoms, tmp_path):
