@@ -477,7 +477,7 @@ def write_run(folder: Path, patches: Path, proportion: float, sets=(), seed: int
         torch.nn.functional.cross_entropy(logits, y).backward()
         optimizer.step()
     model.fc.bias.data += torch.tensor([0.0, float(len(sets))])  # so that some patches rise
-    config = {"width": 16, "blocks": [1, 1, 1, 1], "decay": 0.9, "proportion": proportion}
+    config = {"width": 16, "network": "small", "decay": 0.9, "proportion": proportion}
     config |= {"seed": seed, "data": patchset.fingerprint(patches)}
     config["synthetic"] = [
         {"fingerprint": s.fingerprint, "task": s.task, "control": s.control}
