@@ -76,13 +76,15 @@ def to_uint16(patch: np.ndarray) -> np.ndarray:
 SPLIT_SHARES = {"train": 60, "val": 20, "test": 20}  # %
 
 
-def split_patients(findings: list[Finding], seed: int, normals: str = "studies") -> dict[str, str]:
+def split_patients(
+    findings: list[Finding], seed: int, normals: str = "studies", shares: dict | None = None
+) -> dict[str, str]:
     """Patient -> split, stratified by the classes that he gives patches of and worst pathology.
 
     Whatever the seed, a class of five patients comes into every split (Q20), where chance would
     leave small sets without. Published splits stay. When only some patients carry one, the others
     are divided over the splits that nobody carries, in the proportion of P2 (CBIS-DDSM: test is
-    published).
+    published). shares: of other parts to deal into, as `deal` takes them (support/folds.py).
     """
     worst, splits, labels = {}, {}, defaultdict(set)
     for row in findings:
@@ -94,7 +96,8 @@ def split_patients(findings: list[Finding], seed: int, normals: str = "studies")
         labels[rows[0].patient_id] |= classes.keys()
     open_splits = [s for s in SPLITS if s not in splits.values()] or list(SPLITS)
     unsplit = {p: {*labels[p], f"worst {worst[p]}"} for p in worst.keys() - splits.keys()}
-    return splits | deal(unsplit, {split: SPLIT_SHARES[split] for split in open_splits}, seed)
+    shares = shares or {split: SPLIT_SHARES[split] for split in open_splits}
+    return splits | deal(unsplit, shares, seed)
 
 
 def deal(labels: dict[str, set[str]], shares: dict[str, float], seed: int) -> dict[str, str]:
@@ -168,6 +171,8 @@ class PrepareConfig:
     normal_margin: float = 0.125  # of the window side, between a normal patch and any box; ours
     bits: int | None = None  # of values without window or LUT; None = the file's bit depth
     pseudonymise: bool = False  # keyed hashes in place of patient ids and paths
+    fold: str | None = None  # "K/N": fold K of N is tested; None: 60/20/20. support/folds.py
+    malignant_share: float | None = None  # of the training patients with cancer; None: all
 
     def with_counts(self, texts: Sequence[str]) -> "PrepareConfig":
         """Override counts by "split/class=N", which are then required. Raises ValueError."""

@@ -153,57 +153,81 @@ def mean_roc(y, scores) -> np.ndarray:
     return np.mean([np.interp(grid, *roc_curve(y, values)[:2]) for values in scores], axis=0)
 
 
-def _mean_auc(y, v, clusters, groups) -> tuple[float, float, float]:
-    """Weighted sum of regimes' mean AUCs, its variance and degrees of freedom.
+def by_fold(y, scores, clusters, fold=None) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Labels (n,), placements (K, n), patients (n,) of each fold; without `fold` (N,), of all."""
+    clusters, fold = np.asarray(clusters), np.zeros(len(y)) if fold is None else np.asarray(fold)
+    parts = [fold == name for name in np.unique(fold)]
+    ready = [(*checked(np.asarray(y)[at], *np.asarray(scores)[:, at]), at) for at in parts]
+    return [(y, placements(y, scores), clusters[at]) for y, scores, at in ready]
 
-    groups: (weight, rows of v) per regime, the rows being its training seeds. The seeds of a
-    regime are what the readers are in a multi-reader study, so the variance is Obuchowski and
-    Rockette's (1995) with patient-clustered covariances of the AUCs: for a difference
-        s^2 (1/K_a + 1/K_b) + max(0, cov2_a + cov2_b - 2 cov3),
-    s^2 among the seeds of a regime (pooled), cov2 between two seeds of one regime, cov3 across.
+
+def _mean_auc(folds, groups) -> tuple[float, float, float]:
+    """Weighted sum of regimes' mean AUCs, mean over folds; its variance, degrees of freedom.
+
+    folds: as `by_fold`; groups: (weight, rows of v) per regime, the rows being its training seeds.
+    The seeds of a regime are what the readers are in a multi-reader study, so the variance is
+    Obuchowski and Rockette's (1995) with patient-clustered covariances of the AUCs: in one fold
+        s^2 (1/K_a + 1/K_b) + max(0, cov2_a + cov2_b - 2 cov3)
+    for a difference, s^2 among the seeds of a regime (pooled over regimes and folds), cov2 between
+    two seeds of one regime, cov3 across. Over F folds, each with patients of its own, variances
+    add: their sum / F^2, the covariances summed before the max, for it would bias each fold's.
+    Folds weigh the same: they are dealt equal, and weights by variance would follow the results.
     Degrees of freedom after Satterthwaite with the test-set part taken as known (Hillis 2007).
     A regime with a single seed makes the seeds fixed: then it is Obuchowski 1997 on the means.
+
+    What it does not hold: models of different folds share most of their training patients, so the
+    folds are no independent replications of training, and no estimate from them of how results vary
+    with the training set is unbiased (Bengio and Grandvalet 2004). Nothing here uses the spread
+    over folds: interval and test are conditional on these training sets, about new test patients
+    and new seeds. For another training set they are too narrow (Bates, Hastie, Tibshirani 2023).
+    Seeds count as drawn anew in each fold.
     """
-    contrast = sum(weight * v[rows].mean(axis=0) for weight, rows in groups)[None]
-    value = float(contrast[0, y].mean())
+    contrasts = [sum(weight * v[rows].mean(axis=0) for weight, rows in groups) for _, v, _ in folds]
+    value = float(np.mean([d[y].mean() for d, (y, *_) in zip(contrasts, folds, strict=True)]))
     if min(len(rows) for _, rows in groups) == 1:
-        return value, float(clustered_covariance(y, contrast, clusters)[0, 0]), math.inf
-    covariance, aucs = clustered_covariance(y, v, clusters), v[:, y].mean(axis=1)
-    test = 0.0
-    for weight, rows in groups:
-        for other_weight, others in groups:
-            block, k = covariance[np.ix_(rows, others)], len(rows)
-            same = rows is others
-            mean = (block.sum() - np.trace(block)) / (k * (k - 1)) if same else block.mean()
-            test += weight * other_weight * float(mean)
-    free = sum(len(rows) - 1 for _, rows in groups)
-    pooled = sum(float(aucs[rows].var()) * len(rows) for _, rows in groups) / free
-    seeds = pooled * sum(weight**2 / len(rows) for weight, rows in groups)
-    variance = max(0.0, test) + seeds
+        parts = zip(contrasts, folds, strict=True)
+        test = sum(float(clustered_covariance(y, d[None], who)[0, 0]) for d, (y, _, who) in parts)
+        return value, test / len(folds) ** 2, math.inf
+    test = pooled = 0.0
+    for y, v, clusters in folds:
+        covariance, aucs = clustered_covariance(y, v, clusters), v[:, y].mean(axis=1)
+        pooled += sum(float(aucs[rows].var()) * len(rows) for _, rows in groups)
+        for weight, rows in groups:
+            for other_weight, others in groups:
+                block, k = covariance[np.ix_(rows, others)], len(rows)
+                same = rows is others
+                mean = (block.sum() - np.trace(block)) / (k * (k - 1)) if same else block.mean()
+                test += weight * other_weight * float(mean)
+    free = sum(len(rows) - 1 for _, rows in groups) * len(folds)
+    seeds = pooled / free * sum(weight**2 / len(rows) for weight, rows in groups) / len(folds)
+    variance = max(0.0, test) / len(folds) ** 2 + seeds
     return value, variance, free * (variance / seeds) ** 2 if seeds else math.inf
 
 
-def compare(y, scores, baseline, clusters) -> dict[str, float]:
+def compare(y, scores, baseline, clusters, fold=None) -> dict[str, float]:
     """Mean AUC over the seeds of a regime (K, N), alone and against the baseline's (K_b, N).
 
     low, high and delta_low, delta_high, p_clustered: patients vary, and the training seeds where
     both have several. p_delong: these very models, every patch on its own (the paper's test).
     detectable: the smallest true difference found at 5% with 80% power.
     With one seed each p_delong is that of `delong_test` and p_clustered that of `clustered_test`.
+    fold: the fold (N,) of a cross-validation that tests each patch, a patient in one of them. AUCs
+    are then of a fold's own models on its own patients, and averaged: scores of different models
+    are never ranked together. What that means for the test: `_mean_auc`.
     """
-    y, v = checked(y, *scores, *baseline)
-    v = placements(y, v)
-    ours, theirs = np.arange(len(scores)), np.arange(len(scores), len(v))
+    folds = by_fold(y, [*scores, *baseline], clusters, fold)
+    ours, theirs = np.arange(len(scores)), len(scores) + np.arange(len(baseline))
     # the baseline's seeds (weight 0) only help to tell how seeds vary
     own = [(1, ours)] if scores is baseline else [(1, ours), (0, theirs)]
-    auc, *spread = _mean_auc(y, v, clusters, own)
+    auc, *spread = _mean_auc(folds, own)
     low, high, *_ = interval(auc, *spread)
     row = {"auc": auc, "low": max(0.0, low), "high": min(1.0, high)}
-    delta, variance, df = _mean_auc(y, v, clusters, [(1, ours), (-1, theirs)])
+    delta, variance, df = _mean_auc(folds, [(1, ours), (-1, theirs)])
     low, high, _, p = interval(delta, variance, df)
     row |= {"delta": delta, "delta_low": low, "delta_high": high, "p_clustered": p}
-    contrast = v[ours].mean(axis=0, keepdims=True) - v[theirs].mean(axis=0, keepdims=True)
-    row["p_delong"] = interval(delta, float(delong_covariance(y, contrast)[0, 0]))[3]
+    d = [(y, (v[ours].mean(axis=0) - v[theirs].mean(axis=0))[None]) for y, v, _ in folds]
+    alone = sum(float(delong_covariance(*part)[0, 0]) for part in d) / len(folds) ** 2
+    row["p_delong"] = interval(delta, alone)[3]
     power = float(special.stdtrit(df, 1 - ALPHA / 2) + special.stdtrit(df, 0.8))
     return row | {"detectable": power * math.sqrt(variance)}
 
@@ -297,40 +321,50 @@ CONDITIONS = {  # positives, negatives: E4, the whole test set; by lesion; the p
     ),
 }
 # A statistic is a function of labels (N,), scores (K, N) of a regime and (K_b, N) of the baseline,
-# and patients (N,), that returns named numbers for the regime's row: a line here puts it in
-# metrics.json and in every table of the report. Names of what compares with the baseline begin with
-# delta, p_ or detectable; each p_ gets Holm's beside it.
+# patients (N,) and folds (N,), that returns named numbers for the regime's row: a line here puts it
+# in metrics.json and in every table of the report. Names of what compares with the baseline begin
+# with delta, p_ or detectable; each p_ gets Holm's beside it.
 STATISTICS = {  # heading: function, names of the value and its ends, or of the p
     "AUC (95% CI)": (compare, "auc", "low", "high"),
     "Difference (95% CI)": (compare, "delta", "delta_low", "delta_high"),
     "p, patients (Holm)": (compare, "p_clustered"),
     "p, DeLong (Holm)": (compare, "p_delong"),
+    "Detectable": (compare, "detectable"),
 }
 
 
 def condition_table(
-    kind: np.ndarray, patients: np.ndarray, scores: dict[str, np.ndarray], condition: str
+    kind: np.ndarray,
+    patients: np.ndarray,
+    scores: dict[str, np.ndarray],
+    condition: str,
+    fold: np.ndarray | None = None,
 ) -> dict:
-    """Rows of one condition; empty when the test set has too few patients for it.
+    """Rows of one condition; empty when the test set, or a fold, has too few patients for it.
 
-    kind, patients: class and patient of each test patch (N,); scores: (K, N) of each regime.
+    kind, patients, fold: class, patient and, of a cross-validation, fold of each test patch (N,);
+    scores: (K, N) of each regime.
     """
     positive, negative = (np.isin(kind, kinds) for kinds in CONDITIONS[condition])
+    fold = np.zeros(len(kind)) if fold is None else fold
+    for name in np.unique(fold):
+        if min(len(set(patients[at & (fold == name)])) for at in (positive, negative)) < 2:
+            return {}
     at = positive | negative
-    y, patients = positive[at], patients[at]
-    if min(len(set(patients[y])), len(set(patients[~y]))) < 2:
-        return {}
+    y, patients, fold = positive[at], patients[at], fold[at]
     size = {"patients": len(set(patients)), "patches": len(y)}
     scores, rows = {name: s[:, at] for name, s in scores.items()}, []
     for name, ours in scores.items():
         row = {"regime": name, "seeds": len(ours), **size}
-        row["seed_aucs"] = placements(y, ours)[:, y].mean(axis=1).tolist()
+        aucs = np.array([v[:, y].mean(axis=1) for y, v, _ in by_fold(y, ours, patients, fold)])
+        row |= {"seed_aucs": aucs.mean(axis=0).tolist(), "fold_aucs": aucs.mean(axis=1).tolist()}
+        row["folds"] = len(aucs)
         for statistic in dict.fromkeys(function for function, *_ in STATISTICS.values()):
-            row |= statistic(y, ours, scores[BASELINE], patients)
+            row |= statistic(y, ours, scores[BASELINE], patients, fold)
         if name == BASELINE:
             row |= {k: None for k in row if k.startswith(("delta", "p_", "detectable"))}
         elif BLOB in scores and name != BLOB:
-            row["against_blob"] = compare(y, ours, scores[BLOB], patients)
+            row["against_blob"] = compare(y, ours, scores[BLOB], patients, fold)
         rows.append(row)
     tested = [row for row in rows[1:] if row["regime"] != BLOB]  # the control is no hypothesis
     for key in [key for key in rows[0] if key.startswith("p_")]:

@@ -147,6 +147,8 @@ def cli() -> None:
 @option("--count counts", None, COUNTS, multiple=True, metavar="SPLIT/CLASS=N")
 @option("--birads-as-pathology birads", bool, BIRADS, is_flag=True)
 @option("--normals", click.Choice(["studies", "images", "annotated"]), NORMALS)
+@option("--fold", None, "Fold K (1 to N) tests, K+1 validates, the rest trains.", metavar="K/N")
+@option("--malignant-share", SHARE, "Keep so many of the training patients with cancer.")
 @option("--distinct-ids distinct", bool, "Ids such as 7 and 007 are two patients.", is_flag=True)
 @option("--qc", click.IntRange(0), "Contact sheet of so many images, qc.png.", default=0)
 @option("--workers", COUNT, "Any number writes the same bytes.", default=os.cpu_count() or 1)
@@ -160,6 +162,11 @@ def prepare(
     windows hold at least 90% breast tissue (P6); those for training are scaled by 0.8 to 1.2,
     flipped and rotated (P7); lesions lie anywhere in theirs (P8). Patches have 256 px in preset
     paper (P9), 128 in cbis and cbis-cpu, 64 in tiny.
+
+    Cross-validation: --fold K/N deals patients into N folds by the seed alone, stratified as the
+    splits; fold K (of 1 to N) is tested, fold K+1 (after N the first) validates, the others train.
+    Scarcity: --malignant-share 0.1 leaves out all but a tenth of the training patients with cancer,
+    wholly; those kept are among those kept at 0.25, and validation and test stay the same.
     """
     if source_format == "manifest":
         if birads:
@@ -173,7 +180,7 @@ def prepare(
         advice = "write a patient's id in one way; --distinct-ids if they are different patients"
         sources.raise_all(f"{source}: patients: found", sources.look_alikes(findings), advice)
     config = configure(data.PREPARE_PRESETS, preset, options, seed=seed).with_counts(counts)
-    patchset.prepare(findings, out, config, workers=workers, qc=qc, notes=notes)
+    patchset.prepare(findings, out, config, workers, qc, notes, source_format)
 
 
 # --- §2 Contextual GAN ---
@@ -341,28 +348,43 @@ def train_cls(patches, run, synthetic, proportion, preset, seeds, seed, device, 
 def print_table(rows: list[dict], out: Path) -> None:
     """Table 1 on standard output, with the place of the report."""
     click.echo(
-        f"{'Training regime':<22}{'AUC (95% CI)':<24}{'difference':<26}p DeLong  p clustered"
+        f"{'Training regime':<22}{'AUC (95% CI)':<24}{'difference':<26}p DeLong  p clustered  "
+        "detectable"
     )
     for row in rows:
         auc = report.in_words((row["auc"], row["low"], row["high"]))
         p = [report.p_in_words(row[key]) for key in ("p_delong", "p_clustered")]
         difference = report.difference_in_words(row)
-        click.echo(f"{row['regime']:<22}{auc:<24}{difference:<26}{p[0]:<10}{p[1]}")
+        detectable = report.in_words((row["detectable"],))
+        click.echo(f"{row['regime']:<22}{auc:<24}{difference:<26}{p[0]:<10}{p[1]:<13}{detectable}")
     click.echo(f"Report: {out / 'report.html'}")
 
 
 @cli.command()
-@option("--data patches", FOLDER, "Patch set of prepare.", required=True)
-@option("--baseline", FOLDER, "Run of train-cls on real patches only.", required=True)
+@option("--data patches", FOLDER, "Patch set of prepare.")
+@option("--baseline", FOLDER, "Run of train-cls on real patches only.")
 @option("--augmented", FOLDER, "Run of another regime. Repeat.", multiple=True)
 @option("--synthetic", FOLDER, "Set for the controls. Repeat.", multiple=True)
+@option("--test", FOLDER, "Another patch set, whose test split is scored too (external test).")
+@option("--folds", FOLDER, "Output of evaluate for a fold of prepare. Repeat.", multiple=True)
 @option("--out", FOLDER, "Folder for table1.csv, report.html ...", required=True)
 @seed_option
 @device_option
-def evaluate(patches, baseline, augmented, synthetic, out, seed, device):
-    """Table 1 with patient-clustered statistics, controls, figures and one report (E1 to E4)."""
-    more = {"seed": seed, "device": runs.choose_device(device)}
-    rows = report.evaluate(patches, baseline, list(augmented), list(synthetic), out, **more)
+def evaluate(patches, baseline, augmented, synthetic, test, folds, out, seed, device):
+    """Table 1 with patient-clustered statistics, controls, figures and one report (E1 to E4).
+
+    With --folds (repeated) the same tables over the folds of a cross-validation, from the output
+    of this command for each: differences within a fold, averaged over folds. Detectable is the
+    smallest true difference that a test like this finds with 80% power.
+    """
+    single = (patches, baseline)
+    if any((*single, augmented, synthetic, test)) if folds else None in single:
+        raise click.UsageError("give --data and --baseline, or --folds alone")
+    if folds:
+        rows = report.evaluate_folds(folds, out)
+    else:
+        device = runs.choose_device(device)
+        rows = report.evaluate(patches, baseline, augmented, synthetic, out, device, seed, test)
     print_table(rows, out)
 
 

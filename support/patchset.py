@@ -23,7 +23,7 @@ from matplotlib.lines import Line2D
 
 import data
 from data import CLASSES, KEYS, DecodedImage, PrepareConfig, SourceImage
-from support import runs, sources
+from support import folds, runs, sources
 from support.figures import save_figure
 from support.files import open_array, read_json, read_table, reading, sha256, write_table
 from support.runs import claim_folder, finish_folder, finished, numpy_rng, progress, signals_held
@@ -57,6 +57,7 @@ def prepare(
     workers: int = 1,
     qc: int = 0,
     notes: Sequence[str] = (),
+    source_format: str = "manifest",
 ) -> None:
     """Findings -> patch set in `out`; goes on where it was interrupted.
 
@@ -69,13 +70,14 @@ def prepare(
     writer = PatchWriter(findings, out, config)
     base = os.path.commonpath([os.path.dirname(row.image_path) for row in findings])
     rows = [(os.path.relpath(row.image_path, base), row) for im in writer.images for row in im.rows]
-    rows = [(name, replace(row, image_path="", mask_path="")) for name, row in rows]
+    blank = {"image_path": "", "mask_path": ""} | ({"split": ""} if config.fold else {})
+    rows = [(name, replace(row, **blank)) for name, row in rows]  # the same source in every fold
     settings = {"source": sha256(repr(rows).encode()), "key": writer.hide("key")}
     with claim_folder(out, "prepare", asdict(config) | settings) as complete:
         if not complete:
             writer.reserve()
             writer.cut(workers)
-            writer.finish(notes)
+            writer.finish(notes, source_format)
         shutil.rmtree(out / "work", ignore_errors=True)
         if qc:
             contact_sheet(writer.images, config, out, qc)
@@ -169,7 +171,8 @@ class PatchWriter:
 
     def __init__(self, findings: list[Finding], out: Path, config: PrepareConfig):
         self.out, self.config, self.hide = out, config, _pseudonyms(config.pseudonymise)
-        self.images = data.source_images(findings, config, self.hide)
+        images = data.source_images(folds.deal_folds(findings, config), config, self.hide)
+        self.images = folds.keep_share(images, config.malignant_share, config.seed)
         self.images_of = {  # "split/class": images it is drawn from
             key: [index for index, image in enumerate(self.images) if key in image.classes]
             for key in KEYS
@@ -191,7 +194,7 @@ class PatchWriter:
             text = f"found no wanted class in {len(self.images)} images; expected normal images, or"
             advice = "see --normals and --birads-as-pathology"
             raise ValueError(f"the source: {text} boxes with a pathology; {advice}")
-        self.splits = {image.patient_id: image.split for image in self.images}
+        self.splits = {image.patient_id: image.split for image in self.images if image.split}
         self.patients = {split: list(self.splits.values()).count(split) for split in SPLITS}
         text = ", ".join(f"{split} {number}" for split, number in self.patients.items())
         click.echo(f"patients: {text}", err=True)
@@ -298,6 +301,8 @@ class PatchWriter:
         """Why an image gave no patch."""
         image, visit = self.images[index], self.visits.get(index)
         if visit is None:
+            if not image.split:
+                return "a patient with cancer left out by --malignant-share"
             boxless = [row for row in image.rows if not row.bbox]
             if any(row.finding or row.pathology in PATHOLOGIES[2:] for row in boxless):
                 return "a finding without a box: nobody knows where its lesion lies"
@@ -347,7 +352,7 @@ class PatchWriter:
             click.echo(remark, err=True)
         return remarks, cancer
 
-    def finish(self, notes: Sequence[str]) -> None:
+    def finish(self, notes: Sequence[str], source_format: str) -> None:
         """Write the tables, then mark the patch set whole."""
         images, out = self.images, self.out
         for key in self.skipped:
@@ -382,7 +387,8 @@ class PatchWriter:
         facts = {"counts": {key: len(rows) for key, rows in self.rows.items()}}
         facts |= {"images": {"used": len(used), "excluded": len(excluded)}}
         facts |= {"skipped": self.skipped, "patients": self.patients, "duplicates": duplicates}
-        finish_folder(out, normals_with_cancer=cancer, notes=[*notes, *remarks], **facts)
+        facts |= {"normals_with_cancer": cancer, "format": source_format}
+        finish_folder(out, notes=[*notes, *remarks], **facts)
 
 
 def _reserve(path: Path, shape: tuple[int, int, int]) -> None:
@@ -492,7 +498,8 @@ def patch_config(data: Path) -> dict:
         if not held.keys() <= set(KEYS):
             raise ValueError("counts")
     # BI-RADS as pathology, say; the other breast of women with cancer
-    told = {key: facts[key] for key in ("notes", "normals_with_cancer") if facts.get(key)}
+    told = ("notes", "normals_with_cancer", "format")
+    told = {key: facts[key] for key in told if facts.get(key)}
     return config | {"held": held, "fingerprint": fingerprint(data)} | told
 
 
@@ -501,6 +508,28 @@ def fingerprint(data: Path) -> str:
     data = Path(data)
     config = json.dumps(read_json(data / "config.json").get("config"), sort_keys=True)
     return sha256(config.encode(), data / "splits.csv", *sorted(data.glob("patches/*/*.csv")))
+
+
+def check_external(other: Path, data: Path) -> dict:
+    """Configuration of a patch set whose test split is to test models trained on `data`.
+
+    Raises ValueError: another side (px) or spacing (mm), or a test image (by the hash of its
+    pixels) that gave patches in any split of `data`. A patient's id in both is an error too when
+    both are of one source: the same rows, or one public data set (prepare --format). Else it may be
+    another patient, as two hospitals number theirs alike; pseudonyms of two keys never agree.
+    """
+    ours, theirs = patch_config(data), patch_config(other)
+    for key in ("patch_size", "spacing_mm"):
+        if ours[key] != theirs[key]:
+            text = f"{key} is {theirs[key]}, in {data} {ours[key]}"
+            raise ValueError(f"--test {other}: {text}; prepare it with the same")
+    one = any(ours.get(k) == theirs.get(k) not in (None, "manifest") for k in ("source", "format"))
+    for name, what in (("image_uid", "images"), ("patient_id", "patients"))[: 1 + one]:
+        known = {v for split in SPLITS for v in Patches.open(data, split).column(name).tolist()}
+        if both := sorted(known & set(Patches.open(other, "test").column(name).tolist())):
+            text = f"{len(both)} {what} of its test split, such as {both[0]}, are in {data} too"
+            raise ValueError(f"--test {other}: {text}; give patients that the models never saw")
+    return theirs
 
 
 def open_patches(data: Path, split: str, name: str) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The whole evaluation: table1.csv, metrics.json, figures, and report.html from its template."""
 
 import base64
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,8 +18,19 @@ from support.sources import SPLITS
 
 COLUMNS = (  # of table1.csv
     *("regime", "proportion", "seeds", "patients", "patches", "auc", "low", "high"),
-    *("delta", "delta_low", "delta_high", "p_delong", "p_clustered"),
+    *("delta", "delta_low", "delta_high", "p_delong", "p_clustered", "detectable"),
 )
+# of rows.json, which docs/results/ keeps
+RESULTS = (*(c for c in COLUMNS if c not in ("proportion", "patches", "p_delong")), "folds")
+OWN = (
+    "name",
+    "fold",
+    "fingerprint",
+    "held",
+    "patients",
+    "normals_with_cancer",
+    "notes",
+)  # a fold's
 PICTURES = ("difference", "roc", "figure1", "nearest", "gan", "figure4", "figure5", "figure6")
 
 
@@ -33,11 +45,14 @@ def evaluate(
     out: Path,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    test: Path | None = None,
 ) -> list[dict]:
     """Table 1 with statistics that hold, controls, Figures 1, 4, 5, 6, and report.html.
 
-    Returns the rows of table1.csv with what was concluded. Raises ValueError: runs or sets of
-    another patch set, unfinished runs, fewer than two test patients a class.
+    test: another patch set, whose test split is scored as well (external test). Returns the rows of
+    table1.csv with what was concluded. Raises ValueError: runs or sets of another patch set,
+    unfinished runs, fewer than two test patients a class, a `test` that does not fit or shares
+    images or patients.
     """
     patch_set, out, device = Path(patch_set), Path(out), torch.device(device)
     config = patchset.patch_config(patch_set)
@@ -47,36 +62,24 @@ def evaluate(
         patchset.check_synthetic(syn, patch_set)
     claimed = {"data": config["fingerprint"], "regimes": [[r.name, *r.hashes] for r in regimes]}
     claimed |= {"synthetic": [s.fingerprint for s in sets], "seed": seed}
-    stages = sum(len(r.runs) for r in regimes) + len(sets) + 1
+    if test:
+        other = patchset.check_external(Path(test), patch_set)
+        claimed["test"] = other["fingerprint"]
+    stages = sum(len(r.runs) for r in regimes) * (2 if test else 1) + len(sets) + 1
     claim = runs.claim_folder(out, "evaluate", claimed)
     with claim, runs.progress(stages, "evaluate") as advance:
-        splits, scores = {s: patchset.Patches.open(patch_set, s) for s in SPLITS}, {}
+        splits = {s: patchset.Patches.open(patch_set, s) for s in SPLITS}
         who = {split: patches.column("patient_id") for split, patches in splits.items()}
         kind, patients = splits["test"].kind, who["test"]
         images = splits["test"].column("image_uid")
-        for regime in regimes:
-            scores[regime.name] = results.score(regime, splits["test"], device)
-            advance(len(regime.runs), f"{regime.name} scored")
-
-        tested = {c: np.isin(kind, [*pos, *neg]) for c, (pos, neg) in results.CONDITIONS.items()}
-        conditions = {  # with one kind of lesion only, the whole test set is not shown again
-            c: results.condition_table(kind, patients, scores, c)
-            for c, at in tested.items()
-            if c == MAIN or (at != tested[MAIN]).any()
-        }
-        if not conditions[MAIN]:
-            names = [name for names in results.CONDITIONS[MAIN] for name in names]
-            text = ", ".join(f"{name} {len(set(patients[kind == name]))}" for name in names)
-            found = f"{patch_set}: fewer than two test patients a class; found {text}"
-            raise ValueError(f"{found}; prepare more, see --count")
-        rows, at = conditions[MAIN]["rows"], tested[MAIN]
-        curves = {
-            name: results.mean_roc(kind[at] != "normal", s[:, at]) for name, s in scores.items()
-        }
-        figures.save_figure(figures.roc_figure(curves, rows), out / "roc.png")
-        if len(rows) > 1:
-            figures.save_figure(figures.difference_figure(rows), out / "difference.png")
-        metrics = claimed | {"conditions": conditions, "data": {"name": patch_set.name, **config}}
+        scores = _score(regimes, splits["test"], out / "scores.csv", device, advance)
+        metrics = claimed | {"data": {"name": patch_set.name, **config}}
+        metrics["conditions"] = conditions(kind, patients, scores, patch_set)
+        if test:
+            tested = patchset.Patches.open(test, "test")
+            found = _score(regimes, tested, out / "scores-external.csv", device, advance)
+            tables = conditions(tested.kind, tested.column("patient_id"), found, test)
+            metrics["external"] = {"name": Path(test).name, "data": other, "conditions": tables}
         metrics["lesion_or_image"] = {
             name: lesion_or_image(kind, patients, images, s) for name, s in scores.items()
         }
@@ -97,18 +100,124 @@ def evaluate(
             for split, patches in splits.items()
             for name in patches.parts
         }
-        names = ("regime", "run", "seeds", "weights", "config")
-        facts = [(r.name, r.folder.name, r.seeds, r.hashes, r.config) for r in regimes]
-        metrics["runs"] = [dict(zip(names, fact, strict=True)) for fact in facts]
-        rows = [row | {"proportion": r.proportion} for row, r in zip(rows, regimes, strict=True)]
-        table = ([row[column] for column in COLUMNS] for row in rows)
-        files.write_table(out / "table1.csv", COLUMNS, table)
-        files.write_json(out / "metrics.json", metrics)
-        with files.replace_file(out / "report.html", "w") as file:
-            file.write(report(metrics, out))
+        names = ("regime", "proportion", "run", "seeds", "weights", "config")
+        own = [(r.name, r.proportion, r.folder.name, r.seeds, r.hashes, r.config) for r in regimes]
+        metrics["runs"] = [dict(zip(names, facts, strict=True)) for facts in own]
+        rows = _write(metrics, kind, scores, out)
         advance(1, "report written")
-        runs.finish_folder(out)
     return rows
+
+
+def _score(regimes, patches, path: Path, device, advance) -> dict[str, np.ndarray]:
+    """p(cancer) (K, N) of each regime, also as a table: a row a patch, a column a training seed."""
+    scores = {}
+    for regime in regimes:
+        scores[regime.name] = results.score(regime, patches, device)
+        advance(len(regime.runs), f"{regime.name} scored")
+    names = [f"{regime.name}, seed {seed}" for regime in regimes for seed in regime.seeds]
+    patch, patient = (patches.column(name) for name in ("patch", "patient_id"))
+    values = np.concatenate(list(scores.values())).tolist()
+    rows = zip(patch, patient, patches.kind, *values, strict=True)
+    files.write_table(path, ("patch", "patient", "class", *names), rows)
+    return scores
+
+
+def conditions(kind, patients, scores, where, fold=None) -> dict[str, dict]:
+    """The table of each condition (`condition_table`). Raises ValueError without the main one."""
+    tested = {c: np.isin(kind, [*pos, *neg]) for c, (pos, neg) in results.CONDITIONS.items()}
+    tables = {  # with one kind of lesion only, the whole test set is not shown again
+        c: results.condition_table(kind, patients, scores, c, fold)
+        for c, at in tested.items()
+        if c == MAIN or (at != tested[MAIN]).any()
+    }
+    if not tables[MAIN]:
+        names = [name for names in results.CONDITIONS[MAIN] for name in names]
+        text = ", ".join(f"{name} {len(set(patients[kind == name]))}" for name in names)
+        found = f"{where}: fewer than two test patients a class; found {text}"
+        raise ValueError(f"{found}; prepare more, see --count")
+    return tables
+
+
+def _write(metrics: dict, kind, scores: dict[str, np.ndarray], out: Path, fold=None) -> list[dict]:
+    """Curves, differences, tables and the report; the folder is whole then. Rows of table1.csv."""
+    rows = metrics["conditions"][MAIN]["rows"]
+    fold = np.zeros(len(kind)) if fold is None else fold
+    inside = np.isin(kind, list(itertools.chain(*results.CONDITIONS[MAIN])))
+    parts = [inside & (fold == k) for k in np.unique(fold)]
+    curves = {
+        name: np.mean([results.mean_roc(kind[at] != "normal", s[:, at]) for at in parts], axis=0)
+        for name, s in scores.items()
+    }
+    figures.save_figure(figures.roc_figure(curves, rows), out / "roc.png")
+    if len(rows) > 1:
+        figures.save_figure(figures.difference_figure(rows), out / "difference.png")
+    shares = [run["proportion"] for run in metrics["runs"]]
+    rows = [row | {"proportion": p} for row, p in zip(rows, shares, strict=True)]
+    files.write_table(out / "table1.csv", COLUMNS, ([r[name] for name in COLUMNS] for r in rows))
+    kept = [{name: row[name] for name in RESULTS} for row in rows]
+    files.write_json(out / "rows.json", kept)
+    files.write_json(out / "metrics.json", metrics)
+    with files.replace_file(out / "report.html", "w") as file:
+        file.write(report(metrics, out))
+    runs.finish_folder(out)
+    return rows
+
+
+# --- The folds of a cross-validation ---
+
+
+def evaluate_folds(folders: Sequence[Path], out: Path) -> list[dict]:
+    """The tables over the folds of a cross-validation, from the output of `evaluate` for each.
+
+    AUCs and differences are those within a fold, averaged; what interval and test hold for, and
+    that they do not hold for other training sets: `evaluate._mean_auc`. Returns the rows of
+    table1.csv. Raises ValueError: a fold missing or twice, a patient tested in two, folds that
+    differ in more than their patients.
+    """
+    folds, tested = [_read_fold(Path(folder)) for folder in folders], {}
+    first, same, columns = folds[0]
+    for folder, (_, found, table) in zip(folders, folds, strict=True):
+        if odd := sorted(set(same) ^ set(found)):
+            text = f"differs from {folders[0]} in {odd[0]}"
+            raise ValueError(f"{folder}: {text}; folds may differ in their patients alone")
+        who = set(table["patient"].tolist())
+        if both := sorted(tested.keys() & who):
+            text = f"{len(both)} test patients, such as {both[0]}, are in {tested[both[0]]} too"
+            raise ValueError(f"{folder}: {text}; expected each patient in one fold's test split")
+        tested |= dict.fromkeys(who, folder)
+    given, n = [str(metrics["data"].get("fold")) for metrics, *_ in folds], len(folders)
+    if n < 2 or sorted(given) not in (sorted(f"{k + 1}/{n}" for k in range(n)), ["None"] * n):
+        text = "expected each fold K/N of one N, two or more, once"
+        raise ValueError(f"--folds: found {', '.join(given)}; {text}")
+    claimed = {"scores": [files.sha256(Path(folder) / "scores.csv") for folder in folders]}
+    with runs.claim_folder(out := Path(out), "evaluate", claimed):
+        every = {name: np.concatenate([table[name] for *_, table in folds]) for name in columns}
+        kind, patients, values = every.pop("class"), every.pop("patient"), iter(every.values())
+        fold = np.repeat(np.arange(n), [len(table["class"]) for *_, table in folds])
+        scores = {r["regime"]: np.array([next(values) for _ in r["seeds"]]) for r in first["runs"]}
+        metrics = claimed | {"conditions": conditions(kind, patients, scores, "--folds", fold)}
+        metrics |= {"controls": [], "runs": first["runs"]}
+        metrics["data"] = {key: first["data"][key] for key in first["data"] if key not in OWN}
+        sizes = [len(set(patients[fold == k])) for k in range(n)]
+        names = [Path(folder).name for folder in folders]
+        metrics["folds"] = list(zip(names, given, sizes, strict=True))
+        return _write(metrics, kind, scores, out, fold)
+
+
+def _read_fold(folder: Path) -> tuple[dict, list[str], dict[str, np.ndarray]]:
+    """metrics.json, what of it must be the same in every fold, and columns of scores.csv."""
+    runs.finished(folder, "evaluate")
+    with files.reading(folder, "evaluate again"):
+        metrics, names = files.read_json(folder / "metrics.json"), []
+        same = [f"patch set: {k} {v}" for k, v in metrics["data"].items() if k not in OWN]
+        for run in metrics["runs"]:
+            sets = [(s["task"], s["control"]) for s in run["config"]["synthetic"]]
+            facts = run["config"] | {"seeds": run["seeds"], "data": "", "synthetic": sets}
+            facts["proportion"] = run["proportion"]
+            same += [f"{run['regime']}: {key} {value}" for key, value in facts.items()]
+            names += [f"{run['regime']}, seed {seed}" for seed in run["seeds"]]
+        table = files.read_table(folder / "scores.csv", ("class", "patient", *names))
+        return metrics, same, table | {name: table[name].astype(float) for name in names}
 
 
 def _keep_pictures(sets: list[patchset.SyntheticSet], k: int, out: Path) -> None:

@@ -28,7 +28,7 @@ from scipy import ndimage, stats
 
 import data
 from data import PrepareConfig
-from support import files, mammogram, patchset, runs, sources
+from support import files, folds, mammogram, patchset, runs, sources
 from support.mammogram import NotUsable
 from support.patchset import prepare
 from support.sources import Finding
@@ -560,6 +560,128 @@ def test_Q20_equal_folds_hold_equal_numbers():
     folds = data.deal(labels, dict.fromkeys("abcde", 1 / 5), seed=0)
     assert sorted(folds.values()) == sorted("abcde" * 10)
     assert sorted(folds[f"p{n}"] for n in range(10)) == sorted("abcde" * 2)
+
+
+def folds_of(findings: list[Finding], n: int, seed: int = 0) -> list[dict[str, str]]:
+    """Patient -> split in each of n folds."""
+    configs = [PrepareConfig(fold=f"{k + 1}/{n}", seed=seed) for k in range(n)]
+    dealt = [folds.deal_folds(findings, config) for config in configs]
+    return [{row.patient_id: row.split for row in rows} for rows in dealt]
+
+
+@pytest.mark.parametrize("n", [3, 5, 10])
+def test_folds_test_each_patient_once_and_validate_on_the_next_fold(n):
+    findings = cohort({"normal": 103, "benign": 20, "malignant": 50})
+    splits = folds_of(findings, n)
+    for patient in {row.patient_id for row in findings}:
+        of = [fold[patient] for fold in splits]
+        assert of.count("test") == of.count("val") == 1
+        assert of[of.index("test") - 1] == "val"  # the fold before, the last before the first
+    for fold in splits:
+        for kind, count in (("normal", 103), ("benign", 20), ("malignant", 50), ("", 173)):
+            for split in ("test", "val"):
+                held = [p for p, s in fold.items() if s == split and p.startswith(kind)]
+                assert abs(len(held) - count / n) <= 1
+    assert splits == folds_of(findings[::-1], n)
+    assert splits != folds_of(findings, n, seed=1)
+
+
+@pytest.mark.parametrize("text", ["", "0/5", "6/5", "1/2", "5", "a/b", "1/5/2", "1/9999", "²/5"])
+def test_a_fold_that_is_none_is_refused(text):
+    findings = cohort({"normal": 20})
+    config = PrepareConfig(fold=text)
+    assert folds.deal_folds(findings, PrepareConfig()) == findings
+    with pytest.raises(ValueError, match=f"--fold {text}: expected K/N"):
+        folds.deal_folds(findings, config)
+
+
+def test_folds_of_a_manifest_with_splits_or_too_few_patients_are_refused():
+    published = cohort({"normal": 9}) + cohort({"benign": 2}, split="test")
+    with pytest.raises(ValueError, match="2 patients come with a split, such as benign0"):
+        folds.deal_folds(published, PrepareConfig(fold="1/5"))
+    with pytest.raises(ValueError, match="found 4 patients; expected at least 5"):
+        folds.deal_folds(cohort({"normal": 4}), PrepareConfig(fold="1/5"))
+
+
+def kept_of(findings: list[Finding], share: float | None, **more) -> tuple[set[str], set[str]]:
+    """Training patients with cancer that are kept, and all the others that have a split."""
+    config = PrepareConfig(normals="images", **more)
+    images = data.source_images(folds.deal_folds(findings, config), config, str)
+    every = {image.patient_id: image.split for image in images}
+    images = folds.keep_share(images, share, config.seed)
+    ill = {r.patient_id for r in findings if r.pathology == "malignant"}
+    ill &= {patient for patient, split in every.items() if split == "train"}
+    kept = {image.patient_id for image in images if image.split}
+    assert all(every[i.patient_id] == i.split and i.classes for i in images if i.split)
+    assert not any(image.classes for image in images if not image.split)
+    return kept & ill, kept - ill
+
+
+def ill_cohort(mass: int, calcification: int, healthy: int = 20) -> list[Finding]:
+    """Each patient with cancer also has a normal image."""
+    rows = cohort({"normal": healthy})
+    for kind, count in (("mass", mass), ("calcification", calcification)):
+        for n in range(count):
+            who = f"{kind}{n}"
+            rows.append(Finding(f"{who}L", who, "L", "CC", kind, "malignant", (1, 1, 9, 9)))
+            rows.append(Finding(f"{who}R", who, "R", "CC", "", "normal"))
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("fold", [None, "2/5"])
+def test_scarcity_keeps_nested_patients_of_both_lesions_and_every_other(seed, fold):
+    findings = ill_cohort(60, 40)
+    ill, others = kept_of(findings, None, seed=seed, fold=fold)
+    assert len(ill) == 60 and kept_of(findings, 1.0, seed=seed, fold=fold) == (ill, others)
+    before = ill
+    for share in (0.75, 0.5, 0.25, 0.1, 0.05):
+        kept, same = kept_of(findings, share, seed=seed, fold=fold)
+        assert kept < before and same == others
+        assert len(kept) == pytest.approx(60 * share, abs=1)
+        masses = sum(patient.startswith("mass") for patient in kept)
+        assert masses == pytest.approx(36 * share, abs=0.5)  # of 36 and 24 who train
+        before = kept
+
+
+def test_scarcity_that_leaves_no_patient_of_a_lesion_says_how_many(capsys):
+    findings = ill_cohort(50, 10)
+    message = "0.04: 1 of 36 patients with cancer train; train/malignant_calcification 0 of 6; "
+    with pytest.raises(ValueError, match=message + "expected at least one"):
+        kept_of(findings, 0.04)
+    with pytest.raises(ValueError, match=r"share 1\.5: expected a share above 0"):
+        kept_of(findings, 1.5)
+    kept_of(findings, 0.5)
+    assert "0.5: 18 of 36 patients with cancer train; train/" in capsys.readouterr().err
+
+
+def test_scarcity_leaves_validation_and_test_byte_for_byte_and_names_who_is_out(source, tmp_path):
+    source = [dataclasses.replace(row, split="") for row in source]
+    config = dataclasses.replace(SMALL, fold="2/3")
+    prepare(source, tmp_path / "all", config, workers=2)
+    few = dataclasses.replace(config, malignant_share=0.5)
+    prepare(source, tmp_path / "few", few, workers=1)
+    every, left = (digest(tmp_path / name / "patches") for name in ("all", "few"))
+    for name in every:
+        assert every[name] == left[name] or name.startswith("train")
+    assert every["train/malignant_mass.npy"] != left["train/malignant_mass.npy"]
+    splits = {name: patchset.split_of(tmp_path / name) for name in ("all", "few")}
+    out = splits["all"].keys() - splits["few"].keys()
+    assert out and all(splits["all"][patient] == "train" for patient in out)
+    for key in [key for key in COUNTS if key.startswith("train")]:
+        if (tmp_path / f"few/patches/{key}.csv").exists():
+            assert not out & {row["patient_id"] for row in index(tmp_path / "few", key)}
+    excluded = files.read_table(tmp_path / "few" / "excluded.csv", ("image_path", "reason"))
+    reasons = dict(zip(*excluded.values(), strict=True))
+    images = {row.image_path for row in source if row.patient_id in out}
+    told = "a patient with cancer left out by --malignant-share"
+    assert {path for path, reason in reasons.items() if reason == told} == images
+    configs = [files.read_json(tmp_path / name / "config.json") for name in ("all", "few")]
+    assert [facts["config"]["fold"] for facts in configs] == ["2/3", "2/3"]
+    assert [facts["config"]["malignant_share"] for facts in configs] == [None, 0.5]
+    prepare(source, tmp_path / "next", dataclasses.replace(config, fold="3/3"), workers=2)
+    again = files.read_json(tmp_path / "next" / "config.json")["config"]
+    assert again["source"] == configs[0]["config"]["source"]  # the same source in every fold
 
 
 # --- Patches ---

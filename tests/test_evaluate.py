@@ -405,15 +405,129 @@ def test_detectable_difference_is_found_with_80_percent_power():
     assert found / 1500 == pytest.approx(0.8, abs=0.05)
 
 
+# --- Folds of a cross-validation ---
+
+
+def cross_validated(rng, k=3, number=150, effect=0.0, spread=0.15, shared=0.0, n=5, mixed=False):
+    """Labels, scores (k, N) of two regimes, patients and folds (N,) of one whole experiment.
+
+    Patches of a patient are alike to every model, and to each model in its own way; patients are
+    harder in some folds; all models of all folds, which share training patients, are better or
+    worse together. The AUC of a seed in a fold varies with `spread`; the first regime's scores are
+    better by `effect`, and each regime's are in all its folds by `shared` (times a normal number):
+    luck with the training set.
+    """
+    clusters, y = patients(rng, number, most=6, mixed=mixed)
+    fold = clusters // 2 % n
+    common = 1.2 + 0.2 * rng.normal() + 0.2 * rng.normal(size=n)[fold]
+    common = common * y + 0.6 * rng.normal(size=number)[clusters] + 0.4 * rng.normal(size=len(y))
+    scores = []
+    for better in (effect, 0.0):
+        strength = better + shared * rng.normal() + spread * rng.normal(size=(k, n))
+        own = 0.4 * rng.normal(size=(k, number))[:, clusters] + 0.5 * rng.normal(size=(k, len(y)))
+        scores.append(common + strength[:, fold] * y + own)
+    return y, *scores, clusters, fold
+
+
+def simulate(repeats: int, seed: int, **more) -> dict[str, np.ndarray]:
+    """What `compare` finds, of each of so many experiments."""
+    rng = np.random.default_rng(seed)
+    found = [evaluate.compare(*cross_validated(rng, **more)) for _ in range(repeats)]
+    return {key: np.array([row[key] for row in found]) for key in found[0]}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"k": 1, "spread": 0}, {}, {"number": 300, "mixed": True}],
+    ids=["one seed", "three seeds", "patients with both classes"],
+)
+def test_size_of_the_test_over_folds_is_nominal(more):
+    """Five folds under the null hypothesis; about 6 s a case."""
+    found = simulate(1500, 20, **more)
+    rejected, delong = (np.mean(found[key] < 0.05) for key in ("p_clustered", "p_delong"))
+    print(f"{more}: clustered over folds rejects {rejected:.2%}, DeLong {delong:.2%}")
+    assert 0.035 <= rejected <= 0.065 and delong > 0.1
+
+
+def test_power_over_folds_is_80_percent_at_the_detectable_difference():
+    """About 8 s."""
+    goal = simulate(300, 21)["detectable"].mean()
+    slope = simulate(300, 22, effect=0.2)["delta"].mean() / 0.2
+    found = simulate(1000, 23, effect=goal / slope)
+    power = np.mean(found["p_clustered"] < 0.05)
+    print(f"at {found['delta'].mean():.4f}, detectable {goal:.4f}: found in {power:.1%}")
+    assert found["delta"].mean() == pytest.approx(goal, rel=0.05)
+    assert power == pytest.approx(0.8, abs=0.05)
+
+
+def test_the_test_over_folds_is_about_these_training_sets():
+    """The limit that docstring and report name: luck with training patients that folds share."""
+    rejected = np.mean(simulate(400, 24, shared=0.15)["p_clustered"] < 0.05)
+    print(f"training sets differ in luck: {rejected:.1%}")
+    assert rejected > 0.2
+
+
+def test_a_mean_over_folds_and_its_variance_by_hand():
+    """One seed: mean of the folds' differences, variances of `clustered_test` over F squared."""
+    y, a, b, clusters, fold = cross_validated(np.random.default_rng(25), k=1, n=3)
+    found = evaluate.compare(y, a, b, clusters, fold)
+    parts = [fold == f for f in range(3)]
+    single = [evaluate.clustered_test(y[f], a[0, f], b[0, f], clusters[f]) for f in parts]
+    differences = [part[2] for part in single]
+    half = math.sqrt(sum(((part[4] - part[3]) / 2) ** 2 for part in single)) / 3
+    assert found["delta"] == pytest.approx(np.mean(differences))
+    assert found["delta_high"] - found["delta"] == pytest.approx(half)
+    assert found["auc"] == pytest.approx(np.mean([part[0] for part in single]))
+    assert found["detectable"] == pytest.approx(half * (1.959964 + 0.841621) / 1.959964)
+
+
+def test_seeds_over_folds_are_pooled_as_written():
+    """Two seeds, two folds: Obuchowski and Rockette by hand from each fold's covariance."""
+    y, a, b, clusters, fold = cross_validated(np.random.default_rng(26), k=2, n=2)
+    found, test, squares, deltas = evaluate.compare(y, a, b, clusters, fold), 0.0, 0.0, []
+    for f in (fold == 0, fold == 1):
+        v = evaluate.placements(y[f], np.concatenate([a, b])[:, f])
+        aucs, c = v[:, y[f]].mean(axis=1), evaluate.clustered_covariance(y[f], v, clusters[f])
+        test += c[0, 1] + c[2, 3] - 2 * c[:2, 2:].mean()
+        squares += aucs[:2].var(ddof=1) + aucs[2:].var(ddof=1)
+        deltas.append(aucs[:2].mean() - aucs[2:].mean())
+    seeds = squares / 4 * (1 / 2 + 1 / 2) / 2  # four seed variances; over two folds
+    variance = max(0, test) / 4 + seeds
+    half = stats.t.ppf(0.975, 4 * (variance / seeds) ** 2) * math.sqrt(variance)
+    assert found["delta"] == pytest.approx(np.mean(deltas))
+    assert found["delta_high"] - found["delta_low"] == pytest.approx(2 * half)
+
+
+def test_models_of_different_folds_are_never_ranked_together():
+    y, a, b, clusters, fold = cross_validated(np.random.default_rng(27))
+    shifted = [scores + 10.0 * fold for scores in (a, b)]
+    found = evaluate.compare(y, *shifted, clusters, fold)
+    assert found == pytest.approx(evaluate.compare(y, a, b, clusters, fold))
+    assert evaluate.compare(y, *shifted, clusters)["auc"] < found["auc"] - 0.05
+
+
+def test_a_condition_that_a_fold_cannot_give_is_not_computed():
+    y, a, b, clusters, fold = cross_validated(np.random.default_rng(28))
+    kind = np.where(y, "malignant_mass", "normal")
+    scores = {"Baseline": b, "50% w/ decay": a}
+    table = evaluate.condition_table(kind, clusters, scores, evaluate.MAIN, fold)
+    row = table["rows"][1]
+    assert row["auc"] == pytest.approx(np.mean(row["fold_aucs"]))
+    assert row["auc"] == pytest.approx(np.mean(row["seed_aucs"]))
+    assert len(row["fold_aucs"]) == 5 and len(row["seed_aucs"]) == 3
+    kind[(fold == 2) & y] = "benign_mass"
+    assert evaluate.condition_table(kind, clusters, scores, evaluate.MAIN, fold) == {}
+
+
 # --- The whole evaluation, on made-up patches and networks ---
 
 SIDE = 32
 
 
-def write_data(folder: Path, counts: dict[str, int], patients: int = 12) -> Path:
+def write_data(folder: Path, counts: dict[str, int], patients=12, prefix="", **config) -> Path:
     """A patch set: soft tissue, with a bright lump in every lesion patch."""
     rng, index = np.random.default_rng(0), {}
-    names = {s: [f"{s}-{i:02d}" for i in range(patients)] for s in sources.SPLITS}
+    names = {s: [f"{prefix}{s}-{i:02d}" for i in range(patients)] for s in sources.SPLITS}
     for key, n in counts.items():
         split, kind = key.split("/")
         (folder / "patches" / split).mkdir(parents=True, exist_ok=True)
@@ -423,12 +537,14 @@ def write_data(folder: Path, counts: dict[str, int], patients: int = 12) -> Path
             patch += rng.uniform(0.1, 0.7, (n, 1, 1)) * lump
         np.save(folder / "patches" / f"{key}.npy", data.to_uint16(patch))
         who = rng.integers(patients, size=n)
-        index[key] = [(i, f"{split}{w}-{i % 2}", names[split][w]) for i, w in enumerate(who)]
+        index[key] = [
+            (i, f"{prefix}{split}{w}-{i % 2}", names[split][w]) for i, w in enumerate(who)
+        ]
         columns = ("patch", "image_uid", "patient_id")
         files.write_table(folder / "patches" / f"{key}.csv", columns, index[key])
     rows = [(name, split) for split, members in names.items() for name in members]
     files.write_table(folder / "splits.csv", ("patient_id", "split"), rows)
-    config = {"patch_size": SIDE, "spacing_mm": 0.33, "seed": 0}
+    config = {"patch_size": SIDE, "spacing_mm": 0.33, "seed": 0} | config
     facts = {"command": "prepare", "config": config, "counts": counts, "complete": True}
     files.write_json(folder / "config.json", facts)
     return folder
@@ -540,7 +656,7 @@ def test_E1_table_has_the_papers_rows_and_columns(evaluated):
     header, *lines = (out / "table1.csv").read_text().splitlines()
     assert header == (
         "regime,proportion,seeds,patients,patches,auc,low,high,delta,delta_low,delta_high,"
-        "p_delong,p_clustered"
+        "p_delong,p_clustered,detectable"
     )
     names = ["Baseline", "50% w/ decay", "100% w/ decay", "Blob control"]
     assert [line.split(",")[0] for line in lines] == names == [row["regime"] for row in rows]
@@ -685,7 +801,7 @@ def test_E4_holm_stands_beside_each_p():
 def test_another_statistic_is_a_function_and_a_line(evaluated, monkeypatch):
     """It stands in every row of metrics.json and in the report, empty for the baseline itself."""
 
-    def spread(y, scores, baseline, clusters):
+    def spread(y, scores, baseline, clusters, fold):
         return {"spread": scores.std(), "spread_low": 0.25, "spread_high": 0.75, "delta_x": 0.125}
 
     line = {"Spread": (spread, "spread", "spread_low", "spread_high"), "X": (spread, "delta_x")}
@@ -794,6 +910,209 @@ def test_F4_groups_differ_in_shape_and_colour():
     shapes = {points.get_paths()[0].vertices.tobytes() for points in ax.collections[:-1]}
     colours = {tuple(points.get_facecolor()[0]) for points in ax.collections}
     assert len(shapes) == len(evaluate.EMBEDDED) and len(colours) == len(groups) // 3
+
+
+def test_scores_csv_is_what_the_table_was_made_of(evaluated):
+    """Table 1 again, from scores.csv alone."""
+    world, out, rows = evaluated
+    names = [f"{row['regime']}, seed {k}" for row in rows for k in range(2)]
+    table = files.read_table(out / "scores.csv", ("patch", "patient", "class", *names))
+    test = patchset.Patches.open(world["patch_set"], "test")
+    assert table["class"].tolist() == test.kind.tolist()
+    assert table["patient"].tolist() == test.column("patient_id").tolist()
+    assert table["patch"].tolist() == [
+        str(i) for part in test.parts.values() for i in range(len(part))
+    ]
+    values = np.array([table[name] for name in names], dtype=float).reshape(4, 2, -1)
+    scores = {row["regime"]: value for row, value in zip(rows, values, strict=True)}
+    again = evaluate.condition_table(table["class"], table["patient"], scores, evaluate.MAIN)
+    assert [row["p_clustered"] for row in again["rows"]] == [row["p_clustered"] for row in rows]
+
+
+def test_rows_json_holds_what_documents_quote(evaluated):
+    _, out, rows = evaluated
+    kept = json.loads((out / "rows.json").read_text())
+    names = {"regime", "patients", "auc", "low", "high", "delta", "delta_low", "delta_high"}
+    names |= {"p_clustered", "detectable", "seeds", "folds"}
+    assert [set(row) for row in kept] == [names] * 4
+    assert kept == [{name: row[name] for name in row if name in names} for row in rows]
+    assert kept[0]["folds"] == 1
+
+
+# --- Cross-validation and external test, on the same ---
+
+FEW = {f"{s}/{k}": 24 for s in sources.SPLITS for k in ("normal", "malignant_mass")}
+
+
+def write_fold(root: Path, k: int) -> Path:
+    """The output of `evaluate` for fold k of 3: a baseline and a regime, two seeds each."""
+    patches = write_data(root / "data", FEW, 8, f"fold{k}-", fold=f"{k}/3", source="s")
+    syn = write_set(root / "mass", patches, "mass", n=20)
+    for seed in range(2):
+        write_run(root / "baseline" / f"seed-{seed}", patches, 0.5, (), seed)
+        write_run(root / "aug" / f"seed-{seed}", patches, 0.5, [syn], seed)
+    report.evaluate(patches, root / "baseline", [root / "aug"], [], root / "out")
+    return root / "out"
+
+
+@pytest.fixture(scope="module")
+def folds(tmp_path_factory):
+    root = tmp_path_factory.mktemp("folds")
+    return [write_fold(root / f"{k}", k) for k in (1, 2, 3)]
+
+
+def test_folds_give_one_table_from_the_scores_of_each(folds, tmp_path):
+    out = tmp_path / "cv"
+    rows = report.evaluate_folds(folds, out)
+    parts = [files.read_json(fold / "metrics.json") for fold in folds]
+    mains = [part["conditions"][evaluate.MAIN]["rows"] for part in parts]
+    for k, row in enumerate(rows):
+        assert row["auc"] == pytest.approx(np.mean([main[k]["auc"] for main in mains]))
+        assert row["fold_aucs"] == pytest.approx([main[k]["auc"] for main in mains])
+        assert (row["patients"], row["patches"]) == (24, 144)
+    assert rows[1]["delta"] == pytest.approx(np.mean([main[1]["delta"] for main in mains]))
+    assert rows[1]["detectable"] < min(main[1]["detectable"] for main in mains)
+    kept = json.loads((out / "rows.json").read_text())
+    assert [(row["folds"], row["seeds"]) for row in kept] == [(3, 2), (3, 2)]
+    assert (out / "table1.csv").read_text().splitlines()[2].startswith("50% w/ decay,0.5,2,24,144,")
+    names = {"config.json", "difference.png", "metrics.json", "report.html", "roc.png", "rows.json"}
+    assert {path.name for path in out.iterdir()} == names | {"table1.csv"}
+    page = Page()
+    html = (out / "report.html").read_text()
+    page.feed(html)
+    assert not page.open and not page.handlers
+    assert "conditional on these" in html and "Bengio and Grandvalet" in html
+    assert "Lesion or image?" not in html and "Figure 4" not in html
+    assert html.count("fold") > 5 and str(out.parent) not in html
+    report.evaluate_folds(folds, tmp_path / "again")
+    for path in out.iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+def changed(fold: Path, folder: Path, change) -> Path:
+    """A copy of a fold's output with other metrics."""
+    shutil.copytree(fold, folder)
+    metrics = files.read_json(folder / "metrics.json")
+    change(metrics)
+    files.write_json(folder / "metrics.json", metrics)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["runs"].pop(), r"differs from .*out in 50% w/ decay: "),
+        (lambda m: m["runs"][1]["config"].update(decay=0.5), "in 50% w/ decay: decay 0.5"),
+        (lambda m: m["runs"][0].update(seeds=[0]), r"in Baseline: seeds \[0"),
+        (lambda m: m["data"].update(malignant_share=0.1), "in patch set: malignant_share 0.1"),
+        (lambda m: m["data"].update(source="t"), "in patch set: source s"),
+        (lambda m: m["data"].update(fold="1/3"), "found 1/3, 2/3, 1/3; expected each fold K/N"),
+        (lambda m: m["data"].update(fold="3/5"), "found 1/3, 2/3, 3/5; expected each fold K/N"),
+        (lambda m: m["data"].pop("fold"), "found 1/3, 2/3, None; expected each"),
+        (lambda m: m.pop("runs"), "damaged .KeyError: 'runs'.*evaluate again"),
+        (lambda m: m["runs"][0].pop("config"), "damaged .KeyError: 'config'"),
+    ],
+)
+def test_folds_that_differ_are_named(folds, tmp_path, change, message):
+    third = changed(folds[2], tmp_path / "third", change)
+    with pytest.raises(ValueError, match=message):
+        report.evaluate_folds([*folds[:2], third], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_folds_that_are_none_or_share_patients_are_refused(folds, evaluated, tmp_path):
+    cv = tmp_path / "cv"
+    report.evaluate_folds(folds, cv)
+    twice = shutil.copytree(folds[0], tmp_path / "twice")
+    (unscored := shutil.copytree(folds[2], tmp_path / "unscored") / "scores.csv").unlink()
+    text = (folds[2] / "scores.csv").read_text()
+    for given, message in (
+        (folds[:1], "found 1/3; expected each fold K/N of one N, two or more"),
+        (folds[:2], "found 1/3, 2/3; expected each fold"),
+        ([*folds, twice], "8 test patients, such as fold1-test-00, are in .*out too"),
+        ([*folds, evaluated[1]], "differs from .* in "),
+        ([*folds, cv], "scores.csv: no such file|damaged"),
+        ([folds[0], tmp_path / "none"], "none: no such folder"),
+        ([folds[0], evaluated[0]["patch_set"]], "expected a folder made by 'evaluate'"),
+        ([*folds[:2], unscored.parent], "scores.csv: no such file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            report.evaluate_folds(given, tmp_path / "out")
+    for damage in (text.replace("0.", "x.", 1), text[:-40], text.replace("seed 1", "seed 9")):
+        unscored.write_text(damage)
+        with pytest.raises(ValueError, match=r"unscored: damaged"):
+            report.evaluate_folds([*folds[:2], unscored.parent], tmp_path / "out")
+
+
+def test_external_test_scores_another_patch_set(folds, tmp_path):
+    root = folds[0].parent
+    other = write_data(tmp_path / "other", FEW, 8, "other-")
+    line = (root / "data", root / "baseline", [root / "aug"], [], tmp_path / "out")
+    rows = report.evaluate(*line, test=other)
+    assert rows == report.evaluate(*line[:4], tmp_path / "alone")
+    metrics = files.read_json(tmp_path / "out" / "metrics.json")["external"]
+    assert metrics["name"] == "other" and metrics["data"]["held"] == FEW
+    regimes = evaluate.open_regimes(
+        root / "baseline", [root / "aug"], patchset.fingerprint(line[0])
+    )
+    test = patchset.Patches.open(other, "test")
+    scores = {r.name: evaluate.score(r, test, torch.device("cpu")) for r in regimes}
+    who = test.column("patient_id")
+    table = evaluate.condition_table(test.kind, who, scores, evaluate.MAIN)
+    assert metrics["conditions"][evaluate.MAIN] == json.loads(json.dumps(table))
+    external = files.read_table(tmp_path / "out" / "scores-external.csv", ("patient",))
+    assert external["patient"].tolist() == who.tolist()
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "External test: other" in html and "--test other" in html
+    assert "External test" not in (tmp_path / "alone" / "report.html").read_text()
+    with pytest.raises(ValueError, match="made with other options"):
+        report.evaluate(*line)
+
+
+def test_external_test_that_does_not_fit_or_leaks_is_refused(folds, tmp_path):
+    root = folds[0].parent
+    line = (root / "data", root / "baseline", [], [], tmp_path / "out")
+
+    def other(name: str, prefix: str, **config) -> Path:
+        return write_data(tmp_path / name, FEW, 8, prefix, **config)
+
+    for test, message in (
+        (other("size", "a-", patch_size=64), "size: patch_size is 64, in .*data 32; prepare it"),
+        (other("mm", "b-", spacing_mm=None), "mm: spacing_mm is None, in .*data 0.33"),
+        (root / "data", r"\d+ images of its test split, such as fold1-test0-0, are in .*data too"),
+        (tmp_path / "absent", "absent: no such folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            report.evaluate(*line, test=test)
+    assert not (tmp_path / "out").exists()
+
+
+def patients_only(folder: Path) -> Path:
+    """Other images of the same patients."""
+    for path in folder.glob("patches/*/*.csv"):
+        header, *lines = path.read_text().splitlines()
+        cells = [line.split(",") for line in lines]
+        lines = [",".join((patch, f"new-{uid}", *rest)) for patch, uid, *rest in cells]
+        path.write_text("\n".join([header, *lines]) + "\n")
+    return folder
+
+
+def test_external_patients_of_one_source_are_told_and_of_another_are_not(tmp_path):
+    ours = write_data(tmp_path / "ours", FEW, 8, source="s")
+    same = patients_only(write_data(tmp_path / "same", FEW, 8, source="s"))
+    with pytest.raises(ValueError, match="8 patients of its test split, such as test-00"):
+        patchset.check_external(same, ours)
+    other = patients_only(write_data(tmp_path / "other", FEW, 8, source="t"))
+    assert patchset.check_external(other, ours)["held"] == FEW
+    for name, refused in (("manifest", False), ("cbis-ddsm", True)):
+        for folder in (ours, other):
+            facts = files.read_json(folder / "config.json") | {"format": name}
+            files.write_json(folder / "config.json", facts)
+        if refused:
+            with pytest.raises(ValueError, match="patients of its test split"):
+                patchset.check_external(other, ours)
+        else:
+            patchset.check_external(other, ours)
 
 
 def test_patches_stand_pixel_by_pixel_in_figures(tmp_path):

@@ -156,6 +156,12 @@ def test_a_folder_that_is_no_patch_set_is_one_message(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("line", ["", "--data d", "--baseline b", "--folds f --baseline b"])
+def test_evaluate_takes_one_patch_set_and_its_baseline_or_folds(line):
+    found = run("evaluate", "--out", "o", *line.split())
+    assert found.exit_code == 2 and "give --data and --baseline, or --folds alone" in found.output
+
+
 def test_a_run_folder_made_with_other_options_is_refused_by_name(patches, tmp_path):
     line = ("train-cls", "--data", patches, "--preset", "tiny", "--run", tmp_path / "run")
     short = ("--samples", "8", "--batch-size", "4", "--width", "4", "--device", "cpu")
@@ -232,14 +238,18 @@ def test_file_names_with_spaces_quotes_newlines_and_leading_dashes_work(tmp_path
 
 def test_table_is_printed_with_intervals_and_reasons(tmp_path, capsys):
     base = {"regime": "Baseline", "auc": 0.8, "low": 0.7, "high": 0.9}
-    base |= dict.fromkeys(("delta", "delta_low", "delta_high", "p_delong", "p_clustered"))
+    empty = ("delta", "delta_low", "delta_high", "p_delong", "p_clustered", "detectable")
+    base |= dict.fromkeys(empty)
     more = {"regime": "50% w/ decay", "auc": 0.82, "low": 0.72, "high": 0.92, "delta": 0.02}
     more |= {"delta_low": -0.01, "delta_high": 0.05, "p_delong": 0.03, "p_clustered": 0.2}
+    more["detectable"] = 0.0414
     mamgan.print_table([base, more], tmp_path)
     text = capsys.readouterr().out
     assert "0.820 (0.720 to 0.920)" in text
     assert "+0.020 (-0.010 to +0.050)" in text
     assert str(tmp_path / "report.html") in text
+    header, *lines, _ = text.splitlines()
+    assert [line[header.index("detectable") :] for line in lines] == ["-", "0.041"]
 
 
 @pytest.mark.parametrize(
