@@ -24,7 +24,7 @@ from scipy import ndimage, optimize
 
 import data
 from models import BORDER_PX, Generator, generator
-from support import derived, figures, files, patchset, runs
+from support import derived, figures, files, patchset, provenance, runs
 
 LESION_THRESHOLD = 0.1  # §3 "applying a threshold of 0.1", S3; no rescaling, Q25
 MIN_AREA_FRAC = 0.10  # §3 "< 10% of the patch area", S5
@@ -220,11 +220,11 @@ def synthesize_set(
     """
     synth = Synthesizer(gan, device, control, {"component": component, **options})
     prepared = patchset.patch_config(patch_set)
-    if synth.run["data"] != prepared["fingerprint"]:
-        raise ValueError(
-            f"--gan {gan}: trained on another patch set ({synth.side} px) than --data {patch_set} "
-            f"({prepared['patch_size']} px); give the one that the run was trained on"
-        )
+    for key, side in (("patch_size", synth.side), ("spacing_mm", synth.run["spacing_mm"])):
+        if prepared[key] != side:
+            found = f"trained with {key} {side}, --data {patch_set} has {prepared[key]}"
+            raise ValueError(f"--gan {gan}: {found}; prepare patches with the same")
+    provenance.check_unseen(synth.run, patch_set, f"--gan {gan}:")
     sources = source_patches(patch_set, synth.task)
     config = {"data": prepared["fingerprint"], "spacing_mm": prepared["spacing_mm"], "n": n}
     config |= {"patch_size": synth.side, "seed": seed} | synth.config

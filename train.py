@@ -43,8 +43,8 @@ from models import (
     update_average,
 )
 from support import imagenet, runs
-from support.facts import classifier_facts, gan_facts, usable_sets
 from support.patchset import Patches, SyntheticSet
+from support.provenance import classifier_facts, gan_facts, usable_sets
 from support.runs import Graph, ReadAhead, Run
 from support.watch import Watch, accuracies
 

@@ -510,28 +510,6 @@ def fingerprint(data: Path) -> str:
     return sha256(config.encode(), data / "splits.csv", *sorted(data.glob("patches/*/*.csv")))
 
 
-def check_external(other: Path, data: Path) -> dict:
-    """Configuration of a patch set whose test split is to test models trained on `data`.
-
-    Raises ValueError: another side (px) or spacing (mm), or a test image (by the hash of its
-    pixels) that gave patches in any split of `data`. A patient's id in both is an error too when
-    both are of one source: the same rows, or one public data set (prepare --format). Else it may be
-    another patient, as two hospitals number theirs alike; pseudonyms of two keys never agree.
-    """
-    ours, theirs = patch_config(data), patch_config(other)
-    for key in ("patch_size", "spacing_mm"):
-        if ours[key] != theirs[key]:
-            text = f"{key} is {theirs[key]}, in {data} {ours[key]}"
-            raise ValueError(f"--test {other}: {text}; prepare it with the same")
-    one = any(ours.get(k) == theirs.get(k) not in (None, "manifest") for k in ("source", "format"))
-    for name, what in (("image_uid", "images"), ("patient_id", "patients"))[: 1 + one]:
-        known = {v for split in SPLITS for v in Patches.open(data, split).column(name).tolist()}
-        if both := sorted(known & set(Patches.open(other, "test").column(name).tolist())):
-            text = f"{len(both)} {what} of its test split, such as {both[0]}, are in {data} too"
-            raise ValueError(f"--test {other}: {text}; give patients that the models never saw")
-    return theirs
-
-
 def open_patches(data: Path, split: str, name: str) -> np.ndarray:
     """(N, S, S) uint16 memory map of one class. Raises ValueError when it is missing or damaged."""
     config, key = patch_config(data), f"{split}/{name}"
@@ -623,20 +601,3 @@ def open_synthetic(path: Path) -> SyntheticSet:
     values["fingerprint"] = sha256(json.dumps(facts, sort_keys=True).encode(), path / "index.csv")
     arrays = {name: open_array(path / f"{name}.npy", shape, t) for name, t in types.items()}
     return SyntheticSet(**values, **arrays)
-
-
-def check_synthetic(syn: SyntheticSet, data: Path) -> None:
-    """Raises ValueError unless every sample comes from a training patient of this patch set.
-
-    Sets carry the hash of the patch set and of each source image: both are compared, not trusted.
-    """
-    again, train = f"synthesize it again from {data}", Patches.open(data, "train")
-    if syn.data_fingerprint != fingerprint(data):
-        raise ValueError(f"{syn.path}: made from another patch set; {again}")
-    names = ("image_uid", "patient_id")
-    known = set(zip(*map(train.column, names), strict=True))
-    if foreign := set(zip(*(syn.index[name] for name in names), strict=True)) - known:
-        image, patient = min(foreign)
-        split = split_of(data).get(patient, "unknown")
-        text = f"{len(foreign)} source images are not in train, such as {image} of {patient}"
-        raise ValueError(f"{syn.path}: {text} ({split}); {again}")

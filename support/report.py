@@ -12,7 +12,7 @@ import torch
 import evaluate as results
 from data import CLASSES
 from evaluate import BASELINE, BLOB, MAIN, STATISTICS
-from support import figures, files, patchset, runs
+from support import figures, files, patchset, provenance, runs
 from support.controls import control_of, lesion_or_image
 from support.sources import SPLITS
 
@@ -59,11 +59,11 @@ def evaluate(
     regimes = results.open_regimes(baseline, augmented, config["fingerprint"])
     sets = [patchset.open_synthetic(path) for path in synthetic]
     for syn in sets:
-        patchset.check_synthetic(syn, patch_set)
+        provenance.check_synthetic(syn, patch_set)
     claimed = {"data": config["fingerprint"], "regimes": [[r.name, *r.hashes] for r in regimes]}
     claimed |= {"synthetic": [s.fingerprint for s in sets], "seed": seed}
     if test:
-        other = patchset.check_external(Path(test), patch_set)
+        other = provenance.check_external(Path(test), patch_set)
         claimed["test"] = other["fingerprint"]
     stages = sum(len(r.runs) for r in regimes) * (2 if test else 1) + len(sets) + 1
     claim = runs.claim_folder(out, "evaluate", claimed)

@@ -28,7 +28,7 @@ from scipy import ndimage, stats
 
 import data
 from data import PrepareConfig
-from support import files, folds, mammogram, patchset, runs, sources
+from support import files, folds, mammogram, patchset, provenance, runs, sources
 from support.mammogram import NotUsable
 from support.patchset import prepare
 from support.sources import Finding
@@ -1625,7 +1625,7 @@ def write_synthetic(folder: Path, patches: Path, **changes: object) -> Path:
             np.save(folder / f"{name}.npy", np.zeros(shape, kind))
         rows = [(n, n, facts["image"], facts["patient"], 1, 5, 1, 1, 4, 4) for n in range(2)]
         files.write_table(folder / "index.csv", patchset.SYNTHETIC_COLUMNS, rows)
-        runs.finish_folder(folder, short=False)
+        runs.finish_folder(folder, short=False, gan={"data": patchset.fingerprint(patches)})
     return folder
 
 
@@ -1633,7 +1633,7 @@ def test_S1_S9_synthetic_set_is_read_and_belongs_to_its_patch_set(patches, tmp_p
     syn = patchset.open_synthetic(write_synthetic(tmp_path / "a", patches))
     assert (syn.task, syn.control, syn.label, syn.requested, syn.short) == ("mass", "", 1, 2, False)
     assert syn.lesion.dtype == np.int32 and syn.mask.dtype == bool and len(syn.combined) == 2
-    patchset.check_synthetic(syn, patches)
+    provenance.check_synthetic(syn, patches)
 
 
 @pytest.mark.parametrize(
@@ -1647,14 +1647,14 @@ def test_S1_S9_synthetic_set_is_read_and_belongs_to_its_patch_set(patches, tmp_p
 def test_leak_synthetic_set_of_other_origin_is_refused(patches, tmp_path, changes, text):
     syn = patchset.open_synthetic(write_synthetic(tmp_path / "a", patches, **changes))
     with pytest.raises(ValueError, match=text):
-        patchset.check_synthetic(syn, patches)
+        provenance.check_synthetic(syn, patches)
 
 
 def test_leak_synthetic_sample_of_a_test_patient_is_refused(patches, tmp_path):
     patient = next(p for p, split in patchset.split_of(patches).items() if split == "test")
     syn = patchset.open_synthetic(write_synthetic(tmp_path / "a", patches, patient=patient))
     with pytest.raises(ValueError, match=rf"{patient} \(test\)"):
-        patchset.check_synthetic(syn, patches)
+        provenance.check_synthetic(syn, patches)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import data
 import evaluate
 import models
 import train
-from support import controls, figures, files, patchset, phantom, report, runs, sources
+from support import controls, figures, files, patchset, phantom, provenance, report, runs, sources
 
 Y = [1] * 5 + [0] * 6
 S1 = [0.9, 0.8, 0.7, 0.55, 0.3, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
@@ -571,7 +571,8 @@ def write_set(folder: Path, patches: Path, task: str, control: str = "", n: int 
     config |= {"data": patchset.fingerprint(patches), "seed": 0, "spacing_mm": 0.33}
     facts = {"command": "synthesize", "config": config, "complete": True, "short": False}
     facts |= {"attempts": 3 * n, "acceptance": 1 / 3, "area_median": 0.12, "strength": 0.2}
-    facts |= {"warnings": [], "gan": {"task": task, "seed": 7, "g_lr": 0.00012}}
+    gan = {"task": task, "seed": 7, "g_lr": 0.00012, "data": config["data"]}
+    facts |= {"warnings": [], "gan": gan}
     files.write_json(folder / "config.json", facts)
     for name, value in (("figure1", 60), ("gan", 200)):
         Image.new("L", (8, 8), value).save(folder / f"{name}.png")
@@ -593,7 +594,13 @@ def write_run(folder: Path, patches: Path, proportion: float, sets=(), seed: int
         torch.nn.functional.cross_entropy(logits, y).backward()
         optimizer.step()
     model.fc.bias.data += torch.tensor([0.0, float(len(sets))])  # so that some patches rise
-    config = {"width": 16, "network": "small", "decay": 0.9, "proportion": proportion}
+    config = {
+        "width": 16,
+        "network": "small",
+        "augment": "",
+        "decay": 0.9,
+        "proportion": proportion,
+    }
     config |= {"seed": seed, "data": patchset.fingerprint(patches)}
     config["synthetic"] = [
         {"fingerprint": s.fingerprint, "task": s.task, "control": s.control}
@@ -866,7 +873,7 @@ def test_a_run_that_diverged_is_named(evaluated, tmp_path):
 def test_arguments_that_do_not_fit_are_refused(evaluated, tmp_path):
     world, out, _ = evaluated
     for change, message in (
-        ({"baseline": world["augmented"][0]}, "trained with synthetic patches"),
+        ({"baseline": world["augmented"][0]}, "expected neither synthetic patches"),
         ({"augmented": world["augmented"] * 2}, "50% w/ decay is given twice"),
         ({"synthetic": [world["patch_set"]]}, "expected a folder made by 'synthesize'"),
         ({"out": out, "seed": 1}, "other options"),
@@ -1101,18 +1108,18 @@ def test_external_patients_of_one_source_are_told_and_of_another_are_not(tmp_pat
     ours = write_data(tmp_path / "ours", FEW, 8, source="s")
     same = patients_only(write_data(tmp_path / "same", FEW, 8, source="s"))
     with pytest.raises(ValueError, match="8 patients of its test split, such as test-00"):
-        patchset.check_external(same, ours)
+        provenance.check_external(same, ours)
     other = patients_only(write_data(tmp_path / "other", FEW, 8, source="t"))
-    assert patchset.check_external(other, ours)["held"] == FEW
+    assert provenance.check_external(other, ours)["held"] == FEW
     for name, refused in (("manifest", False), ("cbis-ddsm", True)):
         for folder in (ours, other):
             facts = files.read_json(folder / "config.json") | {"format": name}
             files.write_json(folder / "config.json", facts)
         if refused:
             with pytest.raises(ValueError, match="patients of its test split"):
-                patchset.check_external(other, ours)
+                provenance.check_external(other, ours)
         else:
-            patchset.check_external(other, ours)
+            provenance.check_external(other, ours)
 
 
 def test_patches_stand_pixel_by_pixel_in_figures(tmp_path):

@@ -70,7 +70,7 @@ def write_synthetic(
         np.save(out / "mask.npy", np.zeros(combined.shape, bool))
         rows = [(i, i, "u", patient, 0, 9, 0, 0, 3, 3) for i in range(n)]
         files.write_table(out / "index.csv", patchset.SYNTHETIC_COLUMNS, rows)
-        runs.finish_folder(out, short=False, written=n)
+        runs.finish_folder(out, short=False, written=n, gan={"data": origin})
     return out
 
 

@@ -25,7 +25,7 @@ import data
 import models
 import postprocess
 import train
-from support import facts, files, patchset, runs
+from support import files, patchset, provenance, runs
 from support import watch as watching
 from train import GAN_PRESETS, GanBatches, GanConfig, growth, train_gan
 
@@ -613,7 +613,7 @@ def test_a_run_starts_from_the_networks_of_another_and_inherits_its_images(
     [(0.33, "WARNING: "), (0.15, "calcifications of"), (None, "calcifications of")],
 )
 def test_which_spacing_calcifications_need_is_said(spacing, said, capsys):
-    facts.say_spacing(spacing)
+    provenance.say_spacing(spacing)
     text = capsys.readouterr().err
     assert text.startswith(said) and "0.1 mm or less" in text and text.count("\n") == 1
     assert (f"{spacing} mm" if spacing else "native pixels") in text
