@@ -81,8 +81,6 @@ def clustered_covariance(y: np.ndarray, v: np.ndarray, clusters) -> np.ndarray:
     Obuchowski 1997 (Biometrics 53:567), with its factors I/(I-1) over the patients that have
     positives, negatives, or either. With one patch per patient it *is* DeLong's, factor included.
     """
-    if np.shape(clusters) != y.shape:
-        raise ValueError(f"clusters: found shape {np.shape(clusters)} for {len(y)} patches")
     _, at = np.unique(clusters, return_inverse=True)
     patients = at.max() + 1
     with_class = [len(np.unique(at[y])), len(np.unique(at[~y]))]
@@ -106,14 +104,6 @@ def interval(value: float, variance: float, df: float = math.inf, level: float =
     return value - half, value + half, z, float(2 * special.stdtr(df, -abs(z)))
 
 
-def _difference(y, scores_a, scores_b) -> tuple[np.ndarray, float, float, np.ndarray]:
-    """Labels, AUC of a and of b, placements (1, N) of a - b: their covariance is its variance,
-    free of the rounding of C11 + C22 - 2 C12."""
-    y, scores = checked(y, scores_a, scores_b)
-    v = placements(y, scores)
-    return y, *v[:, y].mean(axis=1).tolist(), v[:1] - v[1:]
-
-
 def auc_ci(y, scores, level: float = 0.95) -> tuple[float, float, float]:
     """AUC and DeLong's interval, cut at 0 and 1: Obuchowski's with each patch its own patient."""
     return clustered_ci(y, scores, np.arange(len(y)), level)
@@ -121,8 +111,11 @@ def auc_ci(y, scores, level: float = 0.95) -> tuple[float, float, float]:
 
 def delong_test(y, scores_a, scores_b) -> tuple[float, float, float, float]:
     """AUC of a, AUC of b, z (with the sign of a - b) and the paired two-sided p (E4)."""
-    y, auc_a, auc_b, d = _difference(y, scores_a, scores_b)
-    return auc_a, auc_b, *interval(float(d[0, y].mean()), float(delong_covariance(y, d)[0, 0]))[2:]
+    y, scores = checked(y, scores_a, scores_b)
+    v = placements(y, scores)
+    d = v[:1] - v[1:]  # its variance is free of the rounding of C11 + C22 - 2 C12
+    z_and_p = interval(float(d[0, y].mean()), float(delong_covariance(y, d)[0, 0]))[2:]
+    return *v[:, y].mean(axis=1).tolist(), *z_and_p
 
 
 # --- Beyond the paper: patients as units, several seeds, Holm, power ---
@@ -130,10 +123,8 @@ def delong_test(y, scores_a, scores_b) -> tuple[float, float, float, float]:
 
 def clustered_ci(y, scores, clusters, level: float = 0.95) -> tuple[float, float, float]:
     """AUC and Obuchowski's interval (patients are independent), cut at 0 and 1."""
-    y, scores = checked(y, scores)
-    v = placements(y, scores)
-    auc, variance = float(v[0, y].mean()), float(clustered_covariance(y, v, clusters)[0, 0])
-    low, high, *_ = interval(auc, variance, level=level)
+    auc, *spread = _mean_auc(by_fold(y, [scores], clusters), [(1, [0])])
+    low, high, *_ = interval(auc, *spread, level)
     return auc, max(0.0, low), min(1.0, high)
 
 
@@ -141,24 +132,31 @@ def clustered_test(
     y, scores_a, scores_b, clusters, level: float = 0.95
 ) -> tuple[float, float, float, float, float, float]:
     """AUC of a, of b, their difference a - b, its interval and two-sided p (Obuchowski 1997)."""
-    y, auc_a, auc_b, d = _difference(y, scores_a, scores_b)
-    difference, variance = float(d[0, y].mean()), float(clustered_covariance(y, d, clusters)[0, 0])
-    low, high, _, p = interval(difference, variance, level=level)
+    folds = by_fold(y, [scores_a, scores_b], clusters)
+    auc_a, auc_b = (_mean_auc(folds, [(1, [row])])[0] for row in (0, 1))
+    difference, *spread = _mean_auc(folds, [(1, [0]), (-1, [1])])
+    low, high, _, p = interval(difference, *spread, level)
     return auc_a, auc_b, difference, low, high, p
 
 
-def mean_roc(y, scores) -> np.ndarray:
-    """Sensitivity (101,) at 0, 1 ... 100% false positives, the mean over seeds (K, N)."""
-    grid = np.linspace(0, 1, 101)
-    return np.mean([np.interp(grid, *roc_curve(y, values)[:2]) for values in scores], axis=0)
+def mean_roc(y, scores, fold=None) -> np.ndarray:
+    """Sensitivity (101,) at 0, 1 ... 100% false positives: mean over seeds (K, N), and folds."""
+    grid, fold = np.linspace(0, 1, 101), np.zeros(len(y)) if fold is None else fold
+    drawn = [(y[at], s[at]) for at in (fold == k for k in np.unique(fold)) for s in scores]
+    return np.mean([np.interp(grid, *roc_curve(*pair)[:2]) for pair in drawn], axis=0)
 
 
 def by_fold(y, scores, clusters, fold=None) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Labels (n,), placements (K, n), patients (n,) of each fold; without `fold` (N,), of all."""
-    clusters, fold = np.asarray(clusters), np.zeros(len(y)) if fold is None else np.asarray(fold)
+    """Labels (n,), placements (K, n), patients (n,) of each fold; without `fold` (N,), of all.
+
+    y, clusters: (N,); scores: (K, N). Raises ValueError for unusable input.
+    """
+    y, scores = checked(y, *scores)
+    if np.shape(clusters) != y.shape:
+        raise ValueError(f"clusters: found shape {np.shape(clusters)} for {len(y)} patches")
+    clusters, fold = np.asarray(clusters), np.zeros(len(y)) if fold is None else fold
     parts = [fold == name for name in np.unique(fold)]
-    ready = [(*checked(np.asarray(y)[at], *np.asarray(scores)[:, at]), at) for at in parts]
-    return [(y, placements(y, scores), clusters[at]) for y, scores, at in ready]
+    return [(y[at], placements(y[at], scores[:, at]), clusters[at]) for at in parts]
 
 
 def _mean_auc(folds, groups) -> tuple[float, float, float]:
@@ -182,11 +180,10 @@ def _mean_auc(folds, groups) -> tuple[float, float, float]:
     and new seeds. For another training set they are too narrow (Bates, Hastie, Tibshirani 2023).
     Seeds count as drawn anew in each fold.
     """
-    contrasts = [sum(weight * v[rows].mean(axis=0) for weight, rows in groups) for _, v, _ in folds]
-    value = float(np.mean([d[y].mean() for d, (y, *_) in zip(contrasts, folds, strict=True)]))
+    parts = [(y, sum(w * v[k].mean(axis=0) for w, k in groups)[None], who) for y, v, who in folds]
+    value = float(np.mean([d[0, y].mean() for y, d, _ in parts]))
     if min(len(rows) for _, rows in groups) == 1:
-        parts = zip(contrasts, folds, strict=True)
-        test = sum(float(clustered_covariance(y, d[None], who)[0, 0]) for d, (y, _, who) in parts)
+        test = sum(float(clustered_covariance(*part)[0, 0]) for part in parts)
         return value, test / len(folds) ** 2, math.inf
     test = pooled = 0.0
     for y, v, clusters in folds:
@@ -358,10 +355,9 @@ def condition_table(
     size = {"patients": len(set(patients)), "patches": len(y)}
     scores, rows = {name: s[:, at] for name, s in scores.items()}, []
     for name, ours in scores.items():
-        row = {"regime": name, "seeds": len(ours), **size}
         aucs = np.array([v[:, y].mean(axis=1) for y, v, _ in by_fold(y, ours, patients, fold)])
+        row = {"regime": name, "seeds": len(ours), "folds": len(aucs), **size}
         row |= {"seed_aucs": aucs.mean(axis=0).tolist(), "fold_aucs": aucs.mean(axis=1).tolist()}
-        row["folds"] = len(aucs)
         for statistic in dict.fromkeys(function for function, *_ in STATISTICS.values()):
             row |= statistic(y, ours, scores[BASELINE], patients, fold)
         if name == BASELINE:

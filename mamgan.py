@@ -347,16 +347,14 @@ def train_cls(patches, run, synthetic, proportion, preset, seeds, seed, device, 
 
 def print_table(rows: list[dict], out: Path) -> None:
     """Table 1 on standard output, with the place of the report."""
-    click.echo(
-        f"{'Training regime':<22}{'AUC (95% CI)':<24}{'difference':<26}p DeLong  p clustered  "
-        "detectable"
-    )
+    line = "{:<22}{:<24}{:<26}{:<10}{:<13}{}"
+    names = "Training regime", "AUC (95% CI)", "difference", "p DeLong", "p clustered", "detectable"
+    click.echo(line.format(*names))
     for row in rows:
         auc = report.in_words((row["auc"], row["low"], row["high"]))
         p = [report.p_in_words(row[key]) for key in ("p_delong", "p_clustered")]
-        difference = report.difference_in_words(row)
         detectable = report.in_words((row["detectable"],))
-        click.echo(f"{row['regime']:<22}{auc:<24}{difference:<26}{p[0]:<10}{p[1]:<13}{detectable}")
+        click.echo(line.format(row["regime"], auc, report.difference_in_words(row), *p, detectable))
     click.echo(f"Report: {out / 'report.html'}")
 
 
@@ -377,15 +375,11 @@ def evaluate(patches, baseline, augmented, synthetic, test, folds, out, seed, de
     of this command for each: differences within a fold, averaged over folds. Detectable is the
     smallest true difference that a test like this finds with 80% power.
     """
-    single = (patches, baseline)
-    if any((*single, augmented, synthetic, test)) if folds else None in single:
+    given = (patches, baseline, augmented, synthetic, test)
+    if any(given) if folds else None in given[:2]:
         raise click.UsageError("give --data and --baseline, or --folds alone")
-    if folds:
-        rows = report.evaluate_folds(folds, out)
-    else:
-        device = runs.choose_device(device)
-        rows = report.evaluate(patches, baseline, augmented, synthetic, out, device, seed, test)
-    print_table(rows, out)
+    one = (patches, baseline, augmented, synthetic, out, runs.choose_device(device), seed, test)
+    print_table(report.evaluate_folds(folds, out) if folds else report.evaluate(*one), out)
 
 
 # --- The whole chain on phantoms ---

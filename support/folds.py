@@ -15,22 +15,17 @@ def deal_folds(findings: list[Finding], config: PrepareConfig) -> list[Finding]:
 
     Patients are dealt into N folds by the seed, stratified as the splits are (`data.deal`), the
     same whatever K: fold K (of 1 to N) is tested, fold K+1 (after N the first) validates, the
-    others train. Raises ValueError: no such fold, published splits, fewer patients than folds.
+    others train. Raises ValueError: no such fold, patients who have a split.
     """
     if config.fold is None:
         return findings
     k, _, n = (int(x) if x.isdecimal() and len(x) < 4 else 0 for x in config.fold.partition("/"))
-    option = f"--fold {config.fold[:40]}"
     if not 1 <= k <= n or n < 3:
-        text = "expected K/N, the fold 1 to N that is tested, of N folds, at least 3"
-        raise ValueError(f"{option}: {text} (one tests, one validates, the others train)")
+        raise ValueError(f"--fold {config.fold}: expected K/N, fold K (1 to N) of N, 3 or more")
     if given := {row.patient_id for row in findings if row.split}:
-        text = f"{len(given)} patients come with a split, such as {min(given)}"
-        raise ValueError(f"{option}: {text}; leave out the manifest's column 'split'")
-    if (number := len({row.patient_id for row in findings})) < n:
-        raise ValueError(f"{option}: found {number} patients; expected at least {n}")
-    shares = dict.fromkeys(range(n), 1.0)
-    fold = split_patients(findings, config.seed, config.normals, shares)
+        text = f"--fold {config.fold}: {len(given)} patients have a split, such as {min(given)}"
+        raise ValueError(f"{text}; leave out the manifest's column 'split'")
+    fold = split_patients(findings, config.seed, config.normals, dict.fromkeys(range(n), 1.0))
     split = {k - 1: "test", k % n: "val"}
     return [replace(row, split=split.get(fold[row.patient_id], "train")) for row in findings]
 
@@ -41,12 +36,10 @@ def keep_share(images: list[SourceImage], share: float | None, seed: int) -> lis
     What is left out keeps its place, as an image of no split that gives no class: the others'
     patches stay the same, those of validation and test byte for byte. Patients are kept in an order
     that the seed draws, the same share among those with each type of malignant lesion: those kept
-    at 0.1 are among those kept at 0.25. Raises ValueError: no share, a type left without patients.
+    at 0.1 are among those kept at 0.25. Raises ValueError: a type left without patients.
     """
     if share is None:
         return images
-    if not 0 < share <= 1:
-        raise ValueError(f"--malignant-share {share}: expected a share above 0, at most 1")
     ill = {r.patient_id for image in images for r in image.rows if r.pathology == "malignant"}
     lesions, alike = defaultdict(set), defaultdict(list)
     for image in images:

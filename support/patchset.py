@@ -498,8 +498,7 @@ def patch_config(data: Path) -> dict:
         if not held.keys() <= set(KEYS):
             raise ValueError("counts")
     # BI-RADS as pathology, say; the other breast of women with cancer
-    told = ("notes", "normals_with_cancer", "format")
-    told = {key: facts[key] for key in told if facts.get(key)}
+    told = {k: facts[k] for k in ("notes", "normals_with_cancer", "format") if facts.get(k)}
     return config | {"held": held, "fingerprint": fingerprint(data)} | told
 
 

@@ -112,8 +112,8 @@ def check_external(other: Path, data: Path) -> dict:
     ours, theirs = patchset.patch_config(data), patchset.patch_config(other)
     for key in ("patch_size", "spacing_mm"):
         if ours[key] != theirs[key]:
-            text = f"{key} is {theirs[key]}, in {data} {ours[key]}"
-            raise ValueError(f"--test {other}: {text}; prepare it with the same")
+            text = f"{key} {theirs[key]}; prepare it with {ours[key]}, as {data}"
+            raise ValueError(f"--test {other}: {text}")
     names = (("image_uid", "images"), ("patient_id", "patients"))
     for name, what in names[: 1 + one_source(ours, theirs)]:
         known = {v for split in SPLITS for v in Patches.open(data, split).column(name).tolist()}

@@ -1,7 +1,6 @@
 """The whole evaluation: table1.csv, metrics.json, figures, and report.html from its template."""
 
 import base64
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,15 +21,8 @@ COLUMNS = (  # of table1.csv
 )
 # of rows.json, which docs/results/ keeps
 RESULTS = (*(c for c in COLUMNS if c not in ("proportion", "patches", "p_delong")), "folds")
-OWN = (
-    "name",
-    "fold",
-    "fingerprint",
-    "held",
-    "patients",
-    "normals_with_cancer",
-    "notes",
-)  # a fold's
+# of a patch set: what its folds have each for themselves
+OWN = (*("name", "fold", "fingerprint", "held"), *("patients", "normals_with_cancer", "notes"))
 PICTURES = ("difference", "roc", "figure1", "nearest", "gan", "figure4", "figure5", "figure6")
 
 
@@ -62,9 +54,8 @@ def evaluate(
         provenance.check_synthetic(syn, patch_set)
     claimed = {"data": config["fingerprint"], "regimes": [[r.name, *r.hashes] for r in regimes]}
     claimed |= {"synthetic": [s.fingerprint for s in sets], "seed": seed}
-    if test:
-        other = provenance.check_external(Path(test), patch_set)
-        claimed["test"] = other["fingerprint"]
+    other = provenance.check_external(Path(test), patch_set) if test else None
+    claimed |= {"test": other["fingerprint"]} if test else {}
     stages = sum(len(r.runs) for r in regimes) * (2 if test else 1) + len(sets) + 1
     claim = runs.claim_folder(out, "evaluate", claimed)
     with claim, runs.progress(stages, "evaluate") as advance:
@@ -115,9 +106,8 @@ def _score(regimes, patches, path: Path, device, advance) -> dict[str, np.ndarra
         scores[regime.name] = results.score(regime, patches, device)
         advance(len(regime.runs), f"{regime.name} scored")
     names = [f"{regime.name}, seed {seed}" for regime in regimes for seed in regime.seeds]
-    patch, patient = (patches.column(name) for name in ("patch", "patient_id"))
-    values = np.concatenate(list(scores.values())).tolist()
-    rows = zip(patch, patient, patches.kind, *values, strict=True)
+    found, facts = np.concatenate(list(scores.values())).tolist(), ("patch", "patient_id")
+    rows = zip(*map(patches.column, facts), patches.kind, *found, strict=True)
     files.write_table(path, ("patch", "patient", "class", *names), rows)
     return scores
 
@@ -141,21 +131,16 @@ def conditions(kind, patients, scores, where, fold=None) -> dict[str, dict]:
 def _write(metrics: dict, kind, scores: dict[str, np.ndarray], out: Path, fold=None) -> list[dict]:
     """Curves, differences, tables and the report; the folder is whole then. Rows of table1.csv."""
     rows = metrics["conditions"][MAIN]["rows"]
-    fold = np.zeros(len(kind)) if fold is None else fold
-    inside = np.isin(kind, list(itertools.chain(*results.CONDITIONS[MAIN])))
-    parts = [inside & (fold == k) for k in np.unique(fold)]
-    curves = {
-        name: np.mean([results.mean_roc(kind[at] != "normal", s[:, at]) for at in parts], axis=0)
-        for name, s in scores.items()
-    }
+    at = np.isin(kind, sum(results.CONDITIONS[MAIN], ()))
+    y, fold = kind[at] != "normal", fold if fold is None else fold[at]
+    curves = {name: results.mean_roc(y, s[:, at], fold) for name, s in scores.items()}
     figures.save_figure(figures.roc_figure(curves, rows), out / "roc.png")
     if len(rows) > 1:
         figures.save_figure(figures.difference_figure(rows), out / "difference.png")
     shares = [run["proportion"] for run in metrics["runs"]]
     rows = [row | {"proportion": p} for row, p in zip(rows, shares, strict=True)]
     files.write_table(out / "table1.csv", COLUMNS, ([r[name] for name in COLUMNS] for r in rows))
-    kept = [{name: row[name] for name in RESULTS} for row in rows]
-    files.write_json(out / "rows.json", kept)
+    files.write_json(out / "rows.json", [{name: row[name] for name in RESULTS} for row in rows])
     files.write_json(out / "metrics.json", metrics)
     with files.replace_file(out / "report.html", "w") as file:
         file.write(report(metrics, out))
@@ -178,8 +163,8 @@ def evaluate_folds(folders: Sequence[Path], out: Path) -> list[dict]:
     first, same, columns = folds[0]
     for folder, (_, found, table) in zip(folders, folds, strict=True):
         if odd := sorted(set(same) ^ set(found)):
-            text = f"differs from {folders[0]} in {odd[0]}"
-            raise ValueError(f"{folder}: {text}; folds may differ in their patients alone")
+            text = f"differs from {folders[0]} in more than its patients: {odd[0]}"
+            raise ValueError(f"{folder}: {text}; evaluate all folds alike")
         who = set(table["patient"].tolist())
         if both := sorted(tested.keys() & who):
             text = f"{len(both)} test patients, such as {both[0]}, are in {tested[both[0]]} too"
@@ -187,8 +172,7 @@ def evaluate_folds(folders: Sequence[Path], out: Path) -> list[dict]:
         tested |= dict.fromkeys(who, folder)
     given, n = [str(metrics["data"].get("fold")) for metrics, *_ in folds], len(folders)
     if n < 2 or sorted(given) not in (sorted(f"{k + 1}/{n}" for k in range(n)), ["None"] * n):
-        text = "expected each fold K/N of one N, two or more, once"
-        raise ValueError(f"--folds: found {', '.join(given)}; {text}")
+        raise ValueError(f"--folds: found {', '.join(given)}; expected each K/N of one N once")
     claimed = {"scores": [files.sha256(Path(folder) / "scores.csv") for folder in folders]}
     with runs.claim_folder(out := Path(out), "evaluate", claimed):
         every = {name: np.concatenate([table[name] for *_, table in folds]) for name in columns}
@@ -199,8 +183,7 @@ def evaluate_folds(folders: Sequence[Path], out: Path) -> list[dict]:
         metrics |= {"controls": [], "runs": first["runs"]}
         metrics["data"] = {key: first["data"][key] for key in first["data"] if key not in OWN}
         sizes = [len(set(patients[fold == k])) for k in range(n)]
-        names = [Path(folder).name for folder in folders]
-        metrics["folds"] = list(zip(names, given, sizes, strict=True))
+        metrics["folds"] = list(zip([Path(f).name for f in folders], given, sizes, strict=True))
         return _write(metrics, kind, scores, out, fold)
 
 
@@ -212,8 +195,8 @@ def _read_fold(folder: Path) -> tuple[dict, list[str], dict[str, np.ndarray]]:
         same = [f"patch set: {k} {v}" for k, v in metrics["data"].items() if k not in OWN]
         for run in metrics["runs"]:
             sets = [(s["task"], s["control"]) for s in run["config"]["synthetic"]]
-            facts = run["config"] | {"seeds": run["seeds"], "data": "", "synthetic": sets}
-            facts["proportion"] = run["proportion"]
+            facts = {key: run[key] for key in ("seeds", "proportion")}
+            facts = run["config"] | facts | {"data": "", "synthetic": sets}
             same += [f"{run['regime']}: {key} {value}" for key, value in facts.items()]
             names += [f"{run['regime']}, seed {seed}" for seed in run["seeds"]]
         table = files.read_table(folder / "scores.csv", ("class", "patient", *names))

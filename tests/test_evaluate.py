@@ -1008,13 +1008,19 @@ def changed(fold: Path, folder: Path, change) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m["runs"].pop(), r"differs from .*out in 50% w/ decay: "),
-        (lambda m: m["runs"][1]["config"].update(decay=0.5), "in 50% w/ decay: decay 0.5"),
-        (lambda m: m["runs"][0].update(seeds=[0]), r"in Baseline: seeds \[0"),
-        (lambda m: m["data"].update(malignant_share=0.1), "in patch set: malignant_share 0.1"),
-        (lambda m: m["data"].update(source="t"), "in patch set: source s"),
-        (lambda m: m["data"].update(fold="1/3"), "found 1/3, 2/3, 1/3; expected each fold K/N"),
-        (lambda m: m["data"].update(fold="3/5"), "found 1/3, 2/3, 3/5; expected each fold K/N"),
+        (
+            lambda m: m["runs"].pop(),
+            r"differs from .*out in more than its patients: 50% w/ decay: ",
+        ),
+        (lambda m: m["runs"][1]["config"].update(decay=0.5), "patients: 50% w/ decay: decay 0.5"),
+        (lambda m: m["runs"][0].update(seeds=[0]), r"patients: Baseline: seeds \[0"),
+        (
+            lambda m: m["data"].update(malignant_share=0.1),
+            "patients: patch set: malignant_share 0.1",
+        ),
+        (lambda m: m["data"].update(source="t"), "patients: patch set: source s"),
+        (lambda m: m["data"].update(fold="1/3"), "found 1/3, 2/3, 1/3; expected each K/N"),
+        (lambda m: m["data"].update(fold="3/5"), "found 1/3, 2/3, 3/5; expected each K/N"),
         (lambda m: m["data"].pop("fold"), "found 1/3, 2/3, None; expected each"),
         (lambda m: m.pop("runs"), "damaged .KeyError: 'runs'.*evaluate again"),
         (lambda m: m["runs"][0].pop("config"), "damaged .KeyError: 'config'"),
@@ -1034,10 +1040,13 @@ def test_folds_that_are_none_or_share_patients_are_refused(folds, evaluated, tmp
     (unscored := shutil.copytree(folds[2], tmp_path / "unscored") / "scores.csv").unlink()
     text = (folds[2] / "scores.csv").read_text()
     for given, message in (
-        (folds[:1], "found 1/3; expected each fold K/N of one N, two or more"),
-        (folds[:2], "found 1/3, 2/3; expected each fold"),
+        (folds[:1], "found 1/3; expected each K/N of one N once"),
+        (folds[:2], "found 1/3, 2/3; expected each K/N"),
         ([*folds, twice], "8 test patients, such as fold1-test-00, are in .*out too"),
-        ([*folds, evaluated[1]], "differs from .* in "),
+        (
+            [*folds, evaluated[1]],
+            "differs from .* in more than its patients: .*; evaluate all folds alike",
+        ),
         ([*folds, cv], "scores.csv: no such file|damaged"),
         ([folds[0], tmp_path / "none"], "none: no such folder"),
         ([folds[0], evaluated[0]["patch_set"]], "expected a folder made by 'evaluate'"),
@@ -1084,8 +1093,8 @@ def test_external_test_that_does_not_fit_or_leaks_is_refused(folds, tmp_path):
         return write_data(tmp_path / name, FEW, 8, prefix, **config)
 
     for test, message in (
-        (other("size", "a-", patch_size=64), "size: patch_size is 64, in .*data 32; prepare it"),
-        (other("mm", "b-", spacing_mm=None), "mm: spacing_mm is None, in .*data 0.33"),
+        (other("size", "a-", patch_size=64), "size: patch_size 64; prepare it with 32, as .*data"),
+        (other("mm", "b-", spacing_mm=None), "mm: spacing_mm None; prepare it with 0.33, as"),
         (root / "data", r"\d+ images of its test split, such as fold1-test0-0, are in .*data too"),
         (tmp_path / "absent", "absent: no such folder"),
     ):
