@@ -24,7 +24,7 @@ from PIL import Image
 from scipy import ndimage
 
 from support.files import sha256
-from support.mammogram import NotUsable, read_mammogram
+from support.mammogram import NotUsable, read_mammogram, read_mask
 from support.sources import PATHOLOGIES, SPLITS, Finding
 
 # --- Classes of patches, and the tasks that work on them ---
@@ -180,28 +180,21 @@ class PrepareConfig:
         for text in texts:
             key, _, number = text.partition("=")
             if key not in KEYS or not number.isdecimal() or len(number) > 8:
-                raise ValueError(f"--count {text[:80]}: expected {expected}")
+                hint = f"; of which split? train/{text}, say" if key in CLASSES else ""
+                raise ValueError(f"--count {text[:80]}: expected {expected}{hint}")
             counts[key] = int(number)
         required = tuple(sorted({*self.required, *counts}))
         return replace(self, counts=self.counts | counts, required=required)
 
 
+# As many train patches as an hour of training draws, in the paper's order of frequency.
+CBIS = _counts((40_000, 10_000, 5_000, 10_000, 5_000), 1_000) | {"test/benign_mass": 1_000}
+# 5 to 10 patches a lesion on about 1,000 images; validation and test give AUC +-0.03.
+TINY = _counts((4_000, 2_000, 1_000, 1_000, 1_000), 300) | {"test/benign_mass": 300}
 PREPARE_PRESETS = {
     "paper": PrepareConfig(),
-    # As many train patches as an hour of training draws, in the paper's order of frequency.
-    "cbis": PrepareConfig(
-        patch_size=128,
-        spacing_mm=0.166,
-        normals="images",
-        counts=_counts((40_000, 10_000, 5_000, 10_000, 5_000), 1_000) | {"test/benign_mass": 1_000},
-    ),
-    # 5 to 10 patches a lesion on about 1,000 images; validation and test give AUC +-0.03.
-    "tiny": PrepareConfig(
-        patch_size=64,
-        spacing_mm=0.33,
-        normals="images",
-        counts=_counts((4_000, 2_000, 1_000, 1_000, 1_000), 300) | {"test/benign_mass": 300},
-    ),
+    "cbis": PrepareConfig(patch_size=128, spacing_mm=0.166, normals="images", counts=CBIS),
+    "tiny": PrepareConfig(patch_size=64, spacing_mm=0.33, normals="images", counts=TINY),
 }
 PREPARE_PRESETS["cbis-cpu"] = PREPARE_PRESETS["cbis"]
 
@@ -492,6 +485,7 @@ class DecodedImage:
     def __init__(self, image: SourceImage, config: PrepareConfig):
         mammogram = read_mammogram(Path(image.rows[0].image_path), config.bits)
         self.dark = mammogram.dark
+        self.unlimited = bool(config.bits) and mammogram.table.depth != config.bits
         self.uid, self.display = mammogram.image_uid, mammogram.display
         self.image, self.config = image, config
         try:
@@ -503,11 +497,19 @@ class DecodedImage:
         if config.spacing_mm:
             spacing = image.rows[0].spacing_mm or mammogram.spacing_mm
             if spacing is None:
-                raise NotUsable("no pixel spacing in manifest or header; --spacing-mm needs it")
+                why = f" ({mammogram.spacing_source})" if mammogram.spacing_source else ""
+                text = f"no pixel spacing in manifest or header{why}; --spacing-mm needs it"
+                raise NotUsable(text)
             self.side = [config.patch_size * config.spacing_mm / mm for mm in spacing]
         boxed = (row for row in image.rows if row.bbox)
         self.in_air = {row for row in boxed if self.on_tissue(row.bbox) < IN_AIR}
-        self.masks = {row: self.mask_pixels(row) for row in image.rows if row.mask_path}
+        self.masks, self.unmasked = {}, []  # the boxes stand in for masks that cannot be used
+        for row in image.rows:
+            try:
+                self.masks |= {row: self.mask_pixels(row)} if row.mask_path else {}
+            except (NotUsable, OSError) as error:  # an OSError would name the file
+                reason = getattr(error, "strerror", None) or error
+                self.unmasked.append(f"mask of the box from {row.bbox[:2]}: {reason}")
 
     def on_tissue(self, bbox: Sequence[float]) -> float:
         """Tissue share of a box in cells of the mask, without film frame, which may hide tissue.
@@ -522,20 +524,19 @@ class DecodedImage:
         return float(cells[cells >= 0].mean()) if (cells >= 0).any() else 1.0
 
     def mask_pixels(self, lesion: Finding) -> np.ndarray:
-        """(n, 2) rows and columns of a lesion's mask within its box.
+        """(n, 2) rows and columns of a lesion's mask within its box: over half of the highest value
+        there, as JPEG blurs.
 
         The mask is brought to the image's size: CBIS-DDSM has masks of other sizes.
         """
-        try:
-            mask = read_mammogram(Path(lesion.mask_path)).stored != 0
-        except NotUsable as error:
-            raise NotUsable(f"lesion mask: {error}") from None
-        shape, (row0, col0, row1, col1) = self.display.shape, whole_box(lesion.bbox)
-        mask = Image.fromarray(mask).resize(shape[::-1], Image.Resampling.NEAREST)
-        pixels = np.argwhere(np.asarray(mask)[row0:row1, col0:col1]) + np.array([row0, col0])
-        if not len(pixels):
-            raise NotUsable("lesion mask: empty inside the lesion's box")
-        return pixels
+        mask, shape = read_mask(Path(lesion.mask_path)), self.display.shape
+        row0, col0, row1, col1 = whole_box(lesion.bbox)
+        rows, cols = np.arange(row0, row1) + 0.5, np.arange(col0, col1) + 0.5
+        at = (rows * mask.shape[0] / shape[0], cols * mask.shape[1] / shape[1])
+        inside = mask[np.ix_(*(edge.astype(int) for edge in at))]
+        if not inside.any():
+            raise NotUsable("empty inside the box")
+        return np.argwhere(inside > inside.max() / 2) + np.array([row0, col0])
 
     def place(self, key: str, rng: np.random.Generator) -> Place | None:
         """A random place of class `key` ("split/class"); None when 50 tries find none."""

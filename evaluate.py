@@ -276,6 +276,8 @@ def open_regime(folder: Path, fingerprint: str) -> Regime:
     decay = "w/ decay" if configs[0]["decay"] < 1 else "w/o decay"
     name = f"{100 * proportion:g}% {decay}" if synthetic else BASELINE
     name = BLOB if any(s["control"] == "blob" for s in synthetic) else name
+    if augment := configs[0]["augment"]:
+        name = f"{name}, {augment}" if synthetic else f"{augment.capitalize()} augmentation"
     hashes = [weights_hash(load_classifier(run, torch.device("cpu"))[0]) for run in runs]
     return Regime(name, proportion, folder, runs, seeds, hashes, configs[0])
 
@@ -286,7 +288,8 @@ def open_regimes(baseline: Path, augmented: Sequence[Path], fingerprint: str) ->
     regimes.sort(key=lambda r: (r.name == BLOB, r.proportion))
     regimes.insert(0, open_regime(Path(baseline), fingerprint))
     if regimes[0].name != BASELINE:
-        raise ValueError(f"--baseline {baseline}: trained with synthetic patches; expected none")
+        found = f"found {regimes[0].name}; expected neither synthetic patches nor augmentation"
+        raise ValueError(f"--baseline {baseline}: {found}")
     names = [regime.name for regime in regimes]
     if double := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"--augmented: {double[0]} is given twice; give one run of it")

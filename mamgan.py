@@ -26,9 +26,9 @@ from support import fullimage, patchset, phantom, report, runs, sources
 
 # --- Command line: one clear message and exit code 1 for bad data, 2 for wrong usage ---
 
-CARD_TOO_SMALL = (  # by benchmarks/bench_memory.py, and 1 GiB for CUDA itself
-    "train-gan --preset paper takes 8 GiB at --batch-size 8, 6 at 4, 5 at 1, 11 at 8 with "
-    "--no-bfloat16; train-cls 3. Lower it in a new folder, free the card, or give --device cpu."
+CARD_TOO_SMALL = (  # an H100's peak; arithmetic of benchmarks/bench_memory.py, half as much again
+    "train-gan --preset paper takes 11 GiB: on 12 GB give --batch-size 4, on 8 GB 2, in a new "
+    "folder and without --no-bfloat16; train-cls takes 4. Or free the card, or give --device cpu."
 )
 
 
@@ -60,6 +60,18 @@ def _one_line(error: Exception) -> str:
 
 
 FOLDER = click.Path(path_type=Path)
+COMPONENT = "largest: one object, as the paper (S4); cluster: grains, for calcifications (Q27)."
+COUNTS = (
+    "Patches of one class in one split; repeat. Paper: train/normal=400000, malignant_mass 42280, "
+    "benign_mass 3500, malignant_calcification 24100, benign_calcification 6580 (P4); in val and "
+    "in test 1000 each of normal and the malignant ones (P5)."
+)
+NORMALS = (
+    "Normal patches of women without any finding (A4), of any image without one, or also of "
+    "annotated images, off the boxes.  [paper studies, the others images]"
+)
+BIRADS = "VinDr-Mammo, INbreast: BI-RADS 4 to 6 stand for malignant, 2 and 3 for benign."
+FORMATS = click.Choice(["manifest", *sources.READERS])
 COUNT, SHARE = click.IntRange(1), click.FloatRange(0, 1)
 RANGES = {  # of the options that override a preset; other whole numbers begin at 1
     **dict.fromkeys(("iters_base", "iters_fade", "iters_final", "noise_cells"), click.IntRange(0)),
@@ -68,7 +80,10 @@ RANGES = {  # of the options that override a preset; other whole numbers begin a
     "bits": click.IntRange(2, 16),
     "g_average": SHARE,
     "decay": SHARE,
+    "average": SHARE,
     "gp_noise": click.Choice(["uniform", "std"]),
+    "network": click.Choice(["resnet50", "small"]),
+    "augment": click.Choice(["classical"]),
 }
 
 
@@ -120,12 +135,7 @@ def cli() -> None:
 @cli.command()
 @click.argument("source", type=FOLDER)
 @option("--out", FOLDER, "Patch set to write.", required=True)
-@option(
-    "--format source_format",
-    click.Choice(["manifest", *sources.READERS]),
-    "What SOURCE is: a manifest (CSV), or a public data set as distributed.",
-    default="manifest",
-)
+@option("--format source_format", FORMATS, "Of SOURCE: manifest or data set.", default="manifest")
 @preset_options(
     data.PREPARE_PRESETS,
     {
@@ -134,36 +144,14 @@ def cli() -> None:
         "pseudonymise": "Hash patient ids and paths with the key in MAMGAN_PSEUDONYM_KEY.",
     },
 )
-@option(
-    "--count counts",
-    None,
-    "Patches of one class in one split; repeat. Paper: train/normal=400000, malignant_mass "
-    "42280, benign_mass 3500, malignant_calcification 24100, benign_calcification 6580 (P4); in "
-    "val and in test 1000 each of normal and the malignant ones (P5).",
-    multiple=True,
-    metavar="SPLIT/CLASS=N",
-)
-@option(
-    "--birads-as-pathology birads",
-    bool,
-    "VinDr-Mammo, INbreast: BI-RADS 4 to 6 stand for malignant, 2 and 3 for benign.",
-    is_flag=True,
-)
-@option(
-    "--normals",
-    click.Choice(["studies", "images", "annotated"]),
-    "Normal patches of women without any finding (A4), of any image without one, or also of "
-    "annotated images, off the boxes.  [paper studies, the others images]",
-)
+@option("--count counts", None, COUNTS, multiple=True, metavar="SPLIT/CLASS=N")
+@option("--birads-as-pathology birads", bool, BIRADS, is_flag=True)
+@option("--normals", click.Choice(["studies", "images", "annotated"]), NORMALS)
 @option("--fold", None, "Fold K (1 to N) tests, K+1 validates, the rest trains.", metavar="K/N")
 @option("--malignant-share", SHARE, "Keep so many of the training patients with cancer.")
 @option("--distinct-ids distinct", bool, "Ids such as 7 and 007 are two patients.", is_flag=True)
-@option(
-    "--qc", click.IntRange(0), "Contact sheet of so many images: mask, boxes, windows.", default=0
-)
-@option(
-    "--workers", COUNT, "Processes; any number writes the same bytes.", default=os.cpu_count() or 1
-)
+@option("--qc", click.IntRange(0), "Contact sheet of so many images, qc.png.", default=0)
+@option("--workers", COUNT, "Any number writes the same bytes.", default=os.cpu_count() or 1)
 @seed_option
 def prepare(
     source, out, source_format, preset, counts, birads, distinct, qc, workers, seed, **options
@@ -234,7 +222,9 @@ def train_gan(task, patches, run, init, preset, seed, device, **options):
 
     For calcifications the presets but the paper's have a noise value a pixel, no growth and no
     spectral normalisation of the generator: --noise-cells 256 --iters-base 0 --iters-fade 0
-    --no-sn-g. Several GPUs: torchrun --nproc-per-node N -- mamgan.py train-gan ...
+    --no-sn-g.
+
+    Several GPUs: torchrun --nproc-per-node N -- mamgan.py train-gan ...
     """
     config = configure(train.gan_presets(task), preset, options, seed=seed)
     if not config.iters_fade + config.iters_final:
@@ -251,23 +241,9 @@ def train_gan(task, patches, run, init, preset, seed, device, **options):
 @option("--data patches", FOLDER, "Patch set that the GAN was trained on.")
 @option("--out", FOLDER, "Synthetic set, or folder of full images.", required=True)
 @option("-n number", COUNT, "Samples to write (S10).  [5000]")
-@option(
-    "--component",
-    click.Choice(["largest", "cluster"]),
-    "largest: one connected object, as the paper (S4); cluster: joins grains widened by "
-    "10 px, recommended for calcifications (Q27).",
-    default="largest",
-)
-@option(
-    "--control",
-    click.Choice(["blob"]),
-    "A featureless bump of the same size in place of the lesion.",
-)
-@option(
-    "--min-area min_area_frac",
-    SHARE,
-    "Smallest object, share of the patch (S5).  [largest 0.10, cluster 0.02]",
-)
+@option("--component", click.Choice(["largest", "cluster"]), COMPONENT, default="largest")
+@option("--control", click.Choice(["blob"]), "A featureless bump in place of the lesion.")
+@option("--min-area min_area_frac", SHARE, "Least share (S5).  [largest 0.10, cluster 0.02]")
 @option(
     "--expand dilate_px", click.FloatRange(0), "px at 256 px (S6).", default=postprocess.DILATE_PX
 )
@@ -336,7 +312,10 @@ def synthesize(gan, patches, out, number, control, images, at, lesions, strip, d
         "decay": "Of the proportion (C5, Q33).",
         "decay_every": "Patches between decays (C5).",
         "evaluate_every": "Patches between looks at the validation set (C7).",
-        "width": "Of the first stage; 64 is ResNet-50 (C1).",
+        "network": "resnet50 (C1) or small, for the CPU.",
+        "width": "Filters of the small network's first stage.",
+        "average": "Decay of the average of the weights that is used; 0 uses the last.",
+        "augment": "classical: flips, turns, scale, contrast, brightness drawn for every patch.",
         "include_benign": "Benign patches as negatives (Q36).",
         "bfloat16": "Autocast on a GPU; the CPU always computes in float32.",
     },
@@ -355,10 +334,10 @@ def train_cls(patches, run, synthetic, proportion, preset, seeds, seed, device, 
     if side != (usual := data.PREPARE_PRESETS[preset].patch_size):
         note = f"note: {side} px patches with the preset {preset}, which is for {usual} px"
         click.secho(note, fg="red", err=True)
+    runs.say_once.cache_clear()  # once a command, that is
     for k in range(seeds):
-        config = configure(
-            train.CLASSIFIER_PRESETS, preset, options, proportion=proportion, seed=seed + k
-        )
+        fixed = {"proportion": proportion, "seed": seed + k}
+        config = configure(train.CLASSIFIER_PRESETS, preset, options, **fixed)
         folder = run / f"seed-{seed + k}" if seeds > 1 else run
         train.train_classifier(config, patches, folder, synthetic, runs.choose_device(device))
 

@@ -14,7 +14,7 @@ paper's 256 px; smaller presets drop blocks and keep everything else. Where a se
     "a four-way output", "a factor of 0.2"             four_way_loss, discriminator_loss
     "a gradient penalty was added"                     gradient_penalty
     "a new layer is appended", "linearly blending"     the new layer in both forwards; train.growth
-    "ResNet-50", "the last feature layer"              PatchClassifier, .features
+    "ResNet-50", "the last feature layer"              ResNet50, .features
 """
 
 from collections.abc import Callable
@@ -323,12 +323,12 @@ def gradient_norm(
     return (gradient.float().square().sum(dim=(1, 2, 3)) + 1e-12).sqrt()
 
 
-def update_average(average: Generator, G: Generator, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * G; buffers are taken over (ours; Q11)."""
+def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
+    """average <- decay * average + (1 - decay) * network; buffers are taken over (ours; Q11)."""
     with torch.no_grad():
-        for mean, p in zip(average.parameters(), G.parameters(), strict=True):
+        for mean, p in zip(average.parameters(), network.parameters(), strict=True):
             mean.lerp_(p, 1 - decay)
-        for mean, b in zip(average.buffers(), G.buffers(), strict=True):
+        for mean, b in zip(average.buffers(), network.buffers(), strict=True):
             mean.copy_(b)
 
 
@@ -337,25 +337,18 @@ def update_average(average: Generator, G: Generator, decay: float) -> None:
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std; Q31
 
 
-class PatchClassifier(ResNet):
-    """ResNet-50 (He et al.) on one-channel patches with a two-way head [no cancer, cancer] (C1).
+class ResNet50(ResNet):
+    """ResNet-50 (He et al.) on one-channel patches with a two-way head [no cancer, cancer] (C1)."""
 
-    width, blocks: 64 and (3, 4, 6, 3) are ResNet-50; smaller ones serve the CPU presets.
-    """
-
-    def __init__(self, width: int = 64, blocks: tuple[int, ...] = (3, 4, 6, 3)):
-        self.width = width
-        super().__init__(Bottleneck, list(blocks), num_classes=2)
-        self.fc = nn.Linear(8 * width * Bottleneck.expansion, 2)
+    def __init__(self):
+        super().__init__(Bottleneck, [3, 4, 6, 3])
+        self.fc = nn.Linear(self.fc.in_features, 2)
         mean, std = (torch.tensor(v)[:, None, None] for v in IMAGENET)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
 
-    def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
-        return super()._make_layer(block, planes * self.width // 64, blocks, stride, dilate)
-
     def features(self, x: Tensor) -> Tensor:
-        """(N, 1, S, S) in [-1, 1] -> (N, 32 * width) after global average pooling (F4)."""
+        """(N, 1, S, S) in [-1, 1] -> (N, 2048) after global average pooling (F4)."""
         x = ((x + 1) / 2 - self.mean) / self.std  # (N, 3, S, S): replicated, normalised; Q31
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
@@ -364,6 +357,33 @@ class PatchClassifier(ResNet):
     def forward(self, x: Tensor) -> Tensor:
         """(N, 1, S, S) in [-1, 1] -> (N, 2) logits."""
         return self.fc(self.features(x))
+
+
+class SmallResNet(nn.Module):
+    """One bottleneck a stage and no max pooling, for small patches on a CPU (ours; A2)."""
+
+    def __init__(self, width: int = 16):
+        super().__init__()
+        layers = [nn.Conv2d(1, width, kernel_size=7, stride=2, padding=3, bias=False)]
+        layers += [nn.BatchNorm2d(width), nn.ReLU()]
+        c_in = width
+        for planes, stride in ((width, 1), (2 * width, 2), (4 * width, 2), (8 * width, 2)):
+            c_out = planes * Bottleneck.expansion
+            shortcut = nn.Conv2d(c_in, c_out, kernel_size=1, stride=stride, bias=False)
+            shortcut = nn.Sequential(shortcut, nn.BatchNorm2d(c_out))
+            layers, c_in = [*layers, Bottleneck(c_in, planes, stride, shortcut)], c_out
+        self.body, self.fc = nn.Sequential(*layers), nn.Linear(c_in, 2)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(N, 1, S, S) in [-1, 1] -> (N, 32 * width), the mean over the last S / 16 map."""
+        return self.body(x).mean(dim=(2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 1, S, S) in [-1, 1] -> (N, 2) logits."""
+        return self.fc(self.features(x))
+
+
+Classifier = ResNet50 | SmallResNet
 
 
 # --- The networks of a configuration: another network costs its class and a line here ---
@@ -379,6 +399,6 @@ def discriminator(config: dict) -> Discriminator:
     return Discriminator(config["patch_size"], config["d_base"], config["d_center"], config["sn_d"])
 
 
-def classifier(config: dict) -> PatchClassifier:
+def classifier(config: dict) -> Classifier:
     """By the fields of train.ClassifierConfig."""
-    return PatchClassifier(config["width"], tuple(config["blocks"]))
+    return ResNet50() if config["network"] == "resnet50" else SmallResNet(config["width"])

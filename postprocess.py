@@ -24,7 +24,7 @@ from scipy import ndimage, optimize
 
 import data
 from models import BORDER_PX, Generator, generator
-from support import derived, figures, files, patchset, runs
+from support import derived, figures, files, patchset, provenance, runs
 
 LESION_THRESHOLD = 0.1  # §3 "applying a threshold of 0.1", S3; no rescaling, Q25
 MIN_AREA_FRAC = 0.10  # §3 "< 10% of the patch area", S5
@@ -37,7 +37,7 @@ BATCH = 16  # attempts per forward pass (another number may move a last bit) and
 SHOWN = 4  # samples in Figures 1 and 2a
 IMAGES = {"input": "<u2", "combined": "<u2", "lesion": "<i4", "mask": "|b1"}  # of a sample
 FACTS = {"seed": "i8", "source": "i8", "area": "i8", "bbox": "4i8", "strength": "f8"}
-ADVICE = "Train longer, or for calcifications give --component cluster"
+ADVICE = "Train longer"
 
 
 # --- Steps 1 and 2: "Randomly sample a 256x256px patch" ---
@@ -52,10 +52,9 @@ def source_patches(patch_set: Path, task: str) -> patchset.Patches:
     splits = patchset.split_of(patch_set)
     for patient in map(str, np.unique(patches.column("patient_id"))):
         if splits.get(patient) != "train":
-            raise ValueError(
-                f"{patch_set}: patient {patient} is in split {splits.get(patient)!r}; synthetic "
-                "patches are made from training patients only. Prepare the patch set again"
-            )
+            found = f"{patch_set}: patient {patient} is in split {splits.get(patient)!r}"
+            advice = "synthetic patches are made from training patients only. Prepare it again"
+            raise ValueError(f"{found}; {advice}")
     return patches
 
 
@@ -87,6 +86,8 @@ class Synthesizer:
         self.gan, self.control, self.options = gan, control, options
         self.task, self.side = self.run["task"], self.G.patch_size
         self.config = {"task": self.task, "generator": self.hash, "control": control, **options}
+        grains = self.task == "calcification" and options["component"] == "largest"
+        self.advice = f"{ADVICE}, or give --component cluster" if grains else ADVICE
 
     @torch.inference_mode()
     def lesions(self, patches: np.ndarray, rngs: Sequence[np.random.Generator]) -> np.ndarray:
@@ -219,11 +220,11 @@ def synthesize_set(
     """
     synth = Synthesizer(gan, device, control, {"component": component, **options})
     prepared = patchset.patch_config(patch_set)
-    if synth.run["data"] != prepared["fingerprint"]:
-        raise ValueError(
-            f"--gan {gan}: trained on another patch set ({synth.side} px) than --data {patch_set} "
-            f"({prepared['patch_size']} px); give the one that the run was trained on"
-        )
+    for key, side in (("patch_size", synth.side), ("spacing_mm", synth.run["spacing_mm"])):
+        if prepared[key] != side:
+            found = f"trained with {key} {side}, --data {patch_set} has {prepared[key]}"
+            raise ValueError(f"--gan {gan}: {found}; prepare patches with the same")
+    provenance.check_unseen(synth.run, patch_set, f"--gan {gan}:")
     sources = source_patches(patch_set, synth.task)
     config = {"data": prepared["fingerprint"], "spacing_mm": prepared["spacing_mm"], "n": n}
     config |= {"patch_size": synth.side, "seed": seed} | synth.config
@@ -233,7 +234,7 @@ def synthesize_set(
             parts.mkdir(exist_ok=True)
             facts = generate(synth, sources, n, seed, parts)
             facts |= assemble(out, sorted(parts.glob("*.npz")), config, sources)
-            facts |= {"warnings": _warnings(facts), "gan": synth.run}
+            facts |= {"warnings": _warnings(facts, synth.advice), "gan": synth.run}
             with files.replace_file(out / "gan.png") as file:  # how it was trained, for the report
                 file.write((gan / "gan.png").read_bytes())
             click.echo(
@@ -269,7 +270,7 @@ def generate(
     if not accepted:
         raise NothingAccepted(
             f"--gan {synth.gan}: no lesion accepted in {made} attempts; {empty} had no pixel "
-            f"over the threshold of 0.1, the others too small an object (S5). {ADVICE}"
+            f"over the threshold of 0.1, the others too small an object (S5). {synth.advice}"
         )
     facts = {"attempts": made, "accepted": accepted, "acceptance": accepted / made}
     return facts | {"empty": empty, "short": accepted < n}
@@ -329,8 +330,7 @@ def assemble(out: Path, parts: list[Path], config: dict, sources: patchset.Patch
     index += [sources.kind[rows["source"]], rows["strength"].round(6), outlines]
     header = (*patchset.SYNTHETIC_COLUMNS, "source_class", "strength", "mask_rle")
     files.write_table(out / "index.csv", header, zip(*index, strict=True))
-    spacing_mm = config["spacing_mm"]
-    _figures(out, [spacing_mm and spacing_mm / float(s) for s in scale[:SHOWN]])
+    _figures(out, [config["spacing_mm"] and config["spacing_mm"] / float(s) for s in scale[:SHOWN]])
     share = rows["area"] / side**2
     return {
         "patients": sorted(set(patient.tolist())),
@@ -352,10 +352,10 @@ def _figures(out: Path, mm: list[float | None]) -> None:
     figures.save_figure(figures.patch_figure(rows, mm=mm), out / "figure2a.png")
 
 
-def _warnings(facts: dict) -> list[str]:
+def _warnings(facts: dict, advice: str = ADVICE) -> list[str]:
     few = f"short, {facts['accepted']} samples: {facts['attempts']} attempts are the most made"
-    rare = f"only {facts['acceptance']:.1%} accepted, the generator's rare results. {ADVICE}"
-    wide = f"half of the lesions cover over {facts['area_median']:.0%} of the patch. {ADVICE}"
+    rare = f"only {facts['acceptance']:.1%} accepted, the generator's rare results. {advice}"
+    wide = f"half of the lesions cover over {facts['area_median']:.0%} of the patch. {advice}"
     when = {few: facts["short"], rare: facts["acceptance"] < 0.05, wide: facts["area_median"] > 0.5}
     return [text for text, applies in when.items() if applies]
 

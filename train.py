@@ -23,7 +23,6 @@ import click
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn.utils import parametrize
@@ -31,9 +30,9 @@ from torch.nn.utils import parametrize
 from data import TASKS, to_float
 from models import (
     COMBINED,
+    Classifier,
     Discriminator,
     Generator,
-    PatchClassifier,
     classifier,
     discriminator,
     discriminator_loss,
@@ -43,10 +42,9 @@ from models import (
     gradient_penalty,
     update_average,
 )
-from support import runs
-from support.facts import classifier_facts, gan_facts, usable_sets
-from support.files import reading
+from support import imagenet, runs
 from support.patchset import Patches, SyntheticSet
+from support.provenance import classifier_facts, gan_facts, usable_sets
 from support.runs import Graph, ReadAhead, Run
 from support.watch import Watch, accuracies
 
@@ -234,9 +232,9 @@ def penalty_noise(config: GanConfig, x_real: Tensor, rng: torch.Generator, run: 
     return delta
 
 
-def average_decay(config: GanConfig, step: int) -> float:
-    """Of the average of G's weights: short at first, when they change much; 0 = G itself (Q11)."""
-    return min(config.g_average, (1 + step) / (10 + step))
+def average_decay(decay: float, step: int) -> float:
+    """Of an average of weights: short at first, when they change much; 0 = no average (Q11)."""
+    return min(decay, (1 + step) / (10 + step))
 
 
 def train_gan(
@@ -291,7 +289,7 @@ def train_gan(
             loss_D, penalty, *logits = step_D(stage, *batch[:4], z, delta)
             for source in batch.sources:  # "For masses, we train the generator twice" (T2)
                 loss_G = step_G(stage, source, run.share(G.sample_noise(n, rng)))
-            update_average(G_avg, G, average_decay(config, step))
+            update_average(G_avg, G, average_decay(config.g_average, step))
 
             # Log, samples, checkpoint
             run.record(loss_d=loss_D, penalty=penalty, loss_g=loss_G, **accuracies(logits))
@@ -321,8 +319,10 @@ class ClassifierConfig:
     decay_every: int = 5_000  # C5
     evaluate_every: int = 5_000  # patches between two looks at the validation set (C7)
     weights: str = "imagenet"  # first weights: or "none", or a file (C1; Q31)
-    width: int = 64  # ResNet-50's; smaller for the CPU
-    blocks: tuple[int, ...] = (3, 4, 6, 3)  # ResNet-50's
+    network: str = "resnet50"  # C1, or "small", ours
+    width: int = 16  # filters of the small network's first stage
+    average: float = 0.0  # decay of the average of the weights that is used; 0 = none
+    augment: str = ""  # or "classical": `classical` for every patch drawn; ours
     include_benign: bool = False  # benign patches as negatives (Q36)
     bfloat16: bool = True  # on a GPU: autocast; the CPU always computes in float32
 
@@ -341,7 +341,8 @@ CLASSIFIER_PRESETS = {
         decay_every=400,
         evaluate_every=2_000,
         weights="none",
-        width=16,
+        network="small",
+        average=0.99,
     ),
 }
 CLASSIFIER_PRESETS["cbis-cpu"] = CLASSIFIER_PRESETS["tiny"]
@@ -397,6 +398,7 @@ class ClassifierBatches:
         pools = [self.pools[key] for key in zip(labels.tolist(), synthetic.tolist(), strict=True)]
         drawn = [pool[int(u * len(pool))] for pool, u in zip(pools, which, strict=True)]
         x = torch.from_numpy(to_float(np.stack(drawn)))[:, None]
+        x = classical(x, rng) if config.augment else x
         share = torch.tensor(synthetic.mean(), dtype=torch.float32)
         batch = ClassifierBatch(x, torch.from_numpy(labels), share)
         on_gpu = self.device.type == "cuda"
@@ -407,13 +409,28 @@ class ClassifierBatches:
         return ClassifierBatch(x.to(memory_format=torch.channels_last), y, synthetic)
 
 
+def classical(x: Tensor, rng: np.random.Generator) -> Tensor:
+    """Patches (N, 1, S, S) flipped, turned by any quarter and up to 15 degrees, scaled by 0.9 to
+    1.1, their contrast by 0.9 to 1.1, their brightness moved by up to 0.1 of [-1, 1] (ours)."""
+    n = len(x)
+    turn = np.pi / 2 * rng.integers(4, size=n) + np.radians(rng.uniform(-15, 15, n))
+    flip, scale = rng.choice((-1, 1), n), rng.uniform(0.9, 1.1, n)
+    contrast, brightness = rng.uniform(0.9, 1.1, n), rng.uniform(-0.1, 0.1, n)
+    a, b, nought = np.cos(turn) / scale, np.sin(turn) / scale, np.zeros(n)
+    theta = np.array([[flip * a, -flip * b, nought], [b, a, nought]]).transpose(2, 0, 1)
+    grid = F.affine_grid(torch.from_numpy(theta.astype(np.float32)), x.shape, align_corners=False)
+    x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+    light = torch.tensor(np.array([contrast, brightness]), dtype=x.dtype)[:, :, None, None, None]
+    return (x * light[0] + light[1]).clamp(-1, 1)
+
+
 class Best:
     """The weights "chosen based on performance on the validation set" (C7)."""
 
     def __init__(self):
         self.val_auc, self.samples_seen, self.weights = -1.0, 0, {}
 
-    def keep(self, model: PatchClassifier, val_auc: float, samples_seen: int) -> None:
+    def keep(self, model: Classifier, val_auc: float, samples_seen: int) -> None:
         if val_auc > self.val_auc:
             self.val_auc, self.samples_seen = val_auc, samples_seen
             self.weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
@@ -425,7 +442,7 @@ class Best:
         vars(self).update(state)
 
 
-def validation_auc(model: PatchClassifier, data: Path, device: torch.device) -> float:
+def validation_auc(model: Classifier, data: Path, device: torch.device) -> float:
     """AUC of the real validation patches, malignant against normal (C7)."""
     groups = [Patches.open(data, "val", name).parts for name in ("normal", "malignant")]
     scores = [[classifier_scores(model, v, device) for v in parts.values()] for parts in groups]
@@ -448,33 +465,34 @@ def train_classifier(
         if run.processes > 1:
             raise ValueError(f"train-cls: found {run.processes} processes; expected one")
         model = first_weights(config).to(device, memory_format=torch.channels_last)
+        average = copy.deepcopy(model)  # of the weights: what is looked at and used
         optimizer = torch.optim.Adam(
             model.parameters(), lr=config.learning_rate, fused=True, **CLASSIFIER_ADAM
         )
         best, batches = Best(), ClassifierBatches(config, data, sets, device)
-        run.resume(model=model, optimizer=optimizer, best=best)
+        run.resume(model=model, average=average, optimizer=optimizer, best=best)
         autocast = run.autocast(config.bfloat16)
 
         for step in run.steps(config.samples, by=config.batch_size):
             batch = batches.at(step)  # synthetic patches in the proportion of this moment (C5)
-            model.train()  # looking at the validation set leaves it in eval mode
             with autocast:
                 loss = F.cross_entropy(model(batch.x).float(), batch.y)
             run.update(optimizer, loss)
+            update_average(average, model, average_decay(config.average, step))
             run.record(loss=loss, synthetic_share=batch.synthetic)
 
             if run.due(config.evaluate_every):
                 seen = min((step + 1) * config.batch_size, config.samples)
                 row = {"samples_seen": seen, **run.averages()}
-                row["val_auc"] = val_auc = validation_auc(model, data, device)
+                row["val_auc"] = val_auc = validation_auc(average, data, device)
                 row["seconds_waiting"] = round(batches.ahead.waited, 3)  # for data
-                best.keep(model, val_auc, seen)
+                best.keep(average, val_auc, seen)
                 run.log(row, f"validation AUC {val_auc:.3f}")
                 run.save()
         run.finish(best={"val_auc": best.val_auc, "samples_seen": best.samples_seen})
 
 
-def first_weights(config: ClassifierConfig) -> PatchClassifier:
+def first_weights(config: ClassifierConfig) -> Classifier:
     """The classifier "initialized with weights trained from ImageNet" (C1), or as --weights says.
 
     The head is always new. Raises ValueError when the weights cannot be had or do not fit.
@@ -484,38 +502,15 @@ def first_weights(config: ClassifierConfig) -> PatchClassifier:
         model = classifier(asdict(config))
     if config.weights == "none":
         text = "WARNING: random first weights; the paper starts from ImageNet's (C1)"
-        click.secho(text, fg="red", err=True)
-        return model
-    if config.weights == "imagenet":
-        if (config.width, *config.blocks) != (64, 3, 4, 6, 3):
-            found = f"a ResNet of width {config.width} and blocks {config.blocks}"
-            raise ValueError(
-                f"--weights imagenet: found {found}; the ImageNet weights fit ResNet-50 (presets "
-                "paper, cbis) only; give --weights none or a file"
-            )
-        try:
-            source = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
-            state = source.get_state_dict(progress=False, check_hash=True)
-        except (OSError, RuntimeError) as error:
-            raise ValueError(
-                f"--weights imagenet: the weights could not be loaded ({error}); "
-                "give --weights FILE (torchvision's ResNet-50 weights) or --weights none"
-            ) from None
+        runs.say_once(click.style(text, fg="red"))
     else:
-        with reading(Path(config.weights), "give another file"):
-            state = torch.load(config.weights, map_location="cpu", weights_only=True)
-            state = state.get("model", state)
-    state = {k: v for k, v in state.items() if not k.startswith("fc.")}
-    with reading(Path(config.weights), "give the weights of a torchvision ResNet of this size"):
-        missing, unexpected = model.load_state_dict(state, strict=False)
-        if unexpected or set(missing) != {"fc.weight", "fc.bias"}:
-            raise ValueError(f"missing {missing[:3]}, unexpected {unexpected[:3]}")
+        imagenet.load(model, config.weights)
     return model
 
 
 @torch.inference_mode()
 def classifier_scores(
-    model: PatchClassifier,
+    model: Classifier,
     patches: np.ndarray,
     device: torch.device,
     batch: int = 64,
@@ -533,7 +528,7 @@ def classifier_scores(
     return (scores, np.concatenate(pooled)) if features else scores
 
 
-def load_classifier(run: Path, device: torch.device) -> tuple[PatchClassifier, dict]:
+def load_classifier(run: Path, device: torch.device) -> tuple[Classifier, dict]:
     """The classifier with its best weights (C7) of a finished run: (model in eval mode, config)."""
     config = runs.finished(run, "train-cls")["config"]
     with runs.checkpoint(run) as state:

@@ -26,7 +26,7 @@ import train
 from models import Generator
 from postprocess import BATCH, synthesize_set
 from support.files import write_json, write_table
-from support.patchset import fingerprint
+from support.patchset import Patches, fingerprint, patch_config
 from support.runs import CHECKPOINT_FORMAT, choose_device
 
 TINY = {  # a generator for tests, beside `write_run`
@@ -113,6 +113,9 @@ def write_run(run: Path, data: Path, task="mass", lesion=bright, gain=1.0, **con
     """A finished GAN run with a generator whose last layers are set by hand."""
     config = dataclasses.asdict(train.GAN_PRESETS["paper"]) | config
     config |= {"task": task, "seed": 0, "data": fingerprint(data)}
+    config |= {"spacing_mm": patch_config(data)["spacing_mm"]}
+    for fact, name in (("images", "image_uid"), ("patients", "patient_id")):
+        config |= {fact: sorted(set(Patches.open(data, "train").column(name).tolist()))}
     G = models.generator(config)
     with torch.no_grad():
         lesion(G, gain)

@@ -39,14 +39,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
 from benchmarks import bench_gan, bench_memory, check_gpu
-from benchmarks.bench_gan import clocked, schedule_seconds, shipped, unsaved
+from benchmarks.bench_gan import STAGES, clocked, schedule_seconds, shipped, unsaved
 from benchmarks.bench_generator import generator_update
 from support import phantom, runs
 from support.files import read_json, replace_file
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = {  # time limits in seconds: on a GPU, of the dry run
-    "correctness": (60, 100),
+    "correctness": (120, 100),
     "throughput": (150, 90),
     "classifier": (60, 75),
     "gan": (270, 90),
@@ -110,15 +110,12 @@ def command(*arguments: object, program=(str(ROOT / "mamgan.py"),), limit: float
 def correctness(part: Part) -> None:
     device, presets = part.device, train.GAN_PRESETS
     part.measure("64 px, batch 3", check_gpu.compared, presets["tiny"], 3, device)
-    if part.dry:
-        sn = dataclasses.replace(presets["tiny"], sn_d=True)
-        part.measure(
-            "64 px, spectral normalisation of D, batch 3", check_gpu.compared, sn, 3, device
-        )
-    else:
-        part.measure("paper, batch 2", check_gpu.compared, presets["paper"], 2, device)
+    sn = dataclasses.replace(presets["tiny"], sn_d=True)
+    part.measure("64 px, spectral norm of D, batch 3", check_gpu.compared, sn, 3, device)
     part.measure("resume", check_gpu.resumed, device)
     part.measure("out of memory", check_gpu.out_of_memory, device, command)
+    if not part.dry:  # last: the CPU's side takes long
+        part.measure("paper, batch 1", check_gpu.compared, presets["paper"], 1, device)
 
 
 # --- throughput ---
@@ -139,11 +136,11 @@ def throughput(part: Part) -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = bench_gan.random_patches(Path(folder) / "data", config.patch_size, 2 * images)
         common, figures = (config, data, device), {}
-        for stage, half in (("full", False), ("half", True)):
+        for stage in ("full", "half"):
             name, save = f"{stage} size, shipped", stage == "full"
-            ours = part.measure(name, lambda h=half, s=save: shipped(*common, steps, h, True, s))
+            ours = part.measure(name, shipped, *common, steps, stage, True, save)
             name = f"{stage} size, plain float32 (TF32 as torch sets it)"
-            eager = part.measure(name, plain, *common, few, half)
+            eager = part.measure(name, plain, *common, few, stage == "half")
             if ours and eager:
                 gain, figures[stage] = eager["step"] / ours["step"], ours
                 row = {"real images / s": images / ours["step"], "plain": images / eager["step"]}
@@ -151,17 +148,18 @@ def throughput(part: Part) -> None:
                 row |= {"GFLOP / real image": ours["flops"] / images / 1e9}
                 row["share of the bf16 product rate"] = rate and ours["flops"] / ours["step"] / rate
                 part.keep(**{f"{stage} size": row})
-        if len(figures) == 2:
-            hours = schedule_seconds(config, figures["half"], figures["full"]) / 3600
+        figures["fade"] = part.measure("fade, shipped", shipped, *common, few, "fade")
+        if len(figures) == 3 and figures["fade"]:
+            hours = schedule_seconds(config, figures) / 3600
             part.keep(**{f"hours for {config.steps} steps": hours})
         part.measure("bytes by arithmetic", bench_memory.gan, config, config.batch_size, gpu)
         if gpu:
             torch.backends.cudnn.benchmark = True
-            part.measure("full size, shipped, cudnn.benchmark", shipped, *common, steps, False)
+            part.measure("full size, shipped, cudnn.benchmark", shipped, *common, steps, "full")
             torch.backends.cudnn.benchmark = False
             with check_gpu.allowed_tf32(False):
                 part.measure("full size, plain float32, TF32 off", plain, *common, few, False)
-        float32 = (dataclasses.replace(config, bfloat16=False), data, device, few, False)
+        float32 = (dataclasses.replace(config, bfloat16=False), data, device, few, "full")
         for tf32 in (True, False) if gpu else ():
             with check_gpu.allowed_tf32(tf32):
                 part.measure(f"full size, shipped in float32, TF32 {tf32}", shipped, *float32)
@@ -189,13 +187,14 @@ def classifier(part: Part) -> None:
 
     def trained() -> dict:
         looks, start = 4, 45 if part.dry else 12  # and seconds until the program trains
-        seconds = max(3, 0.7 * (part.left() - start))
+        seconds = max(3, 0.5 * (part.left() - start))
         samples = max(looks * batch, int(seconds * found["patches / s"]) // batch * batch)
         run = part.out.parent / "classifier-run"
         shutil.rmtree(run, ignore_errors=True)
         options = ["--samples", samples, "--evaluate-every", samples // looks]
         options += ["--data", part.data, "--run", run, "--device", part.device.type]
-        done = command("train-cls", "--preset", preset, "--weights", "none", *options)
+        line, limit = ("train-cls", "--preset", preset, "--weights", "none"), part.left() - 6
+        done = command(*line, *options, limit=limit)
         rows = runs.read_log(run)
         seconds = sum(row["seconds"] for row in rows)
         share = rows[-1]["seconds_waiting"] / seconds
@@ -214,18 +213,14 @@ def gan(part: Part) -> None:
     preset = GAN[part.dry]
     config = train.GAN_PRESETS[preset]
     few = (config, part.data, part.device, 3 if part.dry else 30)
-    half = part.measure("half size, a few steps", shipped, *few, True)
-    full = part.measure("full size, a few steps", shipped, *few, False, False, True)
-    if not (half and full):
+    figures = {s: part.measure(f"{s}, a few steps", shipped, *few, s, False, True) for s in STAGES}
+    if not all(figures.values()):
         return
 
     def trained() -> dict:
         seconds = 0.85 * (part.left() - RESERVE[part.dry])
-        fits = min(1.0, seconds / schedule_seconds(config, half, full))
-        short = {
-            name: int(fits * getattr(config, name))
-            for name in ("iters_base", "iters_fade", "iters_final")
-        }
+        fits = min(1.0, seconds / schedule_seconds(config, figures))
+        short = {name: int(fits * getattr(config, name)) for name in STAGES.values()}
         minute = max(1, int(sum(short.values()) * 60 / max(60, seconds)))
         every = {"log_every": min(config.log_every, max(5, minute // 10)), "save_every": minute}
         options = [f"--{k.replace('_', '-')}={v}" for k, v in (short | every).items()]
@@ -237,6 +232,7 @@ def gan(part: Part) -> None:
         rows, took = runs.read_log(run), time.monotonic() - start
         row = {"exit code": done.returncode, "share of the preset's steps": fits, **short, **every}
         seconds = sum(r["seconds"] for r in rows)
+        row |= {"said": done.stderr[-600:] if done.returncode else ""}
         row |= {"seconds": took, "steps / s": rows[-1]["step"] / seconds}
         row |= {"share of time waiting for data": rows[-1]["seconds_waiting"] / seconds}
         row["acceptance of fixed patches"] = [r["acceptance"] for r in rows][-12:]

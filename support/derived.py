@@ -9,10 +9,9 @@ from pydicom import Dataset, FileDataset, uid
 from pydicom.dataset import FileMetaDataset
 from pydicom.sr.codedict import Code, codes
 
-from support import files
+from support import files, mammogram
 from support.mammogram import CODES, LUTS, NUMBERS, WORDS, Mammogram, floats, lut_words, values
 
-LOSSY = (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLSNearLossless, uid.JPEG2000)
 EMPTY = (  # required, may be empty, and nothing of the source is copied into them
     *("StudyDate", "StudyTime", "ContentDate", "ContentTime", "AccessionNumber", "StudyID"),
     *("ReferringPhysicianName", "PatientBirthDate", "PatientSex", "Manufacturer"),
@@ -67,7 +66,10 @@ def write_derived_dicom(
         setattr(ds, keyword, None)
     if ds.SOPClassUID != uid.SecondaryCaptureImageStorage:
         ds.AcquisitionContextSequence = []  # as EMPTY
-    if "LossyImageCompression" not in ds and source.ds.file_meta.TransferSyntaxUID in LOSSY:
+    if (
+        "LossyImageCompression" not in ds
+        and source.ds.file_meta.TransferSyntaxUID in mammogram.LOSSY
+    ):
         ds.LossyImageCompression = "01"  # once lossy, always lossy
     ds.SpecificCharacterSet = "ISO_IR 192"
     ds.PatientID = f"SYNTHETIC-{ds.StudyInstanceUID[-12:]}"

@@ -113,16 +113,22 @@ def difference_figure(rows: list[dict]) -> Figure:
 # --- Figures 4 and 5 ---
 
 
+MARKERS = "osD^v"  # of the groups: not everybody tells red from green
+
+
 def embedding_figure(panels: dict[str, np.ndarray], groups: np.ndarray, embedded: dict) -> Figure:
     """Points by group, for each model's t-SNE; those of no group of F4 are the rescued patches."""
     figure = Figure(figsize=(5.5 * len(panels), 6), layout="constrained")
-    styles = {name: (label, colour, 6, 0) for name, (_, colour, label) in embedded.items()}
-    styles["rescued"] = "rescued malignant test patches", "#00004d", 90, 1.2  # F5: dark blue
+    styles = {
+        name: (label, {"color": colour, "s": 6, "linewidths": 0, "marker": marker})
+        for (name, (_, colour, label)), marker in zip(embedded.items(), MARKERS, strict=True)
+    }
+    dark_blue = {"color": "#00004d", "s": 90, "linewidths": 1.2, "edgecolors": "white"}  # F5
+    styles["rescued"] = "rescued malignant test patches", dark_blue
     for i, (title, xy) in enumerate(panels.items(), start=1):
         ax = figure.add_subplot(1, len(panels), i, xticks=[], yticks=[], title=f"{title}: features")
-        for name, (label, colour, size, edge) in styles.items():
+        for name, (label, style) in styles.items():
             if (at := groups == name).any():
-                style = {"s": size, "color": colour, "linewidths": edge, "edgecolors": "white"}
                 ax.scatter(*xy[at].T, label=f"{label} ({at.sum()})", alpha=0.8, **style)
     legend = {"loc": "outside lower center", "ncols": 2, "fontsize": 9, "frameon": False}
     figure.legend(*ax.get_legend_handles_labels(), markerscale=1.5, **legend)

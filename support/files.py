@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def reading(path: Path, advice: str = "make it again") -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.filename:  # it cannot be opened
             raise
-        text = str(error).partition("\n")[0].partition(". ")[0][:200] or "no reason given"
+        text = str(error).partition("\n")[0].partition(". ")[0]
+        text = textwrap.shorten(text, 200, placeholder=" ...") or "no reason given"
         text = text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
         raise ValueError(f"{path}: damaged ({text}); {advice}") from None
 
@@ -75,10 +77,11 @@ def read_table(path: Path, columns: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def csv_rows(
-    path: Path, columns: tuple[str, ...], optional: tuple[str, ...] = (), delimiter: str = ","
+    path: Path, columns: Sequence[str], optional: Sequence[str] = (), delimiter=",", damaged=None
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Line number and named columns of each row; an absent optional column is "" throughout.
 
+    damaged: is told of a row with too few or too many fields, which is passed over then
     Raises ValueError: no such file, no CSV in UTF-8, a column missing or twice, a row too short.
     """
     expected = f"expected UTF-8 with fields parted by {delimiter!r}"
@@ -98,8 +101,11 @@ def csv_rows(
         for row in filter(None, reader):
             if len(row) != len(header):
                 count = f"{len(row)} fields; expected {len(header)}, as its header"
-                raise ValueError(f"line {reader.line_num} has {count}")
-            yield reader.line_num, absent | {name: row[i] for name, i in at.items()}
+                if damaged is None:
+                    raise ValueError(f"line {reader.line_num} has {count}")
+                damaged(f"{path} line {reader.line_num} has {count}")
+            else:
+                yield reader.line_num, absent | {name: row[i] for name, i in at.items()}
 
 
 def numbers(row: dict, names: Sequence[str], where: str = "") -> tuple[float, ...]:

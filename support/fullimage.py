@@ -1,6 +1,7 @@
 """Lesions in full mammograms (§4 "As a future step", F7; Figure 3): boxes, masks, pictures."""
 
 import itertools
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -73,7 +74,6 @@ def synthesize_images(
                 part = parts / f"{number:08d}.json"
                 if not part.exists() and (why := _make(synth, source, part, name, places)):
                     failed.append((source.path, why))
-                    click.echo(f"{source.path}: failed: {why}", err=True)
                 advance()
         _finish(out, parts, failed)
     return failed
@@ -102,11 +102,14 @@ def _make(synth: Synthesizer, source: Source, part: Path, name: str, places: dic
     """Write everything of one image, its record `part` last; or say why that cannot be."""
     out, category, note = part.parent.parent, CATEGORY[synth.task], ""
     try:
-        m = mammogram.read_mammogram(source.path)
+        m = mammogram.read_mammogram(source.path, synth.run.get("bits"))
         m.spacing_mm = source.spacing_mm or m.spacing_mm
         display, placed = insert_lesions(synth, m, boxes=source.boxes, **places)
     except (ValueError, OSError) as error:
-        return (getattr(error, "strerror", None) or str(error)).removeprefix(f"{source.path}: ")
+        why = (getattr(error, "strerror", None) or str(error)).removeprefix(f"{source.path}: ")
+        return re.sub(
+            r"^(--bits \d+): (.*); give.*", r"\2; the generator's patches were read with \1", why
+        )
     try:
         stored = m.restore(display)
     except ValueError as error:
@@ -305,16 +308,20 @@ def _cut(image: np.ndarray, window: Sequence[int]) -> np.ndarray:
 
 
 def before_after(images: Images, placed: list[dict], spacing_mm) -> Figure:
-    """The whole mammogram before and after, objects in boxes; below, every window enlarged."""
-    figure = Figure(figsize=(max(8, 2.5 * len(placed)), 13), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(8, 5))
-    whole, windows = upper.subplots(1, 2), lower.subplots(2, len(placed), squeeze=False)
+    """The whole mammogram before and after; below, every window enlarged. Objects in boxes."""
+    n, (tall, wide), (down, across) = len(placed), images[0].shape, spacing_mm or (1, 1)
+    width, rows = max(8, 2.5 * n), 1 + (n > 1)  # as high as the pictures are, with their titles
+    heights = width / 2 * tall * down / (wide * across) + 0.5, rows * (width * rows / 2 / n + 0.5)
+    figure = Figure(figsize=(width, sum(heights)), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=heights)
+    whole, windows = upper.subplots(1, 2), lower.subplots(rows, 2 * n // rows).reshape(2, n)
     _show(whole, images, (0, 0, *images[0].shape), spacing_mm)
     for lesion, axes in zip(placed, windows.T, strict=True):
         row0, col0, row1, col1 = lesion["bbox"]
-        size = (col1 - col0, row1 - row0)
-        whole[1].add_patch(Rectangle((col0, row0), *size, fill=False, edgecolor="#ffc800"))
         _show(axes, images, lesion["window"], spacing_mm, bar_mm=5)
+        for ax in (whole[1], axes[1]):
+            size = (col1 - col0, row1 - row0)
+            ax.add_patch(Rectangle((col0, row0), *size, fill=False, edgecolor="#ffc800"))
     return figure
 
 

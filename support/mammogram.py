@@ -11,6 +11,7 @@ import math
 import os
 import re
 import struct
+import textwrap
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -35,13 +36,21 @@ PLAUSIBLE_PIXELS, PIXELS_A_BYTE = 50_000_000, 512
 RASTERS = ("PNG", "PPM", "TIFF", "JPEG")
 WIDEST_MM = 1000  # no detector or film is a metre long: converters write 1 where they know none
 MODALITIES = ("MG", "CR", "DX", "RG", "SC")  # mammography and what film digitisers write
-# Values 3 and 4 of ImageType, of the standard and of vendors, for a slice or a raw projection
-SLICED = {"TOMOSYNTHESIS", "TOMO", "TOMO_PROJ"}
+# Values of ImageType (C.8.11.7.1.4, C.8.21.6.1.1, vendors' words) of a slice or projection, unless
+# a 2-D image was made of them, and of other images that are no plain mammograms: with a needle, one
+# of a stereo pair, made of or belonging to two energies unless it is the low one, of a screen.
+SLICED = re.compile(r"TOMO(?!_?2D)|DBT|SLICE|SLAB|VOLUME|MIP\b|MAXIMUM|MEAN\b")
+OTHER = re.compile(
+    r"STEREO|FIRE|BIOPSY|NEEDLE|POST_?MARKER|SCOUT|LOCALIZER|SPECIMEN|SUBTRACT|ADDITION\b|RECOMB|"
+    r"HIGH_?ENERGY|IODINE|(CONTRAST|CEDM|CESM)(?!.*LOW_?ENERGY)|SCREEN_?(SAVE|SHOT|CAPTURE)|CAD\b"
+)
 # Labels and hot pixels may lie above the depth that an image uses: so many of its pixels, and next
 # to none of them up to twice as high, where values follow when an image is only dim.
 FEW, NEXT_TO_NONE = 0.05, 1e-4
+MAGNIFIED, MAGNIFIED_CODES = 1.2, ("399163009", "R-102D6")  # at least; view modifier, CID 4015
 SPECIMEN_CODES = ("127457009", "G-8310")  # tissue specimen from breast, CID 4014, SCT and SRT
 
+LOSSY = (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLSNearLossless, uid.JPEG2000)
 NATIVE = (uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.ExplicitVRBigEndian)
 # Transfer syntax -> (plug-in of pydicom, package that it needs). Of several plug-ins we name the
 # one that refuses damaged data.
@@ -64,6 +73,7 @@ NUMBERS = (  # copied as they are: nobody's name fits into a number
     *("PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit", "RescaleSlope"),
     *("RescaleIntercept", "WindowCenter", "WindowWidth", "PixelSpacing", "ImagerPixelSpacing"),
     *("NominalScannedPixelSpacing", "EstimatedRadiographicMagnificationFactor"),
+    *("DistanceSourceToDetector", "DistanceSourceToPatient"),
     *("LossyImageCompressionRatio", "PixelIntensityRelationshipSign"),
 )
 WORDS = {  # copied when every value is one of these, so that no text comes through
@@ -99,7 +109,7 @@ LUTS = ("ModalityLUTSequence", "VOILUTSequence")
 KEYWORDS = (
     *(*NUMBERS, *WORDS, *CODES, *LUTS, "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID"),
     *("ImageType", "SpecimenDescriptionSequence", "NumberOfFrames", "PlanarConfiguration"),
-    "QualityControlImage",
+    *("QualityControlImage", "ContrastBolusAgentSequence"),
 )
 
 # They log tracebacks when decoding fails; NotUsable says it in one line.
@@ -231,7 +241,7 @@ def _reading(what: str, quote: bool = True) -> Iterator[None]:
     except (NotUsable, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        text = ": " + " ".join(str(error).split())[:250] if quote else ""
+        text = f": {textwrap.shorten(str(error), 250, placeholder=' ...')}" if quote else ""
         raise NotUsable(f"{what} ({type(error).__name__}{text})") from None
     finally:
         os.dup2(kept, 2)
@@ -302,14 +312,18 @@ def _exclude(ds: Dataset) -> None:
     def word(keyword: str) -> str:
         return str(ds.get(keyword) or "").upper()
 
+    _imply(ds)
     processing = word("PresentationIntentType") == "FOR PROCESSING"
     need(not processing, "PresentationIntentType", "FOR PRESENTATION")
     other = re.search("For Processing|Tomosynthesis", uid.UID(word("SOPClassUID")).name)
     need(not other, "SOPClassUID", "a 2-D image for presentation")
     need(ds.get("NumberOfFrames") in (None, "", 0, 1), "NumberOfFrames", "1, a single image")
-    image_type = {str(v).upper() for v in values(ds, "ImageType")}
-    sliced = SLICED & image_type and "GENERATED_2D" not in image_type
+    words = ["CONTRAST"] * bool(ds.get("ContrastBolusAgentSequence")) + values(ds, "ImageType")
+    image_type = " ".join(str(v).upper().replace(" ", "_") for v in words)
+    sliced = SLICED.search(image_type) and "GENERATED_2D" not in image_type
     need(not sliced, "ImageType", "a 2-D image, not tomosynthesis")
+    plain = "a plain mammogram: no needle, no stereo pair, of two energies LOW_ENERGY"
+    need(not OTHER.search(image_type), "ImageType", plain)
     need(word("QualityControlImage") != "YES", "QualityControlImage", "NO, a patient's image")
     need(ds.get("Modality") in MODALITIES, "Modality", f"one of {', '.join(MODALITIES)}")
     body_part = word("BodyPartExamined") or "BREAST"
@@ -330,6 +344,15 @@ def _exclude(ds: Dataset) -> None:
     need(ds.get("BitsStored") in range(2, most + 1), "BitsStored", f"2 to {most}")
     need(ds.get("HighBit") in (None, ds.BitsStored - 1), "HighBit", f"{ds.BitsStored - 1}")
     need(ds.get("PixelRepresentation") in (0, 1), "PixelRepresentation", "0 or 1")
+
+
+def _imply(ds: Dataset) -> None:
+    """Fill in what is absent and has one lawful value, which decoders and derived files need."""
+    kind = uid.UID(ds.get("SOPClassUID") or ds.file_meta.get("MediaStorageSOPClassUID") or "")
+    implied = {"SOPClassUID": kind or None, "SamplesPerPixel": 1}
+    implied |= {"Modality": "MG", "PixelRepresentation": 0} if "Mammography" in kind.name else {}
+    for keyword in [keyword for keyword in implied if ds.get(keyword) in (None, "")]:
+        setattr(ds, keyword, implied[keyword])
 
 
 def values(ds: Dataset, keyword: str) -> list:
@@ -359,22 +382,37 @@ def _number(ds: Dataset, keyword: str, default: float | None = None) -> float | 
 
 
 def _spacing(ds: Dataset) -> tuple[tuple[float, float] | None, str]:
-    """(row, col) spacing in the breast and its source; (None, "") rather than a guess.
+    """(row, col) spacing in the breast and its source; (None, why) rather than a guess.
 
-    PixelSpacing is calibrated where a projection image has it; ImagerPixelSpacing is that of the
-    detector, larger by the magnification (PS3.3 10.7.1.3).
+    PixelSpacing is calibrated where it differs from ImagerPixelSpacing, which is that of the
+    detector, larger by the magnification (PS3.3 10.7.1.1, 10.7.1.3).
     """
+    detector = floats(ds, "ImagerPixelSpacing")
     for keyword in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing"):
         spacing = floats(ds, keyword)
         pair = len(spacing) == 2 and all(1e-3 < v < 10 for v in spacing)
         if not pair or max(spacing[0] * ds.Rows, spacing[1] * ds.Columns) > WIDEST_MM:
             continue
-        factor = floats(ds, "EstimatedRadiographicMagnificationFactor")
-        if keyword == "ImagerPixelSpacing" and len(factor) == 1 and 1 < factor[0] < 10:
-            spacing = [v / factor[0] for v in spacing]
-            keyword += f" / magnification {factor[0]:g}"
+        if np.allclose(spacing, detector[:2] or 0, 1e-3):
+            if (factor := _magnification(ds)) is None:
+                return None, "a magnification view that does not tell its magnification"
+            spacing = [v / factor for v in spacing]
+            keyword = f"{keyword} / magnification {factor:g}" if factor != 1 else keyword
         return (spacing[0], spacing[1]), keyword
     return None, ""
+
+
+def _magnification(ds: Dataset) -> float | None:
+    """Of the breast on the detector: as estimated, else by the distances; None where unknown."""
+    factors = floats(ds, "EstimatedRadiographicMagnificationFactor")[:1]
+    distances = (floats(ds, f"DistanceSourceTo{end}")[:1] for end in ("Detector", "Patient"))
+    factors += [far / near for far, near in zip(*distances, strict=False) if near > 0]
+    items = (ds, *values(ds, "ViewCodeSequence"))
+    modifiers = [code for item in items for code in values(item, "ViewModifierCodeSequence")]
+    magnified = any(str(code.get("CodeValue")) in MAGNIFIED_CODES for code in modifiers)
+    # a breast on its support has up to 1.1
+    known = [v for v in factors if (MAGNIFIED if magnified else 1) <= v < 10]
+    return known[0] if known else None if magnified else 1.0
 
 
 # --- DICOM: pixels ---
@@ -392,10 +430,15 @@ def _read_pixels(ds: Dataset, file: BinaryIO) -> np.ndarray:
             raise NotUsable("PixelData is absent or cut off")
         if syntax in DECODERS and syntax != uid.RLELossless:
             _check_stream(whole, syntax)
+        if syntax in (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit):
+            whole.PixelData = _whole_scan(whole.PixelData)
         stored = pixel_array(whole, index=0, raw=True, decoding_plugin=plugin, number_of_frames=1)
     kind = "ui"[ds.PixelRepresentation]
     stored = np.ascontiguousarray(stored, dtype=f"={kind}{ds.BitsAllocated // 8}")
     assert stored.shape == (ds.Rows, ds.Columns)
+    if syntax in DECODERS and syntax not in LOSSY:  # what lossy ones put above is rounding
+        unused = ds.BitsAllocated - ds.BitsStored
+        stored = stored << unused >> unused  # an overlay, say: of the image are the lower bits
     return stored
 
 
@@ -407,8 +450,9 @@ def _check_stream(ds: Dataset, syntax: uid.UID) -> None:
     """
     _, *fragments = encaps.generate_fragments(ds.PixelData)
     stream = b"".join(fragments)
-    # JPEG and JPEG-LS streams end in a marker, which some makers leave out of JPEG 2000.
-    if "2000" not in syntax.name and b"\xff\xd9" not in stream[-16:]:
+    # JPEG and JPEG-LS streams end in a marker, which some makers leave out of JPEG 2000; padding
+    # may follow, and no pixels hold that marker.
+    if "2000" not in syntax.name and b"\xff\xd9" not in stream.rstrip(b"\0\xff")[-16:]:
         raise NotUsable("PixelData is cut off: no end of image")
     try:
         rows, columns = _codestream_shape(stream[: 1 << 20], syntax)
@@ -417,6 +461,16 @@ def _check_stream(ds: Dataset, syntax: uid.UID) -> None:
     if (rows, columns) != (ds.Rows, ds.Columns):
         other = f"Rows and Columns say {ds.Rows} x {ds.Columns}"
         raise NotUsable(f"PixelData is an image of {rows} x {columns} pixels; {other}")
+
+
+def _whole_scan(data: bytes) -> bytes:
+    """The JPEG data of a single component with Se = 63 where its only scan says else (B.2.3, G.1).
+
+    Sequential scans have no other value; some makers wrote 0, which the decoder refuses.
+    """
+    head = rb"\xff[\xc0\xc1]\0\x0b.*?\xff\xda\0\x08\x01..\0([^?])\0"  # SOF0 or SOF1, then SOS
+    scan = re.search(head, data[: 1 << 20], re.DOTALL)
+    return data[: scan.start(1)] + b"\x3f" + data[scan.end(1) :] if scan else data
 
 
 def _codestream_shape(stream: bytes, syntax: uid.UID) -> tuple[int, int]:
@@ -600,3 +654,23 @@ def _read_raster(path: Path, file: BinaryIO) -> Mammogram:
         display, text = -display, f"{text}; inverted"
     table = DisplayTable(levels, display.astype(np.float32), text, 8 * stored.itemsize)
     return Mammogram(path, stored, table.apply(stored), None, "", text, None, table)
+
+
+# --- Masks of lesions ---
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """(H, W), higher in the lesion: DICOM or an image of any mode that people save a mask in.
+
+    Raises NotUsable for a damaged or another file, OSError when it cannot be opened.
+    """
+    with open(path, "rb") as file, _reading("damaged or no image", quote=False):
+        if _is_dicom(file):
+            return _read_dicom(path, file).stored
+        with Image.open(file, formats=(*RASTERS, "BMP", "GIF")) as image:
+            _check_size(file, image.height, image.width)
+            if image.mode in ("1", "L") or image.mode[0] in "IF":
+                return np.array(image)
+            *colours, alpha = np.moveaxis(np.asarray(image.convert("RGBA")), -1, 0)
+    mask = np.where(alpha > 127, np.maximum.reduce(colours), 0)
+    return mask if mask.any() or alpha.min() == alpha.max() else alpha  # painted black, or thinly

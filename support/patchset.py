@@ -19,6 +19,7 @@ from pathlib import Path
 import click
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 import data
 from data import CLASSES, KEYS, DecodedImage, PrepareConfig, SourceImage
@@ -26,7 +27,7 @@ from support import folds, runs, sources
 from support.figures import save_figure
 from support.files import open_array, read_json, read_table, reading, sha256, write_table
 from support.runs import claim_folder, finish_folder, finished, numpy_rng, progress, signals_held
-from support.sources import BOX, SPLITS, Finding
+from support.sources import BOX, PATHOLOGIES, SPLITS, Finding
 
 BBOX = tuple(f"bbox_{name}" for name in BOX)
 INDEX_COLUMNS = (
@@ -35,6 +36,7 @@ INDEX_COLUMNS = (
 )
 SYNTHETIC_COLUMNS = ("sample", "source_patch", "image_uid", "patient_id", "seed", "area", *BBOX)
 IN_AIR = "Boxes in air gave no lesion patches, and their images no normal ones; correct the source"
+UNMASKED = "Masks that cannot be used, the boxes in their place; correct the source"
 MIRRORS = (
     "rows and columns swapped",
     "rows counted from the bottom",
@@ -105,18 +107,18 @@ def visit_image(
     The result is a line of the journal. Its "rows" are the patches that found a place: key, patch,
     columns of the index; they are on disk.
     """
-    visit = {"image": index, "uid": "", "reason": "", "dark": None}
-    visit |= {"no_place": [], "in_air": "", "rows": []}
+    visit = {"image": index, "uid": "", "reason": "", "dark": None, "unlimited": False}
+    visit |= {"no_place": [], "in_air": "", "unmasked": "", "rows": []}
     try:
         decoded = DecodedImage(image, config)
     except (ValueError, OSError) as error:  # an OSError would name the file
         reason, dark = getattr(error, "strerror", None) or str(error), getattr(error, "dark", None)
         if dark:
-            reason = (
-                f"no breast found: it uses {_depth(*dark)}, give --bits {dark[0]} and a new --out"
-            )
+            found = f"no breast found: it uses {_depth(*dark)}"
+            reason = f"{found}, give --bits {dark[0]} and a new --out"
         return visit | {"reason": " ".join(reason.split()), "dark": dark}
     visit |= {"uid": decoded.uid, "in_air": _in_air(decoded), "dark": decoded.dark}
+    visit |= {"unlimited": decoded.unlimited, "unmasked": "; ".join(decoded.unmasked)}
     arrays = {}
     for key in sorted({key for key, _, _ in requests}):
         # Whether a class has any place here may not depend on which patches ask first.
@@ -220,10 +222,7 @@ class PatchWriter:
             raise ValueError(f"{self.out}: {text}; make room or lower --count")
         for key, rows in self.rows.items():
             self.path(key).parent.mkdir(parents=True, exist_ok=True)
-            np.lib.format.open_memmap(self.path(key), "w+", "<u2", (len(rows), size, size))
-            with open(self.path(key), "r+b") as file:
-                if hasattr(os, "posix_fallocate"):  # not on macOS
-                    os.posix_fallocate(file.fileno(), 0, self.path(key).stat().st_size)
+            _reserve(self.path(key), (len(rows), size, size))
         (self.out / "work").mkdir()  # last: with it, the arrays are whole
 
     def assign(self, key: str, patch: int, attempt: int) -> None:
@@ -289,9 +288,7 @@ class PatchWriter:
                     except concurrent.futures.process.BrokenProcessPool:
                         names = ", ".join(self.images[index].name for index, _ in running.values())
                         text = f"a worker process died at one of {names}; leave the damaged one out"
-                        raise ValueError(
-                            f"{text}, or give fewer --workers to save memory"
-                        ) from None
+                        raise ValueError(f"{text}, or give fewer --workers, make room") from None
                     lines.write(json.dumps(visit) + "\n")
                     lines.flush()
                     advance(len(visit["rows"]))
@@ -306,8 +303,13 @@ class PatchWriter:
         if visit is None:
             if not image.split:
                 return "a patient with cancer left out by --malignant-share"
-            if any(row.finding and not row.bbox for row in image.rows):
+            boxless = [row for row in image.rows if not row.bbox]
+            if any(row.finding or row.pathology in PATHOLOGIES[2:] for row in boxless):
                 return "a finding without a box: nobody knows where its lesion lies"
+            if not any(row.pathology for row in image.rows):
+                return "its pathology is unknown: neither a lesion patch nor a normal one"
+            if image.rows[0].pathology == "normal" and not image.classes:
+                return "normal, of a woman with findings: see --normals"
             return f"none of its findings is a class wanted in {image.split}"
         if visit["in_air"]:
             return visit["in_air"]
@@ -319,10 +321,15 @@ class PatchWriter:
     def remarks(self) -> tuple[list[str], dict[str, int]]:
         """What to know of boxes and patients, which it prints; normal patches of ill women."""
         ill = {i.patient_id for i in self.images if any(r.pathology == "malignant" for r in i.rows)}
-        misplaced = [index for index in sorted(self.visits) if self.visits[index]["in_air"]]
-        texts = [f"{self.images[i].name}: {self.visits[i]['in_air']}" for i in misplaced[:10]]
-        texts += [f"and {len(misplaced) - 10} more"] if len(misplaced) > 10 else []
-        remarks, cancer = [f"{IN_AIR}: {'; '.join(texts)}."] if texts else [], {}
+        remarks, cancer = [], {}
+        for field, meaning in {"in_air": IN_AIR, "unmasked": UNMASKED}.items():
+            found = [index for index in sorted(self.visits) if self.visits[index][field]]
+            texts = [f"{self.images[i].name}: {self.visits[i][field]}" for i in found[:10]]
+            texts += [f"and {len(found) - 10} more"] if len(found) > 10 else []
+            remarks += [f"{meaning}: {'; '.join(texts)}."] if texts else []
+        if unlimited := sum(visit["unlimited"] for visit in self.visits.values()):
+            text = f"--bits {self.config.bits}: without effect on {unlimited} of {len(self.visits)}"
+            remarks.append(f"{text} images, which have a window, a LUT or fewer bits.")
         dark = [visit["dark"] for visit in self.visits.values() if visit["dark"]]
         for used in sorted(set(dark)):
             text = f"{dark.count(used)} of {len(self.visits)} images: each uses {_depth(*used)}"
@@ -332,9 +339,8 @@ class PatchWriter:
             number, split = len(set(patients)), key.removesuffix("/normal")
             text = f"{key}: {len(rows)} patches of {number} patient{'s' if number > 1 else ''}"
             if number < FEW_PATIENTS:
-                remarks.append(
-                    f"{text}; below {FEW_PATIENTS}, what is measured on them says little."
-                )
+                little = f"below {FEW_PATIENTS}, what is measured on them says little."
+                remarks.append(f"{text}; {little}")
             if split != key:
                 cancer[split] = sum(patient in ill for patient in patients)
                 text += f", {cancer[split]} of the patches from women with cancer"
@@ -378,17 +384,27 @@ class PatchWriter:
         for names in duplicates:
             click.echo(f"the same image under {len(names)} names: {', '.join(names)}", err=True)
         remarks, cancer = self.remarks()
-        finish_folder(
-            out,
-            counts={key: len(rows) for key, rows in self.rows.items()},
-            skipped=self.skipped,
-            images={"used": len(used), "excluded": len(excluded)},
-            patients=self.patients,
-            duplicates=duplicates,
-            normals_with_cancer=cancer,
-            notes=[*notes, *remarks],
-            format=source_format,
-        )
+        facts = {"counts": {key: len(rows) for key, rows in self.rows.items()}}
+        facts |= {"images": {"used": len(used), "excluded": len(excluded)}}
+        facts |= {"skipped": self.skipped, "patients": self.patients, "duplicates": duplicates}
+        facts |= {"normals_with_cancer": cancer, "format": source_format}
+        finish_folder(out, notes=[*notes, *remarks], **facts)
+
+
+def _reserve(path: Path, shape: tuple[int, int, int]) -> None:
+    """An array on disk, its whole size reserved, by zeros where the system or the file system has
+    no other way (macOS, FUSE): a full disk must show here, not when a page is written."""
+    try:
+        start, size = 128, np.lib.format.open_memmap(path, "w+", "<u2", shape).nbytes + 128
+        with open(path, "r+b") as file:
+            with contextlib.suppress(AttributeError, OSError):
+                os.posix_fallocate(file.fileno(), 0, size)
+                start = size
+            file.seek(start)
+            for at in range(start, size, 2**20):
+                file.write(bytes(min(2**20, size - at)))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _read_journal(path: Path) -> list[dict]:
@@ -405,11 +421,12 @@ def _read_journal(path: Path) -> list[dict]:
 @contextlib.contextmanager
 def _processes(workers: int) -> Iterator[concurrent.futures.Executor]:
     """Worker processes that end at once when the block is left by an exception."""
-    fork = multiprocessing.get_context("fork")
-    pool = concurrent.futures.ProcessPoolExecutor(workers, fork, initializer=_start_worker)
+    spawned = multiprocessing.get_start_method() == "spawn"  # macOS: to fork is not safe there
+    context = multiprocessing.get_context("spawn" if spawned else "fork")
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_start_worker)
     try:
         with signals_held() as stopping:  # Python drops a KeyboardInterrupt that comes in a fork
-            pool.submit(os.getpid).result()  # forks all workers
+            pool.submit(os.getpid).result()  # starts all workers, or the first
         if stopping():
             raise KeyboardInterrupt
         yield pool
@@ -422,7 +439,7 @@ def _processes(workers: int) -> Iterator[concurrent.futures.Executor]:
 
 
 def _start_worker() -> None:
-    """Runs in each worker after the fork."""
+    """Runs first in each worker."""
     for lock in runs.LOCKS:  # the folder is the parent's
         os.close(lock)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
@@ -458,11 +475,15 @@ def contact_sheet(images: list[SourceImage], config: PrepareConfig, out: Path, n
         for colour, line, (row0, col0, row1, col1) in shown:
             corners = [col0, col1, col1, col0, col0], [row0, row0, row1, row1, row0]
             axes.plot(*corners, color=colour, linewidth=line)
-        title = f"{decoded.uid} {image.split} {first.laterality} {first.view}"
-        axes.set_title(f"{title}: {len(windows[decoded.uid])} patches", fontsize=7)
-    text = ", ".join(f"{name} {colour}" for name, colour in colours.items())
-    text = f"lime: breast mask; thick: lesion boxes; thin: the first patch windows; {text}"
-    figure.suptitle(text, fontsize=8)
+        title = (
+            f"{image.split} {first.laterality} {first.view}: {len(windows[decoded.uid])} patches"
+        )
+        axes.set_title(f"{image.name[-48:]}\n{title}", fontsize=7)
+    legend = {"breast mask": "lime", **colours, "other findings": "white"}
+    lines = [Line2D([], [], color=colour, label=name) for name, colour in legend.items()]
+    text = "thick: boxes of lesions; thin: first patches"
+    style = {"title": text, "fontsize": 7, "facecolor": "lightgrey", "ncols": 1 + across}
+    figure.legend(handles=lines, loc="outside upper center", **style)
     save_figure(figure, out / "qc.png")
 
 
@@ -486,29 +507,6 @@ def fingerprint(data: Path) -> str:
     data = Path(data)
     config = json.dumps(read_json(data / "config.json").get("config"), sort_keys=True)
     return sha256(config.encode(), data / "splits.csv", *sorted(data.glob("patches/*/*.csv")))
-
-
-def check_external(other: Path, data: Path) -> dict:
-    """Configuration of a patch set whose test split is to test models trained on `data`.
-
-    Raises ValueError: another side (px) or spacing (mm), or a test image (by the hash of its
-    pixels) that gave patches in any split of `data`. A patient's id in both is an error too when
-    both are of one source: the same rows, or one public data set (prepare --format). Else it may be
-    another patient, as two hospitals number theirs alike; pseudonyms of two keys never agree.
-    """
-    ours, theirs = patch_config(data), patch_config(other)
-    for key in ("patch_size", "spacing_mm"):
-        if ours[key] != theirs[key]:
-            raise ValueError(
-                f"{other}: {key} {theirs[key]}; prepare it with {ours[key]}, as {data}"
-            )
-    one = any(ours.get(k) == theirs.get(k) not in (None, "manifest") for k in ("source", "format"))
-    for name, what in (("image_uid", "images"), ("patient_id", "patients"))[: 1 + one]:
-        known = {v for split in SPLITS for v in Patches.open(data, split).column(name).tolist()}
-        if both := sorted(known & set(Patches.open(other, "test").column(name).tolist())):
-            text = f"{len(both)} {what} of its test split, such as {both[0]}, are in {data} too"
-            raise ValueError(f"--test {other}: {text}; give patients that the models never saw")
-    return theirs
 
 
 def open_patches(data: Path, split: str, name: str) -> np.ndarray:
@@ -598,28 +596,7 @@ def open_synthetic(path: Path) -> SyntheticSet:
         values |= {"data_fingerprint": config["data"], "requested": config["n"], "short": short}
         shape = (len(index["sample"]), config["patch_size"], config["patch_size"])
     types = {"input": np.uint16, "combined": np.uint16, "lesion": np.int32, "mask": np.bool_}
-    return SyntheticSet(
-        path=path,
-        label=0 if values["task"] == "removal" else 1,
-        fingerprint=sha256(json.dumps(facts, sort_keys=True).encode(), path / "index.csv"),
-        **{name: open_array(path / f"{name}.npy", shape, t) for name, t in types.items()},
-        index=index,
-        **values,
-    )
-
-
-def check_synthetic(syn: SyntheticSet, data: Path) -> None:
-    """Raises ValueError unless every sample comes from a training patient of this patch set.
-
-    Sets carry the hash of the patch set and of each source image: both are compared, not trusted.
-    """
-    again, train = f"synthesize it again from {data}", Patches.open(data, "train")
-    if syn.data_fingerprint != fingerprint(data):
-        raise ValueError(f"{syn.path}: made from another patch set; {again}")
-    names = ("image_uid", "patient_id")
-    known = set(zip(*map(train.column, names), strict=True))
-    if foreign := set(zip(*(syn.index[name] for name in names), strict=True)) - known:
-        image, patient = min(foreign)
-        split = split_of(data).get(patient, "unknown")
-        text = f"{len(foreign)} source images are not in train, such as {image} of {patient}"
-        raise ValueError(f"{syn.path}: {text} ({split}); {again}")
+    values |= {"path": path, "index": index, "label": 0 if values["task"] == "removal" else 1}
+    values["fingerprint"] = sha256(json.dumps(facts, sort_keys=True).encode(), path / "index.csv")
+    arrays = {name: open_array(path / f"{name}.npy", shape, t) for name, t in types.items()}
+    return SyntheticSet(**values, **arrays)

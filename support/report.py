@@ -8,25 +8,10 @@ import jinja2
 import numpy as np
 import torch
 
+import evaluate as results
 from data import CLASSES
-from evaluate import (
-    ALPHA,
-    BASELINE,
-    BLOB,
-    CONDITIONS,
-    EMBEDDED,
-    MAIN,
-    STATISTICS,
-    Regime,
-    condition_table,
-    embed,
-    mean_roc,
-    open_regimes,
-    pooled_features,
-    rescue,
-    score,
-)
-from support import figures, files, patchset, runs
+from evaluate import BASELINE, BLOB, MAIN, STATISTICS
+from support import figures, files, patchset, provenance, runs
 from support.controls import control_of, lesion_or_image
 from support.sources import SPLITS
 
@@ -63,13 +48,13 @@ def evaluate(
     """
     patch_set, out, device = Path(patch_set), Path(out), torch.device(device)
     config = patchset.patch_config(patch_set)
-    regimes = open_regimes(baseline, augmented, config["fingerprint"])
+    regimes = results.open_regimes(baseline, augmented, config["fingerprint"])
     sets = [patchset.open_synthetic(path) for path in synthetic]
     for syn in sets:
-        patchset.check_synthetic(syn, patch_set)
+        provenance.check_synthetic(syn, patch_set)
     claimed = {"data": config["fingerprint"], "regimes": [[r.name, *r.hashes] for r in regimes]}
     claimed |= {"synthetic": [s.fingerprint for s in sets], "seed": seed}
-    other = patchset.check_external(Path(test), patch_set) if test else None
+    other = provenance.check_external(Path(test), patch_set) if test else None
     claimed |= {"test": other["fingerprint"]} if test else {}
     stages = sum(len(r.runs) for r in regimes) * (2 if test else 1) + len(sets) + 1
     claim = runs.claim_folder(out, "evaluate", claimed)
@@ -90,7 +75,7 @@ def evaluate(
             name: lesion_or_image(kind, patients, images, s) for name, s in scores.items()
         }
 
-        features, metrics["controls"], nearest = pooled_features(regimes[0], device), [], []
+        features, metrics["controls"], nearest = results.pooled_features(regimes[0], device), [], []
         for k, syn in enumerate(sets):
             control, closest = control_of(syn, splits, features, device, seed)
             metrics["controls"].append(control)
@@ -118,7 +103,7 @@ def _score(regimes, patches, path: Path, device, advance) -> dict[str, np.ndarra
     """p(cancer) (K, N) of each regime, also as a table: a row a patch, a column a training seed."""
     scores = {}
     for regime in regimes:
-        scores[regime.name] = score(regime, patches, device)
+        scores[regime.name] = results.score(regime, patches, device)
         advance(len(regime.runs), f"{regime.name} scored")
     names = [f"{regime.name} seed {seed}" for regime in regimes for seed in regime.seeds]
     found, facts = np.concatenate(list(scores.values())).tolist(), ("patch", "patient_id")
@@ -129,23 +114,26 @@ def _score(regimes, patches, path: Path, device, advance) -> dict[str, np.ndarra
 
 def conditions(kind, patients, scores, where, fold=None) -> dict[str, dict]:
     """The table of each condition (`condition_table`). Raises ValueError without the main one."""
-    tested = {c: np.isin(kind, [*pos, *neg]) for c, (pos, neg) in CONDITIONS.items()}
+    tested = {c: np.isin(kind, [*pos, *neg]) for c, (pos, neg) in results.CONDITIONS.items()}
     tables = {  # with one kind of lesion only, the whole test set is not shown again
-        c: condition_table(kind, patients, scores, c, fold)
+        c: results.condition_table(kind, patients, scores, c, fold)
         for c, at in tested.items()
         if c == MAIN or (at != tested[MAIN]).any()
     }
     if not tables[MAIN]:
-        raise ValueError(f"{where}: fewer than two test patients a class; prepare more")
+        names = [name for names in results.CONDITIONS[MAIN] for name in names]
+        text = ", ".join(f"{name} {len(set(patients[kind == name]))}" for name in names)
+        found = f"{where}: fewer than two test patients a class; found {text}"
+        raise ValueError(f"{found}; prepare more, see --count")
     return tables
 
 
 def _write(metrics: dict, kind, scores: dict[str, np.ndarray], out: Path, fold=None) -> list[dict]:
     """Curves, differences, tables and the report; the folder is whole then. Rows of table1.csv."""
     rows = metrics["conditions"][MAIN]["rows"]
-    at = np.isin(kind, sum(CONDITIONS[MAIN], ()))
+    at = np.isin(kind, sum(results.CONDITIONS[MAIN], ()))
     y, fold = kind[at] != "normal", fold if fold is None else fold[at]
-    curves = {name: mean_roc(y, s[:, at], fold) for name, s in scores.items()}
+    curves = {name: results.mean_roc(y, s[:, at], fold) for name, s in scores.items()}
     figures.save_figure(figures.roc_figure(curves, rows), out / "roc.png")
     if len(rows) > 1:
         figures.save_figure(figures.difference_figure(rows), out / "difference.png")
@@ -229,7 +217,13 @@ def _keep_pictures(sets: list[patchset.SyntheticSet], k: int, out: Path) -> None
 
 
 def figures_4_to_6(
-    regimes: list[Regime], splits, sets, scores: dict[str, np.ndarray], device, seed: int, out: Path
+    regimes: list[results.Regime],
+    splits,
+    sets,
+    scores: dict[str, np.ndarray],
+    device,
+    seed: int,
+    out: Path,
 ) -> dict:
     """t-SNE of the baseline's features (F4); the patches that a regime rescues (F5, F6).
 
@@ -241,7 +235,7 @@ def figures_4_to_6(
         chosen = next((r for r in others if r.name == "50% w/ decay"), others[0])
         malignant = np.flatnonzero(np.char.startswith(test.kind, "malignant"))
         base, ours = (scores[name][0, malignant] for name in (BASELINE, chosen.name))
-        best, facts = rescue(base, ours)
+        best, facts = results.rescue(base, ours)
         patients = test.column("patient_id")[malignant[best]]
         facts |= {"regime": chosen.name, "patients": len(set(patients))}
         if len(best):
@@ -250,22 +244,26 @@ def figures_4_to_6(
             figures.save_figure(figures.patch_figure([("", rescued, titles)]), out / "figure6.png")
     sources = splits["val"].parts | {s.task: s.combined for s in sets[::-1] if not s.control}
     rng, points = np.random.default_rng(seed), {}
-    for kind, (count, *_) in EMBEDDED.items():
+    for kind, (count, *_) in results.EMBEDDED.items():
         if kind in sources:
             points[kind] = sources[kind][np.sort(rng.permutation(len(sources[kind]))[:count])]
     facts["points"] = {kind: len(values) for kind, values in points.items()}
     points |= {"rescued": rescued} if len(rescued) else {}
     groups, panels = np.repeat(list(points), list(map(len, points.values()))), {}
     for regime in models:
-        features = pooled_features(regime, device)
-        panels[regime.name] = embed(np.concatenate(list(map(features, points.values()))), seed)
+        features = results.pooled_features(regime, device)
+        panels[regime.name] = results.embed(
+            np.concatenate(list(map(features, points.values()))), seed
+        )
     alone = groups != "rescued"
     first = {BASELINE: panels[BASELINE][alone]}
     figures.save_figure(
-        figures.embedding_figure(first, groups[alone], EMBEDDED), out / "figure4.png"
+        figures.embedding_figure(first, groups[alone], results.EMBEDDED), out / "figure4.png"
     )
     if len(rescued):
-        figures.save_figure(figures.embedding_figure(panels, groups, EMBEDDED), out / "figure5.png")
+        figures.save_figure(
+            figures.embedding_figure(panels, groups, results.EMBEDDED), out / "figure5.png"
+        )
     return facts
 
 
@@ -296,21 +294,21 @@ def verdict(row: dict, rows: list[dict]) -> str:
     """
     if row["delta"] is None:
         return "-"
-    if row["p_clustered"] >= ALPHA:
+    if row["p_clustered"] >= results.ALPHA:
         return f"not found (one of {row['detectable']:.3f} would be, with 80% power)"
     word = "higher" if row["delta"] > 0 else "lower"
     if row["regime"] == BLOB:
         return f"{word}, with a featureless bump"
     if min(r["seeds"] for r in (row, rows[0])) == 1:
         return f"{word} for these models, but not found: train several (--seeds)"
-    if row["p_clustered_holm"] >= ALPHA:
+    if row["p_clustered_holm"] >= results.ALPHA:
         p = p_in_words(row["p_clustered_holm"])
         return f"{word}, but not found: p is {p} for the number of regimes (Holm)"
     if BLOB not in [r["regime"] for r in rows]:
         return f"{word}, but not found: no blob control was run"
     blob = row["against_blob"]
     against = f"against the blob control {difference_in_words(blob)}"
-    if blob["p_clustered"] >= ALPHA or blob["delta"] * row["delta"] < 0:
+    if blob["p_clustered"] >= results.ALPHA or blob["delta"] * row["delta"] < 0:
         return f"{word}, but not found: a featureless bump may do the same ({against})"
     return f"found: {word}; {against}"
 
@@ -342,24 +340,12 @@ def report(metrics: dict, out: Path) -> str:
     """report.html: metrics.json in words, with the figures in `out` inside."""
     main = metrics["conditions"][MAIN]
     verdicts = {row["regime"]: verdict(row, main["rows"]) for row in main["rows"]}
-    template = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    ).get_template("report.html.j2")
-    return template.render(
-        metrics=metrics,
-        main_name=MAIN,
-        main=main,
-        better=[name for name, text in verdicts.items() if text.startswith("found: higher")],
-        statistics=STATISTICS,
-        splits=SPLITS,
-        classes=CLASSES,
-        pictures=_pictures(metrics["controls"], out),
-        in_words=in_words,
-        difference_in_words=difference_in_words,
-        statistic=_statistic,
-        verdict=verdict,
-    )
+    loader, trim = jinja2.FileSystemLoader(Path(__file__).parent), {"trim_blocks": True}
+    trim |= {"lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
+    template = jinja2.Environment(loader=loader, autoescape=True, **trim)
+    names = {"metrics": metrics, "main_name": MAIN, "main": main, "statistics": STATISTICS}
+    names |= {"splits": SPLITS, "classes": CLASSES, "conditions": results.CONDITIONS}
+    names |= {"better": [n for n, text in verdicts.items() if text.startswith("found: higher")]}
+    names |= {"pictures": _pictures(metrics["controls"], out), "verdict": verdict}
+    names |= {"in_words": in_words, "difference_in_words": difference_in_words}
+    return template.get_template("report.html.j2").render(names, statistic=_statistic)

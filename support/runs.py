@@ -5,11 +5,14 @@ Nothing here is of the paper; the loops of train.py use `Run`, the other command
 
 import contextlib
 import fcntl
+import functools
 import io
 import json
 import math
 import os
+import re
 import signal
+import socket
 import sys
 import textwrap
 import time
@@ -28,6 +31,7 @@ from support.files import read_json, reading, replace_file, sha256, write_json
 
 CHECKPOINT_FORMAT = "mamgan 2"
 LOCKS: set[int] = set()  # folder locks of this process, which forked workers must not keep
+LOCK_FILE = ".lock.part"  # where folders cannot be locked
 
 
 # --- Random numbers: a step's batch and noise follow from (seed, step), whenever it is run ---
@@ -63,14 +67,7 @@ def claim_folder(out: Path, command: str, config: dict) -> Iterator[bool]:
     """
     out.mkdir(parents=True, exist_ok=True)
     path, config = out / "config.json", json.loads(json.dumps(config))
-    lock = os.open(out, os.O_RDONLY)  # the folder itself is locked: no file to leave behind
-    LOCKS.add(lock)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            text = "another process is writing there; wait for it or give another folder"
-            raise ValueError(f"{out}: {text}") from None
+    with _locked(out):
         if path.exists():
             existing = read_json(path)
             _check_options(out, existing, {"command": command, "config": config})
@@ -86,12 +83,53 @@ def claim_folder(out: Path, command: str, config: dict) -> Iterator[bool]:
         try:
             yield complete
         except Exception:  # nothing was written yet: other options may try in the same folder
-            if [p.name for p in out.iterdir()] == [path.name]:
+            if {p.name for p in out.iterdir()} <= {path.name, LOCK_FILE}:
                 path.unlink()
             raise
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """The folder is this process's. Raises ValueError when it is another's."""
+    lock, held = os.open(out, os.O_RDONLY), None  # itself is locked: no file to leave behind
+    LOCKS.add(lock)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = "another process is writing there; wait for it or give another folder"
+            raise ValueError(f"{out}: {text}") from None
+        except OSError as error:  # NFS, some of FUSE
+            held = _lock_file(out / LOCK_FILE)
+            say_once(f"the disk locks no folders ({error.strerror}): {LOCK_FILE} stands for it")
+        yield
     finally:
+        if held:
+            held.unlink(missing_ok=True)
         LOCKS.discard(lock)
         os.close(lock)
+
+
+def _lock_file(path: Path) -> Path:
+    """Create `path`, which names process and host; that of a killed process is taken over."""
+    mine = f"{os.getpid()} on {socket.gethostname()}"
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        process, _, host = path.read_text(encoding="utf-8").partition(" on ")
+        if not mine.endswith(f" on {host}") or os.kill(int(process), 0) is None:
+            text = (
+                f"process {process} on {host} is writing there; wait for it, or give another folder"
+            )
+            raise ValueError(f"{path.parent}: {text}; if it is no more, delete {path}")
+    path.unlink(missing_ok=True)
+    with open(path, "x", encoding="utf-8") as file:
+        file.write(mine)
+    return path
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """What holds for several runs of one command."""
+    click.echo(text, err=True)
 
 
 def _check_options(out: Path, existing: dict, wanted: dict) -> None:
@@ -110,6 +148,7 @@ def _check_options(out: Path, existing: dict, wanted: dict) -> None:
         text = "; ".join(
             f"{key}: {short(old.get(key))} there, {short(new.get(key))} now" for key in differing
         )
+        text = re.sub(r"'\w{64}' there, '\w{64}' now", "another one there", text)  # hashes
         advice = "give the same options to go on, or another folder"
         raise ValueError(f"{out}: made with other options ({text}); {advice}")
 
@@ -159,15 +198,9 @@ def progress(total: int, label: str, done: int = 0, every: float = 15.0) -> Iter
     """Yields `advance(n, text="")`: rate and time left in a bar on a terminal, else in lines."""
     start = last = time.monotonic()
     count, terminal = done, sys.stderr.isatty()
-    with click.progressbar(
-        length=total,
-        label=label,
-        file=sys.stderr,
-        hidden=not terminal,
-        show_pos=True,
-        show_eta=False,  # click's counts what an earlier run has done
-        item_show_func=lambda text: text,
-    ) as bar:
+    options = {"file": sys.stderr, "hidden": not terminal, "show_pos": True}
+    options |= {"show_eta": False, "item_show_func": lambda text: text}  # click's eta counts `done`
+    with click.progressbar(length=total, label=label, **options) as bar:
 
         def advance(n: int = 1, text: str = "") -> None:
             nonlocal count, last

@@ -3,3 +3,12 @@
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def nothing_was_said():
+    from support import runs
+
+    runs.say_once.cache_clear()

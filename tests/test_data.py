@@ -2,13 +2,16 @@
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import io
 import json
 import os
+import pickle
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,7 +28,7 @@ from scipy import ndimage, stats
 
 import data
 from data import PrepareConfig
-from support import files, folds, mammogram, patchset, runs, sources
+from support import files, folds, mammogram, patchset, provenance, runs, sources
 from support.mammogram import NotUsable
 from support.patchset import prepare
 from support.sources import Finding
@@ -230,6 +233,7 @@ def test_manifest_rows_are_read_as_written(tmp_path):
         ("1.png,B,L,CC,mass,benign,1,1,9,9", "rows differ in patient_id"),
         ("1.png,A,R,CC,mass,benign,1,1,9,9", "rows differ in laterality"),
         ("1.png,A,L,CC,,normal,,,,", "normal, and yet with a finding"),
+        ("2.png,A,L,CC,,normal,,,,\n2.png,A,L,CC,,normal,,,,", r"2\.png: normal twice"),
         ("1.png,A,L,CC,mass,benign,1,1,8,8", "the same finding and box twice"),
     ],
 )
@@ -778,6 +782,7 @@ def test_P3_Q24_lesions_without_box_or_class_give_no_patch(source, tmp_path):
         dataclasses.replace(source[1], bbox=None),
         dataclasses.replace(source[7], finding="distortion"),
         dataclasses.replace(source[11], pathology=""),
+        dataclasses.replace(source[13], finding="", bbox=None, mask_path="", pathology="malignant"),
         *source[::2],
     ]
     config = dataclasses.replace(SMALL, counts={**COUNTS})
@@ -788,7 +793,18 @@ def test_P3_Q24_lesions_without_box_or_class_give_no_patch(source, tmp_path):
     excluded = files.read_table(tmp_path / "set" / "excluded.csv", ("image_path", "reason"))
     reasons = dict(zip(excluded["image_path"].tolist(), excluded["reason"].tolist(), strict=True))
     assert "a finding without a box" in reasons[rows[0].image_path]
-    assert all("none of its findings is a class" in reasons[row.image_path] for row in rows[1:3])
+    assert "none of its findings is a class" in reasons[rows[1].image_path]
+    assert "its pathology is unknown" in reasons[rows[2].image_path]
+    assert "a finding without a box" in reasons[rows[3].image_path]  # a label of the image alone
+
+
+def test_a_normal_image_of_an_ill_woman_is_told_from_one_without_a_wanted_finding(source, tmp_path):
+    prepare(source, tmp_path / "set", dataclasses.replace(SMALL, normals="studies"))
+    table = files.read_table(tmp_path / "set" / "excluded.csv", ("image_path", "reason"))
+    reasons = dict(zip(table["image_path"].tolist(), table["reason"].tolist(), strict=True))
+    normal = {row.image_path for row in source if row.pathology == "normal"}
+    told = {path for path, why in reasons.items() if "of a woman with findings" in why}
+    assert told and told <= normal
 
 
 H, W = 360, 280
@@ -857,6 +873,88 @@ def test_a_lesion_at_the_skin_is_in_its_place(tmp_path):
     decoded = data.DecodedImage(image, SMALL)
     assert 0.3 < decoded.on_tissue(row.bbox) < 0.6 and not decoded.in_air
     assert decoded.on_tissue((350, 0, 370, 9)) == 0  # leaves the image
+
+
+def drawn_mask() -> np.ndarray:
+    """A disc of half the box's side in its middle."""
+    row, col = np.ogrid[:360, :280]
+    return ((row - 165) / 10) ** 2 + ((col - 72) / 8) ** 2 < 1
+
+
+def as_rgba(colour: tuple[int, int, int], ground: tuple[int, int, int, int]) -> Image.Image:
+    """The disc in a colour on a ground, which may be transparent."""
+    mask = drawn_mask()[..., None]
+    return Image.fromarray(np.where(mask, (*colour, 255), ground).astype(np.uint8))
+
+
+def mask_forms() -> dict[str, tuple[Image.Image, str, dict]]:
+    mask = drawn_mask()
+    grey, bilevel = Image.fromarray(mask.astype(np.uint8) * 255), Image.fromarray(mask)
+    voc, web = Image.fromarray(mask.astype(np.uint8)), grey.convert("P")
+    voc.putpalette([0, 0, 0, 128, 0, 0])
+    reversed_palette = Image.fromarray((~mask).astype(np.uint8))
+    reversed_palette.putpalette([255, 255, 255, 0, 0, 0])
+    noisy = io.BytesIO()
+    grey.save(noisy, "JPEG", quality=75)
+    return {
+        "grey PNG": (grey, "png", {}),
+        "0 and 1": (Image.fromarray(mask.astype(np.uint8)), "png", {}),
+        "1 and 2": (Image.fromarray(mask.astype(np.uint8) + 1), "png", {}),
+        "16 bit": (Image.fromarray(mask.astype(np.uint16) * 65535), "png", {}),
+        "label 3 of several": (Image.fromarray(mask.astype(np.uint8) * 3), "png", {}),
+        "1 bit PNG": (bilevel, "png", {}),
+        "1 bit TIFF": (bilevel, "tif", {"compression": "group4"}),
+        "PBM": (bilevel, "pbm", {}),
+        "BMP": (bilevel, "bmp", {}),
+        "GIF": (grey, "gif", {}),
+        "palette": (web, "png", {}),
+        "palette, VOC": (voc, "png", {}),
+        "palette, white first": (reversed_palette, "png", {}),
+        "RGB": (grey.convert("RGB"), "png", {}),
+        "RGBA": (grey.convert("RGBA"), "png", {}),
+        "LA": (grey.convert("LA"), "png", {}),
+        "red on nothing": (as_rgba((255, 0, 0), (0, 0, 0, 0)), "png", {}),
+        "blue on black": (as_rgba((0, 0, 9), (0, 0, 0, 255)), "png", {}),
+        "white on hidden white": (as_rgba((255, 255, 255), (255, 255, 255, 0)), "png", {}),
+        "black on nothing": (as_rgba((0, 0, 0), (0, 0, 0, 0)), "png", {}),
+        "JPEG": (grey, "jpg", {"quality": 75}),
+        "colour JPEG": (grey.convert("RGB"), "jpg", {"quality": 60}),
+        "JPEG saved as PNG": (Image.open(noisy), "png", {}),
+    }
+
+
+@pytest.mark.parametrize("form", mask_forms())
+def test_P8_masks_are_read_as_people_save_them(source, tmp_path, form):
+    image, suffix, options = mask_forms()[form]
+    image.save(tmp_path / f"mask.{suffix}", **options)
+    row = dataclasses.replace(source[1], mask_path=str(tmp_path / f"mask.{suffix}"))
+    (picture,) = data.source_images([row], SMALL, str)
+    decoded, right = data.DecodedImage(picture, SMALL), np.zeros((360, 280), bool)
+    assert not decoded.unmasked
+    right[tuple(decoded.masks[row].T)] = True
+    wrong = int((right ^ drawn_mask()).sum())
+    assert wrong <= (15 if "JPEG" in form else 0), wrong
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "absent", "empty"])
+def test_P8_a_mask_that_cannot_be_used_costs_the_mask_alone(source, tmp_path, capsys, damage):
+    mask = tmp_path / "JANE_DOE.png"
+    Image.fromarray(np.zeros((360, 280), np.uint8)).save(mask)
+    if damage in ("cut", "text"):
+        mask.write_bytes(mask.read_bytes()[:60] if damage == "cut" else b"no image")
+    row = dataclasses.replace(source[1], mask_path=str(mask), split="train")
+    config = dataclasses.replace(SMALL, counts={"train/malignant_mass": 5})
+    if damage == "absent":  # since the manifest was checked
+        mask.unlink()
+        (picture,) = data.source_images([row], config, str)
+        decoded = data.DecodedImage(picture, config)
+        assert decoded.unmasked == ["mask of the box from (150, 60): No such file or directory"]
+        return
+    prepare([row], tmp_path / "set", config)
+    assert files.read_json(tmp_path / "set/config.json")["counts"] == {"train/malignant_mass": 5}
+    (note,) = [n for n in files.read_json(tmp_path / "set/config.json")["notes"] if "Masks" in n]
+    assert row.image_path in note and "the boxes in their place" in note and "JANE" not in note
+    assert note in capsys.readouterr().err
 
 
 def test_normals_come_from_studies_images_or_annotated_images():
@@ -1128,6 +1226,99 @@ def test_paper_preset_needs_more_than_62_gigabytes(source, tmp_path, monkeypatch
         prepare(source, tmp_path / "set", PrepareConfig(normals="images"))
 
 
+@pytest.mark.parametrize("missing", ["attribute", "EOPNOTSUPP", "EINVAL", "ENOSYS", "EBADF"])
+def test_room_is_reserved_without_fallocate_too(tmp_path, monkeypatch, missing):
+    def fails(*_):
+        raise OSError(getattr(errno, missing), "no")
+
+    if missing == "attribute":
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    else:
+        monkeypatch.setattr(os, "posix_fallocate", fails, raising=False)
+    patchset._reserve(tmp_path / "x.npy", (50, 128, 128))
+    array = np.load(tmp_path / "x.npy", mmap_mode="r")
+    assert array.shape == (50, 128, 128) and array.dtype == np.uint16 and not array.any()
+    assert (tmp_path / "x.npy").stat().st_blocks * 512 >= array.nbytes  # not sparse
+
+
+def test_a_disk_that_fills_while_room_is_reserved_is_told_with_the_file(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    path = tmp_path / "x.npy"
+    path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"x\.npy"):
+        patchset._reserve(path, (50, 128, 128))
+
+
+def test_spawned_workers_without_fallocate_write_the_same_patch_set(patches, source, tmp_path):
+    """As on macOS, in a Python that has neither `fork` nor posix_fallocate."""
+    script = (
+        "import multiprocessing, os, pickle, sys\n"
+        "if __name__ == '__main__':\n"
+        "    from support.patchset import prepare\n"
+        "    del os.posix_fallocate, os.fork\n"
+        "    multiprocessing.set_start_method('spawn')\n"
+        "    rows, out, config = pickle.loads(sys.stdin.buffer.read())\n"
+        "    prepare(rows, out, config, workers=2)\n"
+    )
+    (tmp_path / "main.py").write_text(script)
+    job = pickle.dumps((source, tmp_path / "set", SMALL))
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, tmp_path / "main.py"], input=job, env=env, check=True)
+    assert digest(tmp_path / "set") == digest(patches)
+
+
+@pytest.fixture
+def unlocked(monkeypatch):
+    """A file system that locks no folders."""
+
+    def flock(*_):
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(runs.fcntl, "flock", flock)
+    runs.say_once.cache_clear()
+
+
+def test_where_folders_cannot_be_locked_a_file_stands_for_the_lock(unlocked, tmp_path, capsys):
+    for name in "ab":
+        with runs.claim_folder(tmp_path / name, "x", {"n": 1}):
+            text = rf"another folder; .*delete .*{runs.LOCK_FILE}"
+            with pytest.raises(ValueError, match=text):
+                runs.claim_folder(tmp_path / name, "x", {"n": 1}).__enter__()
+            assert (tmp_path / name / runs.LOCK_FILE).exists()
+        assert not (tmp_path / name / runs.LOCK_FILE).exists()
+    said = capsys.readouterr().err
+    assert said.count("locks no folders (Bad file descriptor)") == 1 and runs.LOCK_FILE in said
+    with pytest.raises(ValueError, match="bad input"), runs.claim_folder(tmp_path / "c", "x", {}):
+        raise ValueError("bad input")
+    assert not any((tmp_path / "c").iterdir())  # free for other options
+
+
+@pytest.mark.parametrize("writer", ["killed", "alive", "elsewhere", "cut"])
+def test_a_lock_file_is_taken_over_from_a_killed_process_alone(unlocked, tmp_path, writer):
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    host = "elsewhere" if writer == "elsewhere" else socket.gethostname()
+    text = f"{done.pid if writer == 'killed' else os.getppid()} on {host}"
+    (tmp_path / runs.LOCK_FILE).write_text("" if writer == "cut" else text)
+    if writer == "killed":
+        with runs.claim_folder(tmp_path, "x", {}) as complete:
+            assert not complete
+        assert not (tmp_path / runs.LOCK_FILE).exists()
+    else:
+        with pytest.raises(ValueError, match="is writing there"):
+            runs.claim_folder(tmp_path, "x", {}).__enter__()
+        assert (tmp_path / runs.LOCK_FILE).exists()  # the other's
+
+
+def test_a_folder_made_of_other_data_is_told_without_hashes(tmp_path):
+    with runs.claim_folder(tmp_path / "a", "x", {"data": "a" * 64, "n": 1}):
+        pass
+    with pytest.raises(
+        ValueError, match=r"made with other options \(data: another one there; n: 1 "
+    ):
+        runs.claim_folder(tmp_path / "a", "x", {"data": "b" * 64, "n": 2}).__enter__()
+
+
 # --- Counts, exclusions, duplicates, privacy ---
 
 
@@ -1156,6 +1347,13 @@ def test_a_class_that_is_not_there_is_skipped_or_an_error_when_asked_for(source,
 def test_count_that_is_none_is_refused(text):
     with pytest.raises(ValueError, match=r"--count .*expected SPLIT/CLASS=N"):
         SMALL.with_counts([text])
+
+
+def test_a_count_without_a_split_is_told_how_to_give_one():
+    with pytest.raises(
+        ValueError, match=r"--count normal=20: .*which split\? train/normal=20, say"
+    ):
+        SMALL.with_counts(["normal=20"])
 
 
 @pytest.mark.parametrize("spacing", [float("nan"), float("inf"), 1e-6, 70.0])
@@ -1304,6 +1502,53 @@ def test_qc_sheet_is_drawn_for_a_finished_set_too(patches, source):
     assert digest(patches) == before
 
 
+def test_qc_legend_overprints_no_title_and_titles_name_the_files(patches, source, monkeypatch):
+    shown = []
+    monkeypatch.setattr(patchset, "save_figure", lambda figure, path: shown.append(figure))
+    for number in (1, 3, 6):
+        prepare(source, patches, SMALL, qc=number)
+        figure = shown.pop()
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        box = legend.get_window_extent()
+        assert figure.bbox.containsx(box.x0) and figure.bbox.containsx(box.x1)
+        words = [text.get_text() for text in legend.get_texts()]
+        assert words == ["breast mask", *data.CLASSES, "other findings"]
+        paths = [row.image_path for row in source]
+        for ax in figure.axes:
+            assert not ax.title.get_window_extent().overlaps(box)
+            name = ax.get_title().partition("\n")[0]
+            assert any(path.endswith(name) for path in paths)
+
+
+@pytest.mark.parametrize("bits", [12, 14])
+def test_Q19_bits_without_effect_are_told(source, tmp_path, capsys, bits):
+    """8-bit files have fewer; of a window or LUT nothing is changed."""
+    config = dataclasses.replace(SMALL, bits=bits, counts={"train/normal": 5})
+    prepare([row for row in source if row.pathology == "normal"], tmp_path / "set", config)
+    (note,) = [n for n in files.read_json(tmp_path / "set/config.json")["notes"] if "--bits" in n]
+    seen = len((tmp_path / "set/excluded.csv").read_text().splitlines())
+    assert re.match(rf"--bits {bits}: without effect on (\d+) of \1 images, which have a w", note)
+    assert note in capsys.readouterr().err and seen
+
+
+def test_config_counts_the_images_that_gave_patches(patches):
+    facts = files.read_json(patches / "config.json")
+    used = files.read_table(patches / "manifest.csv", ("image_path",))["image_path"]
+    out = files.read_table(patches / "excluded.csv", ("image_path",))["image_path"]
+    assert facts["images"] == {"used": len(set(used)), "excluded": len(out)}
+
+
+def test_problems_of_a_manifest_are_told_in_one_pass(tmp_path):
+    path = write_manifest(
+        tmp_path,
+        *("1.png,A,X,CC,mass,benign,1,1,9,9", "3.png,A,L,CC,mass,benign,1,1,9,9"),
+        "1.png,A,L,CC,mass,benign,1,1,400,9",
+    )
+    with pytest.raises(ValueError, match=r"3 problems: line 2: lat.*3\.png: no such.*outside the"):
+        sources.read_manifest(path)
+
+
 # --- Reading patch sets and synthetic sets ---
 
 
@@ -1378,7 +1623,7 @@ def write_synthetic(folder: Path, patches: Path, **changes: object) -> Path:
             np.save(folder / f"{name}.npy", np.zeros(shape, kind))
         rows = [(n, n, facts["image"], facts["patient"], 1, 5, 1, 1, 4, 4) for n in range(2)]
         files.write_table(folder / "index.csv", patchset.SYNTHETIC_COLUMNS, rows)
-        runs.finish_folder(folder, short=False)
+        runs.finish_folder(folder, short=False, gan={"data": patchset.fingerprint(patches)})
     return folder
 
 
@@ -1386,7 +1631,7 @@ def test_S1_S9_synthetic_set_is_read_and_belongs_to_its_patch_set(patches, tmp_p
     syn = patchset.open_synthetic(write_synthetic(tmp_path / "a", patches))
     assert (syn.task, syn.control, syn.label, syn.requested, syn.short) == ("mass", "", 1, 2, False)
     assert syn.lesion.dtype == np.int32 and syn.mask.dtype == bool and len(syn.combined) == 2
-    patchset.check_synthetic(syn, patches)
+    provenance.check_synthetic(syn, patches)
 
 
 @pytest.mark.parametrize(
@@ -1400,14 +1645,14 @@ def test_S1_S9_synthetic_set_is_read_and_belongs_to_its_patch_set(patches, tmp_p
 def test_leak_synthetic_set_of_other_origin_is_refused(patches, tmp_path, changes, text):
     syn = patchset.open_synthetic(write_synthetic(tmp_path / "a", patches, **changes))
     with pytest.raises(ValueError, match=text):
-        patchset.check_synthetic(syn, patches)
+        provenance.check_synthetic(syn, patches)
 
 
 def test_leak_synthetic_sample_of_a_test_patient_is_refused(patches, tmp_path):
     patient = next(p for p, split in patchset.split_of(patches).items() if split == "test")
     syn = patchset.open_synthetic(write_synthetic(tmp_path / "a", patches, patient=patient))
     with pytest.raises(ValueError, match=rf"{patient} \(test\)"):
-        patchset.check_synthetic(syn, patches)
+        provenance.check_synthetic(syn, patches)
 
 
 @pytest.mark.parametrize(

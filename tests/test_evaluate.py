@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import math
+import re
 import shutil
 import sys
 from html.parser import HTMLParser
@@ -19,7 +20,7 @@ import data
 import evaluate
 import models
 import train
-from support import controls, figures, files, patchset, phantom, report, runs, sources
+from support import controls, figures, files, patchset, phantom, provenance, report, runs, sources
 
 Y = [1] * 5 + [0] * 6
 S1 = [0.9, 0.8, 0.7, 0.55, 0.3, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
@@ -570,7 +571,8 @@ def write_set(folder: Path, patches: Path, task: str, control: str = "", n: int 
     config |= {"data": patchset.fingerprint(patches), "seed": 0, "spacing_mm": 0.33}
     facts = {"command": "synthesize", "config": config, "complete": True, "short": False}
     facts |= {"attempts": 3 * n, "acceptance": 1 / 3, "area_median": 0.12, "strength": 0.2}
-    facts |= {"warnings": [], "gan": {"task": task, "seed": 7, "g_lr": 0.00012}}
+    gan = {"task": task, "seed": 7, "g_lr": 0.00012, "data": config["data"]}
+    facts |= {"warnings": [], "gan": gan}
     files.write_json(folder / "config.json", facts)
     for name, value in (("figure1", 60), ("gan", 200)):
         Image.new("L", (8, 8), value).save(folder / f"{name}.png")
@@ -581,7 +583,7 @@ def write_run(folder: Path, patches: Path, proportion: float, sets=(), seed: int
     """A classifier run with random, but scaled, weights."""
     folder.mkdir(parents=True)
     torch.manual_seed(1000 * seed + int(100 * proportion) + len(sets))
-    model = models.PatchClassifier(width=16, blocks=(1, 1, 1, 1))
+    model = models.SmallResNet(16)
     x = torch.from_numpy(data.to_float(np.load(patches / "patches/train/malignant_mass.npy")[:20]))
     z = torch.from_numpy(data.to_float(np.load(patches / "patches/train/normal.npy")[:20]))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -592,7 +594,13 @@ def write_run(folder: Path, patches: Path, proportion: float, sets=(), seed: int
         torch.nn.functional.cross_entropy(logits, y).backward()
         optimizer.step()
     model.fc.bias.data += torch.tensor([0.0, float(len(sets))])  # so that some patches rise
-    config = {"width": 16, "blocks": [1, 1, 1, 1], "decay": 0.9, "proportion": proportion}
+    config = {
+        "width": 16,
+        "network": "small",
+        "augment": "",
+        "decay": 0.9,
+        "proportion": proportion,
+    }
     config |= {"seed": seed, "data": patchset.fingerprint(patches)}
     config["synthetic"] = [
         {"fingerprint": s.fingerprint, "task": s.task, "control": s.control}
@@ -712,6 +720,17 @@ def test_report_is_one_file_without_script(evaluated):
     for said in ("0.846", "1e-4", "p &lt; 1e-8 for 50%"):
         assert said in html
     assert str(out) not in html and str(out.parent) not in html  # folder names, no paths
+
+
+def test_what_was_run_is_told_in_words(evaluated):
+    """No None, True, brackets or quotes of Python; sets by their folders."""
+    html = (evaluated[1] / "report.html").read_text()
+    run = html.partition("<h2>What was run</h2>")[2].partition("<h2>How to read this")[0]
+    texts = re.findall(r"<span>(.*?)</span>", run, re.DOTALL)
+    assert len(texts) > 20
+    for text in texts:
+        assert not re.search(r"\bNone\b|\bTrue\b|\bFalse\b|[\[\]{}]|&#39;|\(\d+, ", text), text
+    assert any(re.search(r"sets [^,]*\bmass\b", text) for text in texts)
 
 
 def test_report_tells_normals_of_women_with_cancer(evaluated):
@@ -854,7 +873,7 @@ def test_a_run_that_diverged_is_named(evaluated, tmp_path):
 def test_arguments_that_do_not_fit_are_refused(evaluated, tmp_path):
     world, out, _ = evaluated
     for change, message in (
-        ({"baseline": world["augmented"][0]}, "trained with synthetic patches"),
+        ({"baseline": world["augmented"][0]}, "expected neither synthetic patches"),
         ({"augmented": world["augmented"] * 2}, "50% w/ decay is given twice"),
         ({"synthetic": [world["patch_set"]]}, "expected a folder made by 'synthesize'"),
         ({"out": out, "seed": 1}, "other options"),
@@ -876,7 +895,28 @@ def test_baseline_alone_and_one_lesion_type(tmp_path):
     assert not conditions["Calcifications against normal"]
     html = (tmp_path / "out" / "report.html").read_text()
     assert "Calcifications against normal</h3><p>Not computed" in html
+    absent = "the patch set holds no test/malignant_calcification (--count)"
+    assert absent in html and "benign masses</h3><p>Not computed: the patch set holds no" in html
+    assert "fewer than two test patients" not in html
     assert "None was run" in html and "<figure><figcaption>" not in html
+
+
+def test_too_few_test_patients_are_told_by_class(tmp_path):
+    counts = {"train/normal": 30, "train/malignant_mass": 30, "test/normal": 30, "val/normal": 30}
+    patches = write_data(tmp_path / "data", counts)
+    run = write_run(tmp_path / "run", patches, 0.5)
+    found = "found malignant_mass 0, malignant_calcification 0, normal [0-9]+; prepare more"
+    with pytest.raises(ValueError, match=f"fewer than two test patients a class; {found}"):
+        report.evaluate(patches, run, [], [], tmp_path / "out")
+
+
+def test_F4_groups_differ_in_shape_and_colour():
+    groups = np.repeat([*evaluate.EMBEDDED, "rescued"], 3)
+    xy = np.random.default_rng(0).random((len(groups), 2))
+    (ax,) = figures.embedding_figure({"Baseline": xy}, groups, evaluate.EMBEDDED).axes
+    shapes = {points.get_paths()[0].vertices.tobytes() for points in ax.collections[:-1]}
+    colours = {tuple(points.get_facecolor()[0]) for points in ax.collections}
+    assert len(shapes) == len(evaluate.EMBEDDED) and len(colours) == len(groups) // 3
 
 
 def test_scores_csv_is_what_the_table_was_made_of(evaluated):
@@ -1089,18 +1129,18 @@ def test_external_patients_of_one_source_are_told_and_of_another_are_not(tmp_pat
     ours = write_data(tmp_path / "ours", FEW, 8, source="s")
     same = patients_only(write_data(tmp_path / "same", FEW, 8, source="s"))
     with pytest.raises(ValueError, match="8 patients of its test split, such as test-00"):
-        patchset.check_external(same, ours)
+        provenance.check_external(same, ours)
     other = patients_only(write_data(tmp_path / "other", FEW, 8, source="t"))
-    assert patchset.check_external(other, ours)["held"] == FEW
+    assert provenance.check_external(other, ours)["held"] == FEW
     for name, refused in (("manifest", False), ("cbis-ddsm", True)):
         for folder in (ours, other):
             facts = files.read_json(folder / "config.json") | {"format": name}
             files.write_json(folder / "config.json", facts)
         if refused:
             with pytest.raises(ValueError, match="patients of its test split"):
-                patchset.check_external(other, ours)
+                provenance.check_external(other, ours)
         else:
-            patchset.check_external(other, ours)
+            provenance.check_external(other, ours)
 
 
 def test_patches_stand_pixel_by_pixel_in_figures(tmp_path):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import click
 import numpy as np
 import pydicom
 import pytest
@@ -16,6 +17,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from scipy import ndimage
 
+import mamgan
 from benchmarks.bench_synthesize import TINY, square, write_patch_set, write_run
 from data import breast_mask, to_uint16
 from postprocess import Synthesizer, isolate_lesion, load_generator
@@ -349,6 +351,49 @@ def test_failed_files_are_tried_again_by_the_same_command(made, phantoms, tmp_pa
     assert str(phantoms[0]) not in capsys.readouterr().out  # the other one is not made again
     assert json.loads((out / "config.json").read_text())["complete"]
     assert set(annotated(out)) == {phantoms[0].stem, "late"} and not (out / "parts").exists()
+
+
+def test_failures_are_said_once(made, phantoms, tmp_path, capsys):
+    line = ["synthesize", "--gan", made / "bump", "--image", tmp_path / "absent.dcm"]
+    line += ["--image", phantoms[0], "--out", tmp_path / "out", "--device", "cpu"]
+    with pytest.raises(click.ClickException) as caught:
+        mamgan.cli.main([str(part) for part in line], standalone_mode=False)
+    assert caught.value.message.count("absent.dcm: No such file") == 1
+    assert "absent.dcm" not in capsys.readouterr().err
+
+
+def test_full_images_are_read_with_the_bits_of_the_patch_set(made, tmp_path):
+    """12-bit values in a 16-bit PNG: what the generator saw bright must not be dark here."""
+    rng, path = np.random.default_rng(0), tmp_path / "a.png"
+    row, col = np.mgrid[:500, :400]
+    tissue = ((row - 250) / 220) ** 2 + (col / 300) ** 2 < 1
+    values = np.where(tissue, 2000 + 400 * rng.standard_normal((500, 400)), 0).clip(0, 4095)
+    values[240:260, 100:120] = 4095
+    Image.fromarray(values.astype(np.uint16)).save(path)
+    write_run(tmp_path / "run", made / "data", gain=0.4, lesion=square, **TINY, bits=12)
+    assert synthesize_images(tmp_path / "run", [csv_of([path], tmp_path)], tmp_path / "out") == []
+    picture = np.asarray(Image.open(tmp_path / "out" / "a_synthetic.png"))
+    assert np.median(picture[tissue]) > 25_000
+    config = json.loads((made / "bump" / "config.json").read_text())["config"]
+    assert "bits" not in config  # a run of an earlier version is read as it was
+    Image.fromarray((values * 15).astype(np.uint16)).save(path)
+    images = [csv_of([path], tmp_path)]
+    ((_, why),) = synthesize_images(tmp_path / "run", images, tmp_path / "other")
+    assert why == "its values use 16 bits; the generator's patches were read with --bits 12"
+
+
+def test_enlarged_windows_mark_the_lesion_and_pictures_fill_the_page(made, phantoms, tmp_path):
+    before, box = read_mammogram(phantoms[0]).display, (100, 60, 140, 110)
+    for n in (1, 3):
+        placed = [{"window": (60, 20, 188, 148), "bbox": box}] * n
+        figure = before_after((before, before), placed, (0.28, 0.28))
+        figure.savefig(tmp_path / "x.png", dpi=50)
+        _, marked, *windows = figure.axes
+        assert sum(len(ax.patches) for ax in windows) == n and len(marked.patches) == n
+        covered = sum(
+            ax.get_window_extent().width * ax.get_window_extent().height for ax in figure.axes
+        )
+        assert covered > 0.6 * figure.bbox.width * figure.bbox.height
 
 
 def test_images_without_spacing_need_a_manifest_that_gives_it(made, native, tmp_path):

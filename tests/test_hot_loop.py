@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -90,7 +92,7 @@ def test_the_gans_steps_never_wait_and_hold_no_float64(patches, tmp_path, watche
 
 
 def test_the_classifiers_steps_never_wait_and_hold_no_float64(patches, tmp_path, watched):
-    small = {"batch_size": 4, "width": 4, "blocks": (1, 1, 1, 1), "weights": "none"}
+    small = {"batch_size": 4, "width": 4, "network": "small", "weights": "none"}
     config = ClassifierConfig(samples=20, evaluate_every=NEVER, **small)
     train_classifier(config, patches, tmp_path / "cls", [], CPU)
     assert watched == []
@@ -117,3 +119,36 @@ def test_what_waits_or_is_float64_would_be_found(patches, tmp_path, watched, mon
     monkeypatch.setattr(runs.Run, "record", planted)
     train_a_gan(patches, tmp_path)
     assert len(watched) >= 5  # in each step but the last
+
+
+def test_a_graph_is_recorded_after_three_calls_of_a_stage_and_replayed_on_new_inputs(monkeypatch):
+    """CUDA's graphs are played by fakes: a replay computes again from what the inputs then hold."""
+    calls, replays = [], []
+
+    def function(size, alpha, x):
+        calls.append((size, alpha))
+        return (x * size + alpha,)
+
+    class FakeGraph:
+        def replay(self):
+            replays.append(True)
+            graph.result[0].copy_(graph.inputs[0] * graph.stage[0] + graph.stage[1])
+
+    stream = mock.Mock()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda s: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *a, **k: contextlib.nullcontext())
+    run = runs.Run(Path("run"), "train-gan", {}, torch.device("cuda"), 0)
+    graph, expected = runs.Graph(function, run), []
+    stages = [(2, 1.0)] * 6 + [(4, 0.1), (4, 0.2), (4, 0.3), (4, 0.4), (4, 0.5)] + [(4, 1.0)] * 5
+    for k, stage in enumerate(stages):
+        x = torch.full((3,), float(k))
+        (made,) = graph(stage, x)
+        assert torch.equal(made, x * stage[0] + stage[1]), k
+        expected += [stage] if k < 4 or 6 <= k < 15 else []
+    assert calls == expected  # three calls of a stage and the recording; in a fade each call
+    assert len(replays) == 3 + 2
+    plain = runs.Graph(function, runs.Run(Path("run"), "train-gan", {}, torch.device("cpu"), 0))
+    assert torch.equal(plain((2, 1.0), torch.ones(1))[0], torch.tensor([3.0]))

@@ -492,6 +492,112 @@ def test_dcmtk_decodes_12_bit_JPEG_alike(tmp_path):
     assert against_dcmtk(tmp_path / "x.dcm", tmp_path) <= 17
 
 
+def test_JPEG_whose_sequential_scan_ends_at_zero_is_read(tmp_path):
+    """pydicom's copy of NEMA's sample says Se = 0 (ISO 10918-1 G.1 allows 63 alone)."""
+    ds = pydicom.dcmread(pydicom.data.get_testdata_file("JPEG-lossy.dcm", download=False))
+    assert b"\xff\xda\0\x08\1\1\0\0\0\0" in ds.PixelData
+    ds.Modality, ds.BodyPartExamined = "MG", "BREAST"
+    ds.save_as(tmp_path / "x.dcm")
+    stored = read_mammogram(tmp_path / "x.dcm").stored
+    assert stored.shape == (1024, 256) and stored.max() > 200
+    if shutil.which("dcmdjpeg"):
+        subprocess.run(["dcmdjpeg", tmp_path / "x.dcm", tmp_path / "plain.dcm"], check=True)
+        other = read_mammogram(tmp_path / "plain.dcm").stored
+        assert abs(other.astype(int) - stored).max() <= 1  # lossy decoders round apart
+
+
+def encapsulated(*fragments: bytes, table: bytes = b"") -> bytes:
+    def item(data: bytes) -> bytes:
+        data += bytes(len(data) % 2)
+        return b"\xfe\xff\x00\xe0" + struct.pack("<L", len(data)) + data
+
+    return b"".join(map(item, (table, *fragments))) + b"\xfe\xff\xdd\xe0" + bytes(4)
+
+
+FRAGMENTS = {
+    "one": lambda c: encapsulated(c),
+    "an offset table": lambda c: encapsulated(c, table=bytes(4)),
+    "three": lambda c: encapsulated(c[:500], c[500:1000], c[1000:]),
+    "an empty last one": lambda c: encapsulated(c, b""),
+    "two empty last ones": lambda c: encapsulated(c, b"", b""),
+    "an empty first one": lambda c: encapsulated(b"", c),
+    "zeros behind": lambda c: encapsulated(c + bytes(70)),
+    "many zeros behind": lambda c: encapsulated(c + bytes(70_000)),
+    "zeros and fill bytes behind": lambda c: encapsulated(c + b"\xff" * 40 + bytes(8)),
+    "a last one of zeros": lambda c: encapsulated(c, bytes(64)),
+}
+
+
+@pytest.mark.parametrize("form", FRAGMENTS)
+@pytest.mark.parametrize(
+    "syntax", [uid.JPEGLSLossless, uid.JPEG2000Lossless, uid.RLELossless, uid.JPEGBaseline8Bit]
+)
+def test_padding_and_empty_fragments_are_no_cut(tmp_path, syntax, form):
+    pixels = np.add.outer(np.arange(90), np.arange(80)).astype(np.uint8)
+    lossy = syntax == uid.JPEGBaseline8Bit
+    path = write_dicom(tmp_path / "x.dcm", pixels, uid.ExplicitVRLittleEndian if lossy else syntax)
+    ds = pydicom.dcmread(path)
+    if lossy:
+        stream = io.BytesIO()
+        Image.fromarray(pixels).save(stream, format="JPEG", quality=95)
+        stream = stream.getvalue()
+    else:
+        stream = next(pydicom.encaps.generate_frames(ds.PixelData, number_of_frames=1))
+    if syntax == uid.RLELossless and form == "an empty first one":
+        pytest.skip("the decoder of RLE takes a fragment for a frame")
+    ds.PixelData = FRAGMENTS[form](stream)
+    ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
+    ds.file_meta.TransferSyntaxUID = syntax
+    ds.save_as(path)
+    assert abs(read_mammogram(path).stored.astype(int) - pixels).max() <= 3 * lossy
+    if syntax != uid.JPEG2000Lossless:
+        for zeros in (0, 64):
+            ds.PixelData = encapsulated(stream[: len(stream) // 2] + bytes(zeros))
+            ds.save_as(path)
+            reason(path)
+
+
+@pytest.mark.parametrize("syntax", [uid.RLELossless, uid.JPEGLSLossless, uid.JPEG2000Lossless])
+@pytest.mark.parametrize("dtype", [np.uint16, np.int16])
+def test_Q19_unused_bits_of_compressed_pixels_are_not_pixel_values(tmp_path, syntax, dtype):
+    if syntax == uid.JPEGLSLossless and dtype == np.int16:
+        pytest.skip("pydicom does not encode it")
+    rng, signed = np.random.default_rng(1), dtype == np.int16
+    pixels = (rng.integers(0, 4096, (40, 50)) - 2048 * signed).astype(dtype)
+    words = (pixels & 0x0FFF) | (rng.integers(0, 16, (40, 50)) << 12)  # overlays, or whatever
+    path = write_dicom(tmp_path / "x.dcm", words.astype(np.uint16).view(dtype), syntax)
+    plain = write_dicom(tmp_path / "plain.dcm", pixels, BitsStored=12)
+    ds = pydicom.dcmread(path)
+    ds.BitsStored, ds.HighBit = 12, 11  # the stream's precision is 16 bits
+    ds.save_as(path)
+    found = read_mammogram(path)
+    assert (found.stored == pixels).all() and found.stored.dtype == dtype
+    assert found.image_uid == read_mammogram(plain).image_uid
+
+
+def test_Q19_what_lossy_rounding_puts_above_the_range_is_white(tmp_path):
+    """To mask its bits would turn the brightest pixels black."""
+    rng = np.random.default_rng(0)
+    pixels = np.where(rng.random((64, 64)) < 0.5, 4095, 3000).astype(np.uint16)
+    path = write_dicom(tmp_path / "x.dcm", pixels)
+    ds = pydicom.dcmread(path)
+    ds.compress(uid.JPEG2000, j2k_cr=[20], generate_instance_uid=False)
+    assert ds.pixel_array.max() > 4095
+    ds.BitsStored, ds.HighBit = 12, 11
+    ds.save_as(path)
+    found = read_mammogram(path)
+    assert found.stored.max() > 4095 and found.stored.min() > 2000 and found.display.max() == 1
+
+
+def test_reasons_end_at_a_word(tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("word " * 100)
+
+    monkeypatch.setattr(mammogram, "pixel_array", fails)
+    said = reason(write_dicom(tmp_path / "x.dcm", np.zeros((4, 4), np.uint16)))
+    assert said.endswith("word word ...)") and len(said) < 350
+
+
 # --- What is left out, and why ---
 
 
@@ -546,6 +652,80 @@ def test_2D_images_made_from_tomosynthesis_are_accepted(tmp_path, kind):
     assert read_mammogram(path).stored.shape == (4, 4)
 
 
+NOT_PLAIN = (  # C.8.11.7.1.4, C.8.21.6.1.1, and vendors' words
+    *(f"{kind}_{side}" for kind in ("STEREO", "PREFIRE", "POSTFIRE") for side in ("MINUS", "PLUS")),
+    *("STEREO_SCOUT", "TOMO_SCOUT", "PREFIRE", "POSTFIRE", "POSTBIOPSY", "POSTBIOPSY_PLUS"),
+    *("POSTMARKER", "POSTMARKER_MINUS", "NEEDLE", "SPECIMEN", "LOCALIZER", "stereo_plus"),
+    *("SUBTRACTION", "SUBTRACTED", "ADDITION", "RECOMBINED", "HIGH_ENERGY", "HIGH ENERGY"),
+    *("TOMO_SLICE", "TOMO SLAB", "DBT", "SCREEN SAVE", "SCREENSHOT", "SCREEN_CAPTURE", "CAD"),
+    *("POST_CONTRAST", "PRE_CONTRAST", "CESM"),  # which of the images of a pair, nobody knows
+)
+
+
+@pytest.mark.parametrize("word", NOT_PLAIN)
+@pytest.mark.parametrize("place", [2, 3, 4])
+def test_images_that_are_no_plain_mammograms_are_left_out(tmp_path, word, place):
+    image_type = ["ORIGINAL", "PRIMARY", "", "", ""]
+    image_type[place] = word
+    path = write_dicom(tmp_path / "x.dcm", np.zeros((4, 4), np.uint16), ImageType=image_type)
+    assert reason(path).startswith("ImageType is 'ORIGINAL' 'PRIMARY' ") or word.islower()
+    with pytest.raises(NotUsable, match="ImageType is"):
+        read_mammogram(path)
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        ["", "", ""],
+        ["POST_CONTRAST", "", "LOW_ENERGY"],
+        ["PRE_CONTRAST", "GENERATED_2D", "LOW ENERGY"],
+        ["", "", "", "", "150000"],
+        ["TOMO_2D", "LEFT", "SCREENING"],
+        ["FULL_FIELD", "STANDARD"],
+    ],
+)
+def test_plain_and_low_energy_mammograms_are_accepted(tmp_path, rest):
+    pixels, image_type = np.zeros((4, 4), np.uint16), ["ORIGINAL", "PRIMARY", *rest]
+    path = write_dicom(tmp_path / "x.dcm", pixels, ImageType=image_type)
+    assert read_mammogram(path).stored.shape == (4, 4)
+
+
+def test_a_contrast_image_must_say_that_it_is_the_low_energy_one(tmp_path):
+    """By its contrast agent alone, too: nothing else tells the images of a pair apart."""
+    agent = {"ContrastBolusAgentSequence": [coded("C-B0300")]}
+    for image_type, accepted in ((["ORIGINAL", "PRIMARY"], False), (["", "", "LOW_ENERGY"], True)):
+        path = write_dicom(
+            tmp_path / "x.dcm", np.zeros((4, 4), np.uint16), ImageType=image_type, **agent
+        )
+        if accepted:
+            assert read_mammogram(path).stored.shape == (4, 4)
+        else:
+            assert reason(path).endswith("of two energies LOW_ENERGY")
+
+
+@pytest.mark.parametrize("meta", [False, True])
+def test_what_is_absent_and_has_one_lawful_value_is_implied(tmp_path, meta):
+    """A digital mammogram is of modality MG, unsigned, of one sample a pixel (C.8.11.7)."""
+    pixels = np.arange(16, dtype=np.uint16).reshape(4, 4)
+    kind = uid.DigitalMammographyXRayImageStorageForPresentation
+    names = ("Modality", "PixelRepresentation", "SamplesPerPixel", "HighBit")
+    more = dict.fromkeys(names) | {"SOPClassUID": kind}
+    path = write_dicom(tmp_path / "x.dcm", pixels, **more)
+    ds = pydicom.dcmread(path)
+    del ds.HighBit
+    if meta:  # the class stands in the file's meta information alone
+        del ds.SOPClassUID
+    ds.save_as(path)
+    assert (read_mammogram(path).stored == pixels).all()
+    derive(read_mammogram(path), tmp_path / "new.dcm")
+    new = pydicom.dcmread(tmp_path / "new.dcm")
+    assert (new.Modality, new.PixelRepresentation, new.SamplesPerPixel) == ("MG", 0, 1)
+    assert new.SOPClassUID == kind
+    more |= {"SOPClassUID": uid.ComputedRadiographyImageStorage, "Modality": "CR"}
+    path = write_dicom(tmp_path / "x.dcm", pixels, **more)  # which may be signed
+    assert reason(path).startswith("PixelRepresentation is absent")
+
+
 @pytest.mark.parametrize("modality", ["MG", "CR", "DX", "RG", "SC"])
 def test_film_digitisers_and_secondary_captures_are_accepted(tmp_path, modality):
     path = write_dicom(
@@ -595,6 +775,46 @@ def test_a_spacing_that_is_no_number_is_none(tmp_path):
             (0.065, 0.066),
             "PixelSpacing",
         ),
+        (  # PixelSpacing repeats the detector's: not corrected for the magnification
+            {
+                "PixelSpacing": [0.09, 0.09],
+                "ImagerPixelSpacing": [0.0900, 0.0900],
+                "EstimatedRadiographicMagnificationFactor": 1.8,
+            },
+            (0.05, 0.05),
+            "PixelSpacing / magnification 1.8",
+        ),
+        (  # distances in place of the factor, and behind it
+            {
+                "ImagerPixelSpacing": [0.1, 0.12],
+                "DistanceSourceToDetector": 660,
+                "DistanceSourceToPatient": 330,
+            },
+            (0.05, 0.06),
+            "ImagerPixelSpacing / magnification 2",
+        ),
+        (
+            {
+                "ImagerPixelSpacing": [0.1, 0.1],
+                "EstimatedRadiographicMagnificationFactor": 1,
+                "DistanceSourceToDetector": 700,
+                "DistanceSourceToPatient": 650,
+            },
+            (0.1, 0.1),
+            "ImagerPixelSpacing",
+        ),
+        *(  # distances that cannot be
+            (
+                {
+                    "ImagerPixelSpacing": [0.1, 0.1],
+                    "DistanceSourceToDetector": 660,
+                    "DistanceSourceToPatient": near,
+                },
+                (0.1, 0.1),
+                "ImagerPixelSpacing",
+            )
+            for near in (0, 1, 700, None)
+        ),
         ({"NominalScannedPixelSpacing": [0.05, 0.05]}, (0.05, 0.05), "NominalScannedPixelSpacing"),
         ({"PixelSpacing": [0, 0]}, None, ""),
         ({"PixelSpacing": [1, 1], "Columns": 1001}, None, ""),  # an image a metre wide
@@ -611,6 +831,32 @@ def test_spacing_and_its_source(tmp_path, attributes, spacing, source):
     found = read_mammogram(write_dicom(tmp_path / "x.dcm", pixels, **attributes))
     assert found.spacing_mm == (spacing and pytest.approx(spacing))
     assert found.spacing_source == source
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("code", ["399163009", "R-102D6"])
+def test_a_magnification_view_needs_its_magnification(tmp_path, nested, code):
+    view, pixels = coded("399162004"), np.zeros((4, 4), np.uint16)
+    more = {"ImagerPixelSpacing": [0.09, 0.09], "ViewCodeSequence": [view]}
+    (view if nested else more).update({"ViewModifierCodeSequence": [coded(code)]})
+    known = {"EstimatedRadiographicMagnificationFactor": 1.5}
+    by_distance = {"DistanceSourceToDetector": 660, "DistanceSourceToPatient": 440}
+    contact = {"EstimatedRadiographicMagnificationFactor": 1.02}
+    for tells, spacing in (
+        (known, 0.06),
+        (by_distance, 0.06),
+        (contact | by_distance, 0.06),
+        (contact, None),
+        ({}, None),
+        ({"PixelSpacing": [0.09, 0.09]}, None),
+        ({"PixelSpacing": [0.05, 0.05]}, 0.05),
+    ):
+        found = read_mammogram(write_dicom(tmp_path / "x.dcm", pixels, **more, **tells))
+        assert found.spacing_mm == (spacing and pytest.approx((spacing, spacing))), tells
+        assert spacing or "does not tell its magnification" in found.spacing_source
+    more["ViewCodeSequence"], more["ViewModifierCodeSequence"] = [coded("1")], [coded("399055006")]
+    found = read_mammogram(write_dicom(tmp_path / "x.dcm", pixels, **more))  # spot compression
+    assert found.spacing_mm == (0.09, 0.09)
 
 
 # --- Other images ---

@@ -15,8 +15,8 @@ import models
 from models import (
     Discriminator,
     Generator,
-    PatchClassifier,
     SelfAttention,
+    SmallResNet,
     crop_border,
     discriminator_loss,
     down2,
@@ -570,7 +570,7 @@ def test_C1_weights_of_a_file_fill_all_but_the_head(tmp_path):
 
 
 def test_C1_weights_that_do_not_fit_or_cannot_be_had_are_refused(tmp_path, monkeypatch):
-    torch.save(PatchClassifier(16, (1, 1, 1, 1)).state_dict(), tmp_path / "narrow.pt")
+    torch.save(SmallResNet(16).state_dict(), tmp_path / "narrow.pt")
     with pytest.raises(
         ValueError, match=r"narrow\.pt: damaged .*; give the weights of a torchvision ResNet"
     ):
@@ -578,7 +578,7 @@ def test_C1_weights_that_do_not_fit_or_cannot_be_had_are_refused(tmp_path, monke
     with pytest.raises(ValueError, match="no such file"):
         first_weights(ClassifierConfig(weights=str(tmp_path / "nothing.pt")))
     with pytest.raises(ValueError, match="fit ResNet-50"):
-        first_weights(ClassifierConfig(width=16, weights="imagenet"))
+        first_weights(ClassifierConfig(network="small", weights="imagenet"))
 
     def offline(*args, **kwargs):
         raise OSError("no network")
@@ -588,9 +588,16 @@ def test_C1_weights_that_do_not_fit_or_cannot_be_had_are_refused(tmp_path, monke
         first_weights(ClassifierConfig(weights="imagenet"))
 
 
+def test_the_small_classifier_ends_in_four_by_four_at_64_px():
+    model, seen = SmallResNet(16), []
+    model.body.register_forward_hook(lambda m, x, out: seen.append(out.shape))
+    assert model(torch.zeros(2, 1, 64, 64)).shape == (2, 2)
+    assert seen == [(2, 512, 4, 4)]
+
+
 def test_classifier_scores_do_not_depend_on_the_batch_and_give_pooled_features():
     torch.manual_seed(0)
-    model = PatchClassifier(16, (1, 1, 1, 1))
+    model = SmallResNet(16)
     stored = np.random.default_rng(0).integers(0, 65536, (5, 64, 64)).astype(np.uint16)
     cpu = torch.device("cpu")
     scores, features = classifier_scores(model, stored, cpu, batch=2, features=True)

@@ -26,7 +26,8 @@ from postprocess import (
     isolate_lesion,
     synthesize_set,
 )
-from support.patchset import check_synthetic, open_synthetic
+from support.patchset import open_synthetic
+from support.provenance import check_synthetic
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:pycocotools.*")
 
@@ -384,6 +385,26 @@ def test_Q27_rare_and_patch_filling_lesions_are_said(made, tmp_path, capsys):
     assert [text[:9] for text in _warnings(facts)] == ["only 4.0%"]
 
 
+@pytest.mark.parametrize(
+    ("task", "component", "advised"),
+    [
+        ("calcification", "largest", True),
+        ("calcification", "cluster", False),
+        ("mass", "largest", False),
+        ("removal", "largest", False),
+    ],
+)
+def test_Q27_cluster_is_advised_for_calcifications_that_were_made_without(
+    made, tmp_path, task, component, advised
+):
+    write_run(tmp_path / "run", made / "data", task=task, gain=0.0, **TINY)
+    synth = Synthesizer(tmp_path / "run", "cpu", "", {"component": component})
+    assert ("--component cluster" in synth.advice) == advised
+    facts = {"short": False, "accepted": 4, "attempts": 100, "acceptance": 0.04, "area_median": 0.6}
+    for text in _warnings(facts, synth.advice):
+        assert ("--component cluster" in text) == advised and "Train longer" in text
+
+
 def test_nothing_accepted_is_one_clear_message(made, tmp_path):
     with pytest.raises(ValueError, match=r"no lesion accepted in 40 attempts; 40 had no pixel"):
         synthesize_set(made / "nothing", made / "data", tmp_path / "out", n=2, device="cpu")
@@ -404,7 +425,7 @@ def test_Q20_validation_and_test_patients_are_refused(made, tmp_path):
 
 def test_a_run_that_does_not_fit_is_refused(made, tmp_path):
     write_patch_set(tmp_path / "data", 128, {"train/normal": 2}, {"a": "train"})
-    with pytest.raises(ValueError, match=r"another patch set \(64 px\) than .*\(128 px\)"):
+    with pytest.raises(ValueError, match=r"trained with patch_size 64, --data .*data has 128"):
         synthesize_set(made / "mass", tmp_path / "data", tmp_path / "out", n=2)
     write_patch_set(tmp_path / "small", 64, {"train/normal": 2}, {"a": "train"})
     write_run(tmp_path / "removal", tmp_path / "small", task="removal", **TINY)
@@ -414,6 +435,44 @@ def test_a_run_that_does_not_fit_is_refused(made, tmp_path):
         synthesize_set(tmp_path / "absent", tmp_path / "small", tmp_path / "out", n=2)
     with pytest.raises(ValueError, match=r"'prepare'; expected a folder made by 'train-gan'"):
         synthesize_set(tmp_path / "small", tmp_path / "small", tmp_path / "out", n=2)
+
+
+def test_a_generator_travels_to_patches_that_it_never_saw_in_validation_or_test(made, tmp_path):
+    stranger = {"x": "train", "y": "val", "z": "test"}
+    counts = {"train/normal": 4, "val/normal": 4, "test/normal": 4}
+    write_patch_set(tmp_path / "own", 64, counts, stranger)
+    for split, start in (("train", 0), ("val", 400), ("test", 800)):  # no image but in train
+        index = tmp_path / f"own/patches/{split}/normal.csv"
+        rows = index.read_text().splitlines()
+        for i in range(4):
+            rows[1 + i] = rows[1 + i].replace(f"{i:016x}", f"{start + i:016x}")
+        index.write_text("\n".join(rows) + "\n")
+    synthesize_set(made / "mass", tmp_path / "own", tmp_path / "syn", n=2, device="cpu")
+    check_synthetic(open_synthetic(tmp_path / "syn"), tmp_path / "own")
+    index = tmp_path / "own/patches/val/normal.csv"
+    text = index.read_text()
+    index.write_text(text.replace(f"{401:016x}", f"{1:016x}"))
+    leak = rf"mass: was trained on 1 of split val, such as image_uid {1:016x}; give patches that it"
+    with pytest.raises(ValueError, match=leak):
+        synthesize_set(made / "mass", tmp_path / "own", tmp_path / "out", n=2, device="cpu")
+    index.write_text(text.replace(",y,", ",a,"))
+    synthesize_set(made / "mass", tmp_path / "own", tmp_path / "out", n=2, device="cpu")
+    for name in ("own", "mass"):  # "a" is one woman when both are of one archive
+        path = (tmp_path if name == "own" else made) / name / "config.json"
+        facts = json.loads(path.read_text())
+        target = facts if name == "own" else facts["config"]
+        target["format"] = "cbis-ddsm"
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "config.json").write_text(json.dumps(facts))
+    for name in ("checkpoint.pt", "gan.png"):
+        shutil.copy(made / "mass" / name, tmp_path / "mass")
+    with pytest.raises(ValueError, match="trained on 1 of split val, such as patient_id a"):
+        synthesize_set(tmp_path / "mass", tmp_path / "own", tmp_path / "two", n=2, device="cpu")
+    old = json.loads((tmp_path / "mass/config.json").read_text())
+    del old["config"]["images"]
+    (tmp_path / "mass/config.json").write_text(json.dumps(old))
+    with pytest.raises(ValueError, match="does not say which images it was trained on; train it"):
+        synthesize_set(tmp_path / "mass", tmp_path / "own", tmp_path / "two", n=2, device="cpu")
 
 
 def test_a_damaged_configuration_of_a_run_is_named(made, tmp_path):

@@ -943,6 +943,380 @@ def test_mias_image_of_another_size_is_an_error(tmp_path):
         READERS["mini-mias"](tmp_path, False)
 
 
+# --- EMBED ---
+
+EMBED_CLINICAL = {
+    "empi_anon": "11", "acc_anon": "501", "desc": "MG Screen Bilat", "numfind": "1", "side": "L",
+    "asses": "A", "massshape": "", "massmargin": "", "massdens": "", "calcfind": "",
+    "calcdistri": "", "calcnumber": "0", "bside": "", "path_severity": "",
+}  # fmt: skip
+MASS = {"massshape": "X", "path_severity": "0.0", "asses": "S"}
+NEGATIVE = {"asses": "N", "side": ""}
+
+
+def embed_image(root: Path, number: int = 1, **changes: object) -> dict:
+    """A row of the metadata and its file, whose path there is that of another disk."""
+    patient, exam = changes.get("empi_anon", "11"), changes.get("acc_anon", "501")
+    place = f"cohort_1/{str(patient).split('.')[0]}/1.2.3.{exam}/1.2.4/1.2.826.{number}.dcm"
+    write_dicom(root / "images" / place, photograph(number))
+    return {
+        "empi_anon": "11", "acc_anon": "501", "anon_dicom_path": f"/mnt/NAS3/anon_dicom/{place}",
+        "FinalImageType": "2D", "ImageLateralityFinal": "L", "ViewPosition": "CC",
+        "spot_mag": "", "num_roi": "1", "ROI_coords": "((10, 5, 30, 25),)", "match_level": "[1]",
+    } | changes  # fmt: skip
+
+
+def embed(root: Path, metadata: list[dict], clinical: list[dict]):
+    rows = [EMBED_CLINICAL | row for row in clinical]
+    write_csv(root / "tables" / "EMBED_OpenData_clinical.csv", rows)
+    write_csv(root / "tables" / "EMBED_OpenData_metadata.csv", metadata)
+    return read("embed", root)
+
+
+def test_embed_box_type_and_pathology_of_the_only_finding(tmp_path):
+    (finding,), notes = embed(tmp_path, [embed_image(tmp_path)], [MASS])
+    assert (finding.finding, finding.pathology, finding.bbox) == (
+        *("mass", "malignant"),
+        (10, 5, 30, 25),
+    )
+    assert (finding.patient_id, finding.laterality, finding.view) == ("11", "L", "CC")
+    assert not notes
+
+
+@pytest.mark.parametrize(
+    ("text", "boxes"),
+    [
+        ("((10, 5, 30, 25), (40, 6, 50, 20))", [(10, 5, 30, 25), (40, 6, 50, 20)]),
+        ("(([10, 5, 30, 25], [40, 6, 50, 20]),)", [(10, 5, 30, 25), (40, 6, 50, 20)]),
+        ("[[[10, 5, 30, 25]]]", [(10, 5, 30, 25)]),
+        ("[(10.5, 5.0, 30.25, 25.0)]", [(10.5, 5, 30.25, 25)]),
+        ("((30, 25, 10, 5),)", [(10, 5, 30, 25)]),
+        ("((-3, 5, 30, 99),)", [(0, 5, 30, 40)]),
+        ("((10, 5, 10, 25),)", [None]),
+    ],
+)
+def test_embed_boxes_are_text_of_nested_lists(tmp_path, text, boxes):
+    findings, _ = embed(tmp_path, [embed_image(tmp_path, ROI_coords=text)], [MASS])
+    assert [f.bbox for f in findings] == boxes and {f.finding for f in findings} == {"mass"}
+
+
+def test_embed_boxes_in_dicom_pixels_come_first(tmp_path):
+    """Newer tables give boxes twice: in PNG files, some of them mirrored, and in the DICOM ones."""
+    row = embed_image(tmp_path, DCM_ROI_coords="[[[1, 2, 9, 8]]]")
+    (finding,), _ = embed(tmp_path, [row], [MASS])
+    assert finding.bbox == (1, 2, 9, 8)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["((10, 5, 30),)", "__import__('os').remove('x')", "((10, 5, 30, x),)", "(1e3, 2, 3, 4)"],
+)
+def test_embed_damaged_boxes_cost_their_image_alone_and_are_never_evaluated(tmp_path, capsys, text):
+    rows = [embed_image(tmp_path), embed_image(tmp_path, 2, ROI_coords=text)]
+    findings, notes = embed(tmp_path, rows, [MASS])
+    assert [Path(f.image_path).stem for f in findings] == ["1.2.826.1"]
+    assert count(notes, "Damaged") == 1
+    assert "EMBED_OpenData_metadata.csv line 3: found" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["()", "", "[]", "nan"])
+def test_embed_image_without_box_is_normal_only_when_its_side_is_negative(tmp_path, text):
+    """BI-RADS 2 has a benign finding somewhere, and nobody marked it."""
+    clinical = [
+        NEGATIVE | {"acc_anon": "1"},
+        {"asses": "B", "acc_anon": "2"},
+        {"asses": "A", "acc_anon": "3", "side": "L"}, NEGATIVE | {"acc_anon": "3", "side": "R"},
+        NEGATIVE | {"acc_anon": "4", "massshape": "S"},
+        NEGATIVE | {"acc_anon": "5", "side": "B"}, MASS | {"acc_anon": "5", "side": "R"},
+        MASS | {"acc_anon": "6", "side": "B"},
+    ]  # fmt: skip
+    rows = [
+        embed_image(
+            tmp_path, 10 * n + (side == "R"), acc_anon=str(n), ImageLateralityFinal=side,
+            ROI_coords=text,
+        )
+        for n in range(1, 8)
+        for side in "LR"
+    ]  # fmt: skip
+    findings, notes = embed(tmp_path, rows, clinical)
+    found = {Path(f.image_path).stem.split(".")[-1]: f.pathology for f in findings}
+    assert found == {
+        "10": "normal", "11": "normal", "20": "", "21": "", "30": "", "31": "normal", "40": "",
+        "41": "", "50": "normal", "51": "malignant", "60": "malignant", "61": "malignant",
+        "70": "", "71": "",
+    }  # fmt: skip
+    assert count(notes, "not known to be normal") == 10
+
+
+@pytest.mark.parametrize(
+    ("severity", "pathology"),
+    [
+        ("0", "malignant"), ("1.0", "malignant"), ("2.0", "benign"), ("3", "benign"),
+        ("4.0", "benign"), ("5", "benign"), ("6.0", ""), ("", ""),
+    ],
+)  # fmt: skip
+def test_embed_path_severity(tmp_path, severity, pathology):
+    """6 is cancer of another organ; without a specimen nobody knows."""
+    row = MASS | {"path_severity": severity}
+    (finding,), _ = embed(tmp_path, [embed_image(tmp_path)], [row])
+    assert (finding.finding, finding.pathology) == ("mass", pathology)
+
+
+@pytest.mark.parametrize(
+    ("described", "kinds"),
+    [
+        ({"massshape": "O"}, ["mass"]),
+        ({"massshape": "N"}, ["mass"]),  # a lymph node, as its authors count it
+        ({"massmargin": "S"}, ["mass"]),
+        ({"massdens": "="}, ["mass"]),
+        ({"massshape": "F"}, ["asymmetry"]),
+        ({"massshape": "A", "massmargin": "S"}, ["distortion"]),
+        ({"calcfind": "A"}, ["calcification"]),
+        ({"calcdistri": "G", "massshape": "R"}, ["calcification", "mass"]),
+        ({"calcnumber": "3"}, ["calcification"]),
+        ({"calcnumber": "0.0"}, [""]),
+        ({"massshape": "?"}, [""]),
+    ],
+)
+def test_embed_descriptors_tell_the_type(tmp_path, described, kinds):
+    row = {"path_severity": "4", "asses": "S"} | described
+    findings, _ = embed(tmp_path, [embed_image(tmp_path)], [row])
+    assert [f.finding for f in findings] == kinds
+
+
+def test_embed_box_takes_what_all_findings_of_its_side_agree_on(tmp_path):
+    """No table says which finding a box is of."""
+    benign = MASS | {"path_severity": "4", "numfind": "2"}
+    clinical = [
+        *(MASS | {"acc_anon": "1"}, MASS | {"acc_anon": "1", "numfind": "2"}),
+        *(MASS | {"acc_anon": "2"}, benign | {"acc_anon": "2"}),
+        *(MASS | {"acc_anon": "3"}, benign | {"acc_anon": "3", "side": "R"}),
+        *(MASS | {"acc_anon": "4"}, NEGATIVE | {"acc_anon": "4", "side": "L"}),
+        MASS | {"acc_anon": "5", "side": "R"},
+    ]
+    rows = [embed_image(tmp_path, n, acc_anon=str(n)) for n in range(1, 6)]
+    findings, notes = embed(tmp_path, rows, clinical)
+    assert [(f.finding, f.pathology) for f in findings] == [
+        ("mass", "malignant"),
+        ("", ""),
+        ("mass", "malignant"),
+        ("mass", "malignant"),
+        ("", ""),  # a box on the left, findings on the right alone
+    ]
+    assert all(f.bbox for f in findings)  # their regions give no normal patches
+    assert count(notes, "findings that differ") == 1
+
+
+def test_embed_pathology_of_the_other_side_is_not_that_of_the_finding(tmp_path):
+    rows = [embed_image(tmp_path), embed_image(tmp_path, 2, ImageLateralityFinal="R")]
+    clinical = [MASS | {"side": "B", "bside": "L"}]
+    findings, notes = embed(tmp_path, rows, clinical)
+    assert [(f.laterality, f.pathology) for f in findings] == [("L", "malignant"), ("R", "")]
+    assert count(notes, "of the other side") == 1
+
+
+def test_embed_c_views_are_read_and_other_images_left_out(tmp_path):
+    rows = [
+        embed_image(tmp_path, 1, FinalImageType="cview"),
+        embed_image(tmp_path, 2, FinalImageType="3D"),
+        embed_image(tmp_path, 3, FinalImageType="ROI_SSC"),
+        embed_image(tmp_path, 4, spot_mag="1.0"),
+        embed_image(tmp_path, 5, spot_mag="0"),
+    ]
+    findings, notes = embed(tmp_path, rows, [MASS])
+    assert [Path(f.image_path).stem[-1] for f in findings] == ["1", "5"]
+    assert count(notes, "no full view in 2D or C-view") == 3
+
+
+def test_embed_ids_that_a_program_made_floats_of_are_joined(tmp_path):
+    row = embed_image(tmp_path, empi_anon="11.0", acc_anon="501.0")
+    (finding,), _ = embed(tmp_path, [row], [MASS])
+    assert (finding.patient_id, finding.pathology) == ("11", "malignant")
+
+
+def test_embed_images_are_counted_once_and_never_looked_for_outside(tmp_path):
+    gone = embed_image(tmp_path / "e", 2)
+    next((tmp_path / "e").glob("**/1.2.826.2.dcm")).unlink()
+    outside = [
+        gone | {"anon_dicom_path": text}
+        for text in ("/etc/passwd", "cohort_1/../../x.dcm", "C:\\cohort", "")
+    ]
+    write_dicom(tmp_path / "x.dcm", photograph())
+    rows = [embed_image(tmp_path / "e"), gone, gone, *outside]
+    findings, notes = embed(tmp_path / "e", rows, [MASS])
+    assert len(findings) == 1 and count(notes, "does not hold") == 1
+    assert count(notes, "leaves the data set's folder") >= 1
+
+
+def test_embed_folders_of_cohorts_beside_the_tables(tmp_path):
+    row = embed_image(tmp_path)
+    (tmp_path / "images" / "cohort_1").rename(tmp_path / "cohort_1")
+    (tmp_path / "images").rmdir()
+    assert len(embed(tmp_path, [row], [MASS])[0]) == 1
+
+
+# --- RSNA ---
+
+
+def rsna_row(root: Path, number: int, **changes: object) -> dict:
+    row = {
+        "site_id": 1, "patient_id": 10006, "image_id": number, "laterality": "L", "view": "CC",
+        "age": 61.0, "cancer": 0, "biopsy": 0, "invasive": 0, "BIRADS": "", "implant": 0,
+        "density": "", "machine_id": 29, "difficult_negative_case": False,
+    } | changes  # fmt: skip
+    folder = root / "train_images" / str(row["patient_id"])
+    write_dicom(folder / f"{row['image_id']}.dcm", photograph(number))
+    return row
+
+
+def rsna(root: Path, *rows: dict):
+    write_csv(root / "train.csv", list(rows))
+    return read("rsna", root)
+
+
+def test_rsna_images_are_labelled_and_have_no_boxes(tmp_path):
+    changes = [
+        {}, {"BIRADS": "1.0"}, {"BIRADS": 2}, {"cancer": 1, "biopsy": 1, "BIRADS": "0.0"},
+        {"biopsy": 1}, {"BIRADS": "0.0"}, {"implant": 1}, {"laterality": "R", "view": "MLO"},
+        {"cancer": 1, "implant": 1},
+    ]  # fmt: skip
+    rows = [rsna_row(tmp_path, n, **change) for n, change in enumerate(changes)]
+    findings, notes = rsna(tmp_path, *rows)
+    assert [f.pathology for f in findings] == [
+        *("normal", "normal", "normal", "malignant", "", "", "", "normal", "malignant")
+    ]
+    assert not any(f.finding or f.bbox or f.split for f in findings)
+    assert (findings[7].laterality, findings[7].view, findings[7].patient_id) == (
+        "R",
+        "MLO",
+        "10006",
+    )
+    assert count(notes, "not known to be normal") == 5
+
+
+def test_rsna_absent_images_and_paths_that_lead_outside_are_counted(tmp_path):
+    rows = [rsna_row(tmp_path / "r", 1), rsna_row(tmp_path / "r", 2), rsna_row(tmp_path / "r", 3)]
+    (tmp_path / "r/train_images/10006/2.dcm").unlink()
+    (tmp_path / "r/train_images/10006/2.dcm").symlink_to(tmp_path / "nowhere")
+    write_dicom(tmp_path / "r/secret.dcm", photograph())
+    findings, notes = rsna(
+        tmp_path / "r", *rows, rows[2] | {"patient_id": "../", "image_id": "secret"}
+    )
+    assert len(findings) == 2
+    assert count(notes, "does not hold") == 1 and count(notes, "leaves the data set's folder") == 1
+
+
+@pytest.mark.parametrize("change", [{"laterality": "B"}, {"cancer": ""}, {"biopsy": "maybe"}])
+def test_rsna_damaged_row_costs_its_image_alone(tmp_path, capsys, change):
+    findings, notes = rsna(tmp_path, rsna_row(tmp_path, 1), rsna_row(tmp_path, 2, **change))
+    assert [Path(f.image_path).stem for f in findings] == ["1"] and count(notes, "Damaged") == 1
+    assert "train.csv line 3: found" in capsys.readouterr().err
+
+
+def test_rsna_test_images_have_no_labels_and_are_not_read(tmp_path):
+    rows = [rsna_row(tmp_path, 1)]
+    write_csv(tmp_path / "test.csv", [{"patient_id": 1, "image_id": 2}])
+    write_dicom(tmp_path / "test_images/1/2.dcm", photograph())
+    assert len(rsna(tmp_path, *rows)[0]) == 1
+
+
+# --- What is damaged costs itself ---
+
+
+def test_a_damaged_row_of_a_table_costs_its_image(tmp_path, capsys):
+    rows = [
+        vindr_row(tmp_path, image="i1"),
+        vindr_row(tmp_path, image="i2", split="?"),
+        vindr_row(tmp_path, image="i2", xmin=7.5),  # another mark of the damaged one's image
+        vindr_row(tmp_path, image="i3", finding_categories=""),
+        vindr_row(tmp_path, image="i4", laterality="B"),
+        vindr_row(tmp_path, image="i5", xmax=""),
+        vindr_row(tmp_path, image="i6", height="nan"),
+    ]
+    findings, notes = vindr(tmp_path, *rows)
+    assert {(Path(f.image_path).stem, f.bbox is None) for f in findings} == {
+        ("i1", False),
+        ("i5", True),  # its lesion lies somewhere: no normal patches
+        ("i6", True),
+    }
+    assert count(notes, "Damaged parts of tables") == 5
+    said = capsys.readouterr().err
+    assert all(f"finding_annotations.csv line {n}: found" in said for n in (3, 5, 6, 7, 8))
+    assert not any("line" in sentence for sentence in notes)  # which go into the patch set
+
+
+def test_a_row_of_another_length_is_left_out(tmp_path, capsys):
+    vindr(tmp_path, vindr_row(tmp_path, image="i1"), vindr_row(tmp_path, image="i2"))
+    table = tmp_path / "finding_annotations.csv"
+    table.write_text(table.read_text() + "s1,x,i1\n")
+    findings, notes = read("vindr", tmp_path, True)
+    assert len(findings) == 2 and count(notes, "Damaged") == 1
+    assert "line 4 has 3 fields; expected 16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("points", [[], [(float("nan"), 1.0)], ["(3", "x)"], [(1.0,)]])
+def test_inbreast_damaged_region_costs_its_box_alone(tmp_path, capsys, points):
+    row = inbreast_image(tmp_path, "1", [("Mass", SQUARE), ("Mass", [(1, 2)])])
+    path = tmp_path / "AllXML" / "1.xml"
+    document = plistlib.loads(path.read_bytes())
+    texts = [str(p) if isinstance(p, tuple) else p for p in points]
+    document["Images"][0]["ROIs"][1]["Point_px"] = texts
+    path.write_bytes(plistlib.dumps(document))
+    findings, notes = inbreast(tmp_path, row)
+    assert [(f.finding, f.bbox) for f in findings] == [("mass", (10, 5, 30, 25)), ("mass", None)]
+    assert count(notes, "Damaged") == 1 and "1.xml: damaged (" in capsys.readouterr().err
+
+
+def test_inbreast_damaged_contours_cost_their_image_alone(tmp_path):
+    rows = [inbreast_image(tmp_path, "1", [("Mass", SQUARE)]), inbreast_image(tmp_path, "2", [])]
+    (tmp_path / "AllXML" / "2.xml").write_text("<plist>")
+    findings, notes = inbreast(tmp_path, *rows)
+    assert len(findings) == 1 and count(notes, "Damaged") == 1  # and not a normal image
+
+
+def test_mias_damaged_row_costs_its_image_alone(tmp_path):
+    lines = ["mdb001 G CIRC B 535 425 197", "mdb002 G CIRC B 535", "mdb002 G CIRC B 477 133 30"]
+    findings, notes = mias(tmp_path, *lines)
+    assert [Path(f.image_path).stem for f in findings] == ["mdb001"]
+    assert count(notes, "Damaged") == 1
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]"])
+def test_omidb_damaged_client_costs_itself_alone(tmp_path, text):
+    write_client(tmp_path, "demd1", {1: None}, ROUTINE)
+    write_client(tmp_path, "demd2", {2: None}, ROUTINE)
+    path = tmp_path / "data" / "demd2" / "nbss_demd2.json"
+    path.unlink() if text is None else path.write_text(text)
+    findings, notes = read("omidb", tmp_path)
+    assert {f.patient_id for f in findings} == {"demd1"} and count(notes, "Damaged") == 1
+
+
+def test_cbis_unknown_word_costs_its_image_alone(tmp_path):
+    rows = [cbis_case(tmp_path), cbis_case(tmp_path, patient="P_00002", pathology="PERHAPS")]
+    cbis_tables(tmp_path, rows=rows)
+    findings, notes = read("cbis-ddsm", tmp_path)
+    assert {f.patient_id for f in findings} == {"P_00001"} and count(notes, "Damaged") == 1
+
+
+def test_a_link_that_leads_nowhere_is_an_absent_file(tmp_path):
+    rows = [cbis_case(tmp_path), cbis_case(tmp_path, patient="P_00002")]
+    cbis_tables(tmp_path, rows=rows)
+    for path in tmp_path.glob("CBIS-DDSM/*P_00002*/*/*/*.dcm"):
+        path.unlink()
+        path.symlink_to(tmp_path / "nowhere")
+    findings, notes = read("cbis-ddsm", tmp_path)
+    assert len(findings) == 1 and count(notes, "does not hold") == 1
+
+
+def test_absent_images_are_counted_once_whatever_number_of_rows_they_have(tmp_path):
+    rows = [vindr_row(tmp_path, image="i1"), *(vindr_row(tmp_path, image="i2"),) * 3]
+    (tmp_path / "images/s1/i2.dicom").unlink()
+    assert count(vindr(tmp_path, *rows)[1], "does not hold") == 1
+    cbis = [cbis_case(tmp_path / "x", number=n) for n in (1, 2)]
+    cbis_tables(tmp_path / "cbis", rows=[*cbis, cbis_case(tmp_path / "cbis", patient="P_00002")])
+    assert count(read("cbis-ddsm", tmp_path / "cbis")[1], "does not hold") == 1
+
+
 # --- All of them ---
 
 
@@ -959,6 +1333,7 @@ TABLES = {
     "cbis-ddsm": "mass_case_description_train_set.csv",
     "vindr": "finding_annotations.csv",
     "inbreast": "INbreast.csv",
+    "rsna": "train.csv",
 }
 
 

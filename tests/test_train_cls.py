@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 import data
+import mamgan
 import train
 from support import files, patchset, runs, sources
 from train import ClassifierBatches, ClassifierConfig, synthetic_proportion, train_classifier
@@ -27,8 +29,8 @@ TINY = ClassifierConfig(
     decay_every=40,
     evaluate_every=80,
     weights="none",
+    network="small",
     width=4,
-    blocks=(1, 1, 1, 1),
 )
 SIDE = 32
 CODES = {"normal": 1, "malignant_mass": 2, "malignant_calcification": 3, "benign_mass": 4}
@@ -68,7 +70,7 @@ def write_synthetic(
         np.save(out / "mask.npy", np.zeros(combined.shape, bool))
         rows = [(i, i, "u", patient, 0, 9, 0, 0, 3, 3) for i in range(n)]
         files.write_table(out / "index.csv", patchset.SYNTHETIC_COLUMNS, rows)
-        runs.finish_folder(out, short=False, written=n)
+        runs.finish_folder(out, short=False, written=n, gan={"data": origin})
     return out
 
 
@@ -105,7 +107,8 @@ def drawn(config: ClassifierConfig, patches: Path, sets: list[Path]) -> tuple[np
 def test_C3_C4_C5_C7_paper_preset_holds_the_papers_numbers():
     c = train.CLASSIFIER_PRESETS["paper"]
     assert (c.samples, c.learning_rate, c.decay, c.decay_every) == (500_000, 1e-5, 0.9, 5_000)
-    assert (c.evaluate_every, c.weights, c.width, c.blocks) == (5_000, "imagenet", 64, (3, 4, 6, 3))
+    assert (c.evaluate_every, c.weights, c.network) == (5_000, "imagenet", "resnet50")
+    assert (c.average, c.augment) == (0, "")
     assert train.CLASSIFIER_ADAM == {"betas": (0.9, 0.999), "eps": 1e-8}
     assert c.samples % c.batch_size == 0
 
@@ -209,6 +212,55 @@ def test_C7_weights_of_the_best_validation_auc_are_kept(finished, patches):
     assert files.read_json(finished / "config.json")["best"] == {
         k: best[k] for k in ("val_auc", "samples_seen")
     }
+
+
+def test_the_average_of_the_weights_is_what_is_looked_at_and_kept(patches, tmp_path):
+    config = dataclasses.replace(TINY, samples=96, evaluate_every=96, average=0.6)
+    seen, update = [], runs.Run.update
+
+    def watched(run, optimizer, loss):
+        update(run, optimizer, loss)
+        seen.append([p.detach().clone() for p in optimizer.param_groups[0]["params"]])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.Run, "update", watched)
+        train_classifier(config, patches, tmp_path / "run", [], CPU)
+    model, _ = train.load_classifier(tmp_path / "run", CPU)
+    expected = seen[0]
+    for step, weights in enumerate(seen):
+        decay = min(0.6, (1 + step) / (10 + step))
+        pairs = zip(expected, weights, strict=True) if step else ()
+        expected = [decay * a + (1 - decay) * b for a, b in pairs] or weights
+        if step == 0:  # the average starts at the first weights, 0.1 of them is left
+            start = train.first_weights(config).parameters()
+            expected = [0.1 * a.detach() + 0.9 * b for a, b in zip(start, weights, strict=True)]
+    for ours, theirs in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+
+def test_classical_augmentation_is_drawn_anew_for_every_patch_and_keeps_the_lesion():
+    x = torch.full((400, 1, 64, 64), -0.5)
+    x[:, :, 20:28, 40:48] = 0.5  # off the middle: where it goes tells flip and turn
+    made = train.classical(x, np.random.default_rng(0))
+    assert torch.equal(made, train.classical(x, np.random.default_rng(0)))
+    assert made.shape == x.shape and made.dtype == x.dtype and made.abs().max() <= 1
+    assert len(torch.unique(made.flatten(1), dim=0)) == 400
+    area = (made > made.amin(dim=(2, 3), keepdim=True) + 0.5).sum(dim=(1, 2, 3)) / 64
+    assert area.min() > 0.75 and area.max() < 1.3  # 0.9 ** 2 to 1.1 ** 2, a pixel at the edges
+    corner = made.flatten(2).argmax(dim=2)[:, 0]
+    quarters = 2 * (corner // 64 >= 32) + (corner % 64 >= 32)
+    assert np.bincount(quarters.numpy(), minlength=4).min() > 60  # all places equally often
+    air = train.classical(torch.full((50, 1, 8, 8), -1.0), np.random.default_rng(1))
+    assert air.max() <= -0.8
+
+
+def test_augmented_patches_are_those_of_the_plain_run_augmented(patches):
+    config = dataclasses.replace(TINY, augment="classical")
+    plain = ClassifierBatches(TINY, patches, [], CPU).draw(3)
+    drawn = ClassifierBatches(config, patches, [], CPU).draw(3)
+    assert torch.equal(plain.y, drawn.y) and not torch.equal(plain.x, drawn.x)
+    again = ClassifierBatches(config, patches, [], CPU).draw(3)
+    assert torch.equal(drawn.x, again.x)
 
 
 def test_achieved_synthetic_share_is_logged(finished, patches, sets):
@@ -328,6 +380,15 @@ def test_C1_random_weights_are_said_loudly(patches, tmp_path, capsys):
     config = dataclasses.replace(TINY, samples=32)
     train_classifier(config, patches, tmp_path / "run", [], CPU)
     assert "WARNING: random first weights" in capsys.readouterr().err
+
+
+def test_warnings_come_once_whatever_number_of_seeds(patches, tmp_path, capsys):
+    line = ["train-cls", "--data", patches, "--run", tmp_path / "run", "--preset", "tiny"]
+    line += ["--seeds", 2, "--samples", 32, "--evaluate-every", 32, "--width", 4, "--device", "cpu"]
+    for _ in range(2):  # each command says it
+        mamgan.cli.main([str(part) for part in line], standalone_mode=False)
+        assert capsys.readouterr().err.count("WARNING: random first weights") == 1
+        shutil.rmtree(tmp_path / "run")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(patches, tmp_path):

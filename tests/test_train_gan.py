@@ -25,7 +25,7 @@ import data
 import models
 import postprocess
 import train
-from support import facts, files, patchset, runs
+from support import files, patchset, provenance, runs
 from support import watch as watching
 from train import GAN_PRESETS, GanBatches, GanConfig, growth, train_gan
 
@@ -280,6 +280,15 @@ def test_run_folder_explains_itself(finished, patches):
     assert {path.name for path in finished.iterdir()} == names
 
 
+def test_a_run_carries_how_its_images_were_read(patches, tmp_path):
+    assert "bits" not in train.gan_facts(TINY, patches)
+    shutil.copytree(patches, tmp_path / "set")
+    config = files.read_json(tmp_path / "set" / "config.json")
+    config["config"]["bits"] = 12
+    files.write_json(tmp_path / "set" / "config.json", config)
+    assert train.gan_facts(TINY, tmp_path / "set")["bits"] == 12
+
+
 def test_the_average_of_the_weights_is_what_is_used(finished):
     state = state_of(finished)
     G, config, name = postprocess.load_generator(finished, CPU)
@@ -345,7 +354,7 @@ def test_bad_data_are_refused_before_anything_is_written(patches, tmp_path):
     lacking = patch_set(tmp_path / "lacking", leave_out=("benign_mass",))
     with pytest.raises(ValueError, match="holds no train/benign_mass"):
         train_gan(TINY, lacking, run, CPU)
-    assert not list(run.iterdir())
+    assert not run.exists()
     removal = dataclasses.replace(TINY, task="removal", iters_base=1, iters_fade=0, iters_final=1)
     train_gan(removal, lacking, run, CPU)  # the union of the lesion types that are there
 
@@ -604,7 +613,7 @@ def test_a_run_starts_from_the_networks_of_another_and_inherits_its_images(
     [(0.33, "WARNING: "), (0.15, "calcifications of"), (None, "calcifications of")],
 )
 def test_which_spacing_calcifications_need_is_said(spacing, said, capsys):
-    facts.say_spacing(spacing)
+    provenance.say_spacing(spacing)
     text = capsys.readouterr().err
     assert text.startswith(said) and "0.1 mm or less" in text and text.count("\n") == 1
     assert (f"{spacing} mm" if spacing else "native pixels") in text

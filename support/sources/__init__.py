@@ -9,18 +9,23 @@ set's folder.
 import functools
 import math
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import astuple, replace
 from pathlib import Path
 
+import click
+
 from support.files import csv_rows, numbers, write_table
 from support.mammogram import image_size
+from support.sources import common
 from support.sources.cbis_ddsm import read_cbis_ddsm
 from support.sources.common import FINDINGS, PATHOLOGIES, SPLITS, Finding, Traps, look, plain_id
+from support.sources.embed import read_embed
 from support.sources.inbreast import read_inbreast
 from support.sources.mini_mias import read_mini_mias
 from support.sources.omidb import read_omidb
+from support.sources.rsna import read_rsna
 from support.sources.vindr import read_vindr
 
 # --- Manifest: one row per finding, or per image without one ---
@@ -29,12 +34,8 @@ BOX = ("row0", "col0", "row1", "col1")
 SPACING = ("spacing_row_mm", "spacing_col_mm")
 MANIFEST_COLUMNS = ("image_path", "patient_id", "laterality", "view", "finding", "pathology", *BOX)
 MANIFEST_OPTIONAL = ("mask_path", *SPACING, "split")
-MANIFEST_WORDS = {
-    "laterality": ("L", "R"),
-    "finding": ("", *FINDINGS),
-    "pathology": PATHOLOGIES,
-    "split": ("", *SPLITS),
-}
+MANIFEST_WORDS = {"laterality": ("L", "R"), "finding": ("", *FINDINGS), "pathology": PATHOLOGIES}
+MANIFEST_WORDS |= {"split": ("", *SPLITS)}
 
 
 def read_manifest(path: Path) -> list[Finding]:
@@ -51,7 +52,7 @@ def read_manifest(path: Path) -> list[Finding]:
             problems.append(f"line {line}: {error}")
     if not findings and not problems:
         problems.append("no rows")
-    raise_all(f"{path}: found", problems or check_findings(findings), "correct the manifest")
+    raise_all(f"{path}: found", problems + check_findings(findings), "correct the manifest")
     return findings
 
 
@@ -111,10 +112,11 @@ def check_findings(findings: list[Finding]) -> list[str]:
         for name in ("patient_id", "laterality", "view", "spacing_mm"):
             if len({getattr(row, name) for row in rows}) > 1:
                 problems.append(f"{path}: rows differ in {name}")
-        if any(r.pathology == "normal" and (r.finding or r.bbox or len(rows) > 1) for r in rows):
+        normal = [row for row in rows if row.pathology == "normal"]
+        if any(r.finding or r.bbox for r in (rows if normal else ())):
             problems.append(f"{path}: normal, and yet with a finding")
-        if len({(row.finding, row.bbox) for row in rows}) < len(rows):
-            problems.append(f"{path}: the same finding and box twice")
+        elif len({(row.finding, row.bbox) for row in rows}) < len(rows):
+            problems.append(f"{path}: {'normal' if normal else 'the same finding and box'} twice")
         for box in [row.bbox for row in rows if row.bbox]:
             height, width = image_size(path) or (math.inf, math.inf)
             if box[2] > height or box[3] > width:
@@ -159,7 +161,15 @@ def _read(
         raise ValueError(f"{path}: expected the folder of the data set")
     if birads_as_pathology and has_pathology:
         raise ValueError("--birads-as-pathology: this data set holds pathology; leave it out")
-    for row in read(root, traps):
+    rows = list(read(root, traps))
+    damaged = [key for key in traps if key[0] == common.DAMAGED]
+    spoiled = {path for *_, path in damaged}
+    rows = [row for row in rows if row.image_path not in spoiled]
+    if damaged and not any(row.bbox or row.pathology == "normal" for row in rows):
+        raise ValueError(damaged[0][1])  # there is nothing else
+    for _, error, _ in damaged[:10]:  # here alone: notes go into the patch set
+        click.echo(f"{error}: left out", err=True)
+    for row in rows:
         row = replace(row, patient_id=plain_id(row.patient_id))
         if not has_pathology and not birads_as_pathology and row.pathology != "normal":
             row = replace(row, pathology="")
@@ -172,7 +182,8 @@ def _read(
     if not has_pathology:  # no silent stand-in: the notes say what the pathology rests on
         note = NO_PATHOLOGY + (BIRADS_USED if birads_as_pathology else BIRADS_UNUSED)
         traps[note] += sum(bool(row.finding) for row in worst)
-    return worst, [f"{sentence}: {count}." for sentence, count in traps.items() if count]
+    met = Counter(trap if isinstance(trap, str) else trap[0] for trap in traps.elements())
+    return worst, [f"{sentence}: {count}." for sentence, count in met.items()]
 
 
 # A folder, and whether BI-RADS stands for pathology -> findings, a sentence for each trap
@@ -182,4 +193,6 @@ READERS: dict[str, Callable[[Path, bool], tuple[list[Finding], list[str]]]] = {
     "vindr": functools.partial(_read, read_vindr, False),
     "inbreast": functools.partial(_read, read_inbreast, False),
     "mini-mias": functools.partial(_read, read_mini_mias, True),
+    "embed": functools.partial(_read, read_embed, True),
+    "rsna": functools.partial(_read, read_rsna, True),
 }

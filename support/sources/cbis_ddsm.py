@@ -53,7 +53,7 @@ def read_cbis_ddsm(root: Path, traps: common.Traps) -> list[common.Finding]:
     rows = [
         (where, TABLES[name], row)
         for name, path in sorted(tables.items())
-        for where, row in common.table(path, COLUMNS)
+        for where, row in common.table(path, COLUMNS, traps)
     ]
     tested = {row["patient_id"] for _, split, row in rows if split == "test"}
     both = tested & {row["patient_id"] for _, split, row in rows if split != "test"}
@@ -63,20 +63,20 @@ def read_cbis_ddsm(root: Path, traps: common.Traps) -> list[common.Finding]:
         for where, _, row in rows:
             advance(1)
             paths = [common.inside(row[column]) for column in COLUMNS[-3:]]
-            if not all(paths):
-                traps[common.ESCAPES] += 1
-                continue
-            film, *regions = (_files(parts, folders) for parts in paths)
+            film, *regions = (_files(parts, folders) if all(paths) else set() for parts in paths)
             if not film:
-                traps[common.ABSENT] += 1
+                what = row["image file path"]
+                traps[common.ABSENT if all(paths) else common.ESCAPES, what] = 1
                 continue
             path = max(film, key=lambda path: (path.stat().st_size, path))
-            side, *words = (common.known(known, row[name], where) for name, known in WORDS.items())
-            image = str(path), row["patient_id"], side, row["image view"]
-            split = "test" if row["patient_id"] in tested else ""
-            finding = common.Finding(*image, *words, split=split)
-            films[image[1:]].add(image[0])
-            findings.append(_region(finding, set().union(*regions), traps))
+            with common.sparing(traps, str(path)):
+                known = (common.known(words, row[name], where) for name, words in WORDS.items())
+                side, *words = known
+                image = str(path), row["patient_id"], side, row["image view"]
+                split = "test" if row["patient_id"] in tested else ""
+                finding = common.Finding(*image, *words, split=split)
+                films[image[1:]].add(image[0])
+                findings.append(_region(finding, set().union(*regions), traps))
     same = _same_films(films.values(), traps)
     traps["Findings, and no normal image (--normals annotated)"] += len(findings)
     return [replace(f, image_path=same.get(f.image_path, f.image_path)) for f in findings]

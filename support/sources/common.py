@@ -1,5 +1,6 @@
 """A finding, its words, and what the readers of public data sets share."""
 
+import contextlib
 import math
 import os
 import re
@@ -16,10 +17,11 @@ SPLITS = ("train", "val", "test")
 FINDINGS = ("mass", "calcification", "distortion", "asymmetry")
 PATHOLOGIES = ("", "normal", "benign", "malignant")  # from best to worst, "" = unknown
 Box = tuple[float, float, float, float]  # row0, col0, row1, col1, half-open, stored pixels
-Traps = Counter  # sentence -> how often it was met
+Traps = Counter  # sentence -> how often it was met; or (sentence, what): a thing is counted once
 
 ABSENT = "Images that the data set lists but its folder does not hold, left out"
-ESCAPES = "Rows whose path leaves the data set's folder, left out"
+ESCAPES = "Images whose path leaves the data set's folder, left out"
+DAMAGED = "Damaged parts of tables and annotation files, left out"
 BIRADS = {"1": "normal", **dict.fromkeys("23", "benign"), **dict.fromkeys("456", "malignant")}
 NO_TYPE = "Marked regions that are no mass, calcification, distortion or asymmetry: no lesion patch"
 NOT_NORMAL = "Images without a mark that are not known to be normal: no patches"
@@ -39,6 +41,20 @@ class Finding:
     mask_path: str = ""  # absolute
     spacing_mm: tuple[float, float] | None = None  # (row, col); overrides the header
     split: str = ""  # train, val, test; "" = prepare decides
+
+
+def damage(traps: Traps, error: object, image_path: str = "") -> None:
+    """Something of the tables or annotation files cannot be understood, of this image or of any."""
+    traps[DAMAGED, str(error), image_path] = 1
+
+
+@contextlib.contextmanager
+def sparing(traps: Traps, image_path: str = "") -> Iterator[None]:
+    """What is damaged costs itself and the image that it is of, never the whole reading."""
+    try:
+        yield
+    except ValueError as error:
+        damage(traps, error, image_path)
 
 
 # --- Patient ids ---
@@ -70,9 +86,10 @@ def look(text: str) -> str:
 
 
 def files(root: Path) -> list[Path]:
-    """Every file below `root`, in linked folders too, sorted."""
+    """Every file below `root`, in linked folders too, sorted; a link that leads nowhere is none."""
     walk = os.walk(root, followlinks=True)
-    return sorted(Path(folder, name) for folder, _, names in walk for name in names)
+    paths = (Path(folder, name) for folder, _, names in walk for name in names)
+    return sorted(path for path in paths if path.exists())
 
 
 def named(paths: Iterable[Path], root: Path, name: str, advice: str = "") -> Path:
@@ -84,10 +101,10 @@ def named(paths: Iterable[Path], root: Path, name: str, advice: str = "") -> Pat
     return same[0]
 
 
-def table(path: Path, columns: tuple[str, ...], delimiter: str = ",") -> Iterator[tuple[str, dict]]:
+def table(path: Path, columns: tuple[str, ...], traps: Traps, **more) -> Iterator[tuple[str, dict]]:
     """Place and named columns of each row; blanks and newlines around values taken off."""
-    for line, row in csv_rows(path, columns, delimiter=delimiter):
-        yield f"{path} line {line}", {name: row[name].strip() for name in columns}
+    for line, row in csv_rows(path, columns, damaged=lambda text: damage(traps, text), **more):
+        yield f"{path} line {line}", {name: value.strip() for name, value in row.items()}
 
 
 def known(words: dict[str, str], value: str, where: str) -> str:
@@ -102,6 +119,15 @@ def inside(text: str) -> tuple[str, ...]:
     path = PurePosixPath("".join(text.splitlines()).replace("\\", "/"))
     unsafe = path.is_absolute() or ".." in path.parts or ":" in text or "\0" in text
     return () if unsafe else path.parts
+
+
+def image(root: Path, names: tuple[str, ...], traps: Traps) -> str:
+    """The file at `names` below `root`; "", counted once, when it is absent or outside."""
+    path, safe = root.joinpath(*names), all(len(inside(name)) == 1 for name in names) and names
+    if safe and path.is_file():
+        return str(path)
+    traps[ABSENT if safe else ESCAPES, names] = 1
+    return ""
 
 
 # --- Regions and opinions ---

@@ -38,23 +38,28 @@ def read_mini_mias(root: Path, traps: common.Traps) -> Iterator[common.Finding]:
         line = line.strip()
         if not re.match(r"mdb\d", line, re.IGNORECASE):
             continue  # the explanations around the table
-        if not (row := ROW.fullmatch(line)):
-            text = f"found {line[:80]!r}; expected a row such as 'mdb001 G CIRC B 535 425 197'"
-            raise ValueError(f"{table} line {number}: {text}")
-        if (path := images.get(row["name"])) is None:
-            traps[common.ABSENT] += 1
-            continue
-        if (size := image_size(str(path))) not in (SIZE, None):  # circles are in its pixels
-            raise ValueError(f"{path}: found {size} pixels; expected mini-MIAS's own {SIZE}")
-        box = None
-        if row["x"]:
-            x, y, radius = (float(row[key]) for key in ("x", "y", "radius"))
-            y = SIZE[0] - y
-            box = common.clip((y - radius, x - radius, y + radius, x + radius), str(path), traps)
-        elif row["kind"]:
-            traps["Findings without coordinates: only their image is labelled"] += 1
-        n, kind = int(row["n"]), CLASSES.get(row["kind"], "")
-        patient, side = f"mias{(n + 1) // 2:03d}", "R" if n % 2 else "L"
-        pathology = {"B": "benign", "M": "malignant"}.get(row["severity"], "normal")
-        image = str(path), patient, side, "MLO"
-        yield common.Finding(*image, kind, pathology, box, spacing_mm=SPACING_MM)
+        path = images.get(line[:6].lower())
+        with common.sparing(traps, str(path or "")):
+            if not (row := ROW.fullmatch(line)):
+                text = f"found {line[:80]!r}; expected a row such as 'mdb001 G CIRC B 535 425 197'"
+                raise ValueError(f"{table} line {number}: {text}")
+            if path is None:
+                traps[common.ABSENT, row["name"]] = 1
+                continue
+            yield _finding(row, str(path), traps)
+
+
+def _finding(row: re.Match, path: str, traps: common.Traps) -> common.Finding:
+    if (size := image_size(path)) not in (SIZE, None):  # circles are in its pixels
+        raise ValueError(f"{path}: found {size} pixels; expected mini-MIAS's own {SIZE}")
+    box = None
+    if row["x"]:
+        x, y, radius = (float(row[key]) for key in ("x", "y", "radius"))
+        y = SIZE[0] - y
+        box = common.clip((y - radius, x - radius, y + radius, x + radius), path, traps)
+    elif row["kind"]:
+        traps["Findings without coordinates: only their image is labelled"] += 1
+    n, kind = int(row["n"]), CLASSES.get(row["kind"], "")
+    patient, side = f"mias{(n + 1) // 2:03d}", "R" if n % 2 else "L"
+    pathology = {"B": "benign", "M": "malignant"}.get(row["severity"], "normal")
+    return common.Finding(path, patient, side, "MLO", kind, pathology, box, spacing_mm=SPACING_MM)

@@ -40,7 +40,8 @@ def read_omidb(root: Path, traps: common.Traps) -> Iterator[common.Finding]:
         raise ValueError(f"{root}: found no client in data; expected OMI-DB's data and images")
     with progress(len(clients), "OMI-DB clients") as advance:
         for client in clients:
-            yield from _client(client, root / "images" / client.name, traps)
+            with common.sparing(traps):
+                yield from _client(client, root / "images" / client.name, traps)
             advance()
 
 
@@ -57,7 +58,7 @@ def _client(client: Path, images: Path, traps: common.Traps) -> Iterator[common.
                     continue  # attributes of a study or series
                 path = images / study_id / f"{image_id}.dcm"
                 if not path.is_file():
-                    traps[common.ABSENT] += 1
+                    traps[common.ABSENT, str(path)] = 1
                     continue
                 side, view = _side_and_view(path)
                 if side not in ("L", "R"):

@@ -30,29 +30,28 @@ def read_vindr(root: Path, traps: common.Traps) -> Iterator[common.Finding]:
     of BI-RADS 3 and above are boxed, so "No Finding" is normal only in a breast of BI-RADS 1.
     """
     table = common.named(common.files(root), root, "finding_annotations.csv")
-    for where, row in common.table(table, COLUMNS):
-        inner = common.inside(f"images/{row['study_id']}/{row['image_id']}.dicom")
-        if len(inner) != 3:
-            traps[common.ESCAPES] += 1
-            continue
-        path = table.parent.joinpath(*inner)
-        if not path.is_file():
-            traps[common.ABSENT] += 1
-            continue
-        side = common.known({"L": "L", "R": "R"}, row["laterality"], where)
-        split = common.known({"training": "", "test": "test"}, row["split"], where)
-        image = common.Finding(str(path), row["study_id"], side, row["view_position"], split=split)
-        text = row["finding_categories"]
-        if not re.fullmatch(r"\['[^']+'(, '[^']+')*\]", text):
-            raise ValueError(f"{where}: found {text[:80]!r}; expected a list such as ['Mass']")
-        categories = re.findall(r"'([^']+)'", text)
-        if categories == ["No Finding"]:
-            yield common.unmarked(image, common.birads(row["breast_birads"]), traps)
-            continue
+    for where, row in common.table(table, COLUMNS, traps):
+        names = "images", row["study_id"], f"{row['image_id']}.dicom"
+        path = common.image(table.parent, names, traps)
+        with common.sparing(traps, path):
+            yield from _row(path, row, where, traps) if path else ()
+
+
+def _row(path: str, row: dict, where: str, traps: common.Traps) -> list[common.Finding]:
+    side = common.known({"L": "L", "R": "R"}, row["laterality"], where)
+    split = common.known({"training": "", "test": "test"}, row["split"], where)
+    image = common.Finding(path, row["study_id"], side, row["view_position"], split=split)
+    text = row["finding_categories"]
+    if not re.fullmatch(r"\['[^']+'(, '[^']+')*\]", text):
+        raise ValueError(f"{where}: found {text[:80]!r}; expected a list such as ['Mass']")
+    categories, box, resized = re.findall(r"'([^']+)'", text), None, False
+    if categories == ["No Finding"]:
+        return [common.unmarked(image, common.birads(row["breast_birads"]), traps)]
+    with common.sparing(traps):  # else only the image is labelled
         size = numbers(row, ("height", "width"), f"{where}: ")
         box = numbers(row, ("ymin", "xmin", "ymax", "xmax"), f"{where}: ")
-        resized = image_size(str(path)) not in (size, None)
+        resized = image_size(path) not in (size, None)
         traps["Images of another size than in their table: boxes not used"] += resized
-        kinds = {CATEGORIES[name] for name in categories if name in CATEGORIES}
-        pathology = common.birads(row["finding_birads"])
-        yield from common.typed(image, kinds, pathology, None if resized else box, traps)
+    kinds = {CATEGORIES[name] for name in categories if name in CATEGORIES}
+    pathology = common.birads(row["finding_birads"])
+    return common.typed(image, kinds, pathology, None if resized else box, traps)
