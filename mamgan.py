@@ -347,7 +347,7 @@ def train_cls(patches, run, synthetic, proportion, preset, seeds, seed, device, 
 
 def print_table(rows: list[dict], out: Path) -> None:
     """Table 1 on standard output, with the place of the report."""
-    line = "{:<22}{:<24}{:<26}{:<10}{:<13}{}"
+    line = "{:<25}{:<24}{:<26}{:<10}{:<13}{}"
     names = "Training regime", "AUC (95% CI)", "difference", "p DeLong", "p clustered", "detectable"
     click.echo(line.format(*names))
     for row in rows:
