@@ -194,9 +194,10 @@ def grain_table(patches: np.ndarray, mm: float) -> dict[str, list[float]]:
 def synthesis_facts(syn: SyntheticSet) -> dict:
     """What `synthesize` wrote about a set."""
     facts = files.read_json(syn.path / "config.json")
-    names = ("acceptance", "area_median", "strength", "warnings", "gan", "config")
+    names = ("acceptance", "area_median", "strength", "warnings", "config")
     return {
         **{name: facts[name] for name in names},
+        "gan": {k: v for k, v in facts["gan"].items() if k not in ("images", "patients")},
         "set": syn.path.name,
         "task": f"{syn.task} {syn.control}".strip(),
         "samples": len(syn.combined),

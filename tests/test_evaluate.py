@@ -572,6 +572,7 @@ def write_set(folder: Path, patches: Path, task: str, control: str = "", n: int 
     facts = {"command": "synthesize", "config": config, "complete": True, "short": False}
     facts |= {"attempts": 3 * n, "acceptance": 1 / 3, "area_median": 0.12, "strength": 0.2}
     gan = {"task": task, "seed": 7, "g_lr": 0.00012, "data": config["data"]}
+    gan |= {"images": ["unshown"], "patients": ["unshown"]}
     facts |= {"warnings": [], "gan": gan}
     files.write_json(folder / "config.json", facts)
     for name, value in (("figure1", 60), ("gan", 200)):
@@ -715,7 +716,7 @@ def test_report_is_one_file_without_script(evaluated):
     assert "script" not in page.tags and not page.handlers
     sources = [value for tag, name, value in page.attributes if name in ("src", "href")]
     assert len(sources) == 11 and all(s.startswith("data:image/png;base64,") for s in sources)
-    assert "Research only, not for clinical use" in html
+    assert "Research only, not for clinical use" in html and "unshown" not in html
     assert "GAN, mass" in html and "g_lr 0.00012" in html  # what the sets were made with
     for said in ("0.846", "1e-4", "p &lt; 1e-8 for 50%"):
         assert said in html
