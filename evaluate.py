@@ -9,7 +9,7 @@ Scores are p(cancer), labels 1 malignant and 0 not; a cluster is a patient. Wher
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -271,6 +271,7 @@ def open_regime(folder: Path, fingerprint: str) -> Regime:
             )
         if config != configs[0]:
             raise ValueError(f"{run}: differs from {runs[0]} in more than the seed; train it again")
+    hashes = [weights_hash(load_classifier(run, torch.device("cpu"))[0]) for run in runs]
     synthetic = configs[0]["synthetic"]
     proportion = float(configs[0]["proportion"]) if synthetic else 0.0
     decay = "w/ decay" if configs[0]["decay"] < 1 else "w/o decay"
@@ -278,14 +279,25 @@ def open_regime(folder: Path, fingerprint: str) -> Regime:
     name = BLOB if any(s["control"] == "blob" for s in synthetic) else name
     if augment := configs[0]["augment"]:
         name = f"{name}, {augment}" if synthetic else f"{augment.capitalize()} augmentation"
-    hashes = [weights_hash(load_classifier(run, torch.device("cpu"))[0]) for run in runs]
     return Regime(name, proportion, folder, runs, seeds, hashes, configs[0])
 
 
+def is_control(name: str) -> bool:
+    return name.startswith(BLOB)
+
+
+def compared_with(name: str, names: Collection[str]) -> tuple[str, str]:
+    """What a regime's difference is to, and its control: those augmented alike, so that what
+    augmentation gives is not put down to synthetic patches."""
+    _, comma, augment = name.partition(", ")
+    alike = f"{augment.capitalize()} augmentation" if augment else BASELINE
+    return alike if alike in names else BASELINE, BLOB + comma + augment
+
+
 def open_regimes(baseline: Path, augmented: Sequence[Path], fingerprint: str) -> list[Regime]:
-    """The baseline, then as in Table 1 by proportion, the blob control last."""
+    """The baseline, then as in Table 1 by proportion, blob controls last."""
     regimes = [open_regime(Path(folder), fingerprint) for folder in augmented]
-    regimes.sort(key=lambda r: (r.name == BLOB, r.proportion))
+    regimes.sort(key=lambda r: (is_control(r.name), r.proportion))
     regimes.insert(0, open_regime(Path(baseline), fingerprint))
     if regimes[0].name != BASELINE:
         found = f"found {regimes[0].name}; expected neither synthetic patches nor augmentation"
@@ -359,18 +371,23 @@ def condition_table(
         aucs = np.array([v[:, y].mean(axis=1) for y, v, _ in by_fold(y, ours, patients, fold)])
         row = {"regime": name, "seeds": len(ours), "folds": len(aucs), **size}
         row |= {"seed_aucs": aucs.mean(axis=0).tolist(), "fold_aucs": aucs.mean(axis=1).tolist()}
+        row["reference"], control = compared_with(name, scores)
         for statistic in dict.fromkeys(function for function, *_ in STATISTICS.values()):
-            row |= statistic(y, ours, scores[BASELINE], patients, fold)
+            row |= statistic(y, ours, scores[row["reference"]], patients, fold)
         if name == BASELINE:
             row |= {k: None for k in row if k.startswith(("delta", "p_", "detectable"))}
-        elif BLOB in scores and name != BLOB:
-            row["against_blob"] = compare(y, ours, scores[BLOB], patients, fold)
+        elif control in scores and not is_control(name):
+            row["against_blob"] = compare(y, ours, scores[control], patients, fold)
         rows.append(row)
-    tested = [row for row in rows[1:] if row["regime"] != BLOB]  # the control is no hypothesis
+    # Controls and augmentation alone are no hypotheses about synthetic patches.
+    others = [
+        r for r in rows[1:] if is_control(r["regime"]) or r["regime"].endswith("augmentation")
+    ]
+    tested = [row for row in rows[1:] if row not in others]
     for key in [key for key in rows[0] if key.startswith("p_")]:
         corrected = holm([row[key] for row in tested])
         for row in rows[1:]:
-            row[f"{key}_holm"] = row[key] if row["regime"] == BLOB else corrected.pop(0)
+            row[f"{key}_holm"] = row[key] if row in others else corrected.pop(0)
     size |= {"positives": int(y.sum()), "positive_patients": len(set(patients[y]))}
     return {**size, "rows": rows}
 

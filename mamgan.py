@@ -99,7 +99,11 @@ def preset_options(presets: dict, texts: dict[str, str]):
         for name, text in reversed(texts.items()):
             values = {preset: getattr(config, name) for preset, config in presets.items()}
             known = next((v for v in values.values() if v is not None), None)
-            shown = ", ".join(f"{preset} {value}" for preset, value in values.items())
+            shown = (
+                ", ".join(f"{preset} {value or 'none'}" for preset, value in values.items())
+                if known == ""
+                else ", ".join(f"{preset} {value}" for preset, value in values.items())
+            )
             flag = "--" + name.replace("_", "-")
             kind = RANGES.get(name, COUNT if type(known) is int else type(known))
             flag, kind = (f"{flag}/--no-{flag[2:]}", None) if kind is bool else (flag, kind)
@@ -222,7 +226,7 @@ def train_gan(task, patches, run, init, preset, seed, device, **options):
 
     For calcifications the presets but the paper's have a noise value a pixel, no growth and no
     spectral normalisation of the generator: --noise-cells 256 --iters-base 0 --iters-fade 0
-    --no-sn-g.
+    --no-sn-g, tiny also --d-base 16 --d-center 2048.
 
     Several GPUs: torchrun --nproc-per-node N -- mamgan.py train-gan ...
     """
@@ -238,7 +242,11 @@ def train_gan(task, patches, run, init, preset, seed, device, **options):
 
 @cli.command()
 @option("--gan", FOLDER, "Run of train-gan.", required=True)
-@option("--data patches", FOLDER, "Patch set that the GAN was trained on.")
+@option(
+    "--data patches",
+    FOLDER,
+    "Patch set of the GAN's side and spacing that holds nothing of its training in val or test.",
+)
 @option("--out", FOLDER, "Synthetic set, or folder of full images.", required=True)
 @option("-n number", COUNT, "Samples to write (S10).  [5000]")
 @option("--component", click.Choice(["largest", "cluster"]), COMPONENT, default="largest")

@@ -163,7 +163,7 @@ def grains(patch: np.ndarray, mm: float) -> tuple[float, ...] | None:
 
     A grain stands out from the median of the square of 2 x 1.15 mm around by the paper's threshold
     of 0.1 and six times the patch's noise; a cluster's are at most 3.3 mm from the next. None
-    without a grain. Ours; settled on phantoms, whose grains it counts (tests/test_controls.py).
+    without a grain. Ours; settled on phantoms, whose grains it counts (tests/test_evaluate.py).
     """
     x = data.to_float(patch)
     over = x - ndimage.median_filter(x, size=2 * round(GRAIN_MM / mm) + 1)

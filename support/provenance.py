@@ -12,7 +12,7 @@ from support.patchset import Patches, SyntheticSet
 from support.sources import SPLITS
 
 NETWORKS = ("patch_size", "g_base", "g_center", "d_base", "d_center", "noise_cells", "sn_g", "sn_d")
-GRAINS_MM = 0.15  # a pixel: the smallest calcifications of interest are 0.1 to 0.5 mm wide
+GRAINS_MM = 0.15  # a pixel, at most: calcifications of interest are 0.1 to 0.5 mm wide
 
 
 def gan_facts(config, data: Path, init: Path | None = None) -> dict:
@@ -47,6 +47,7 @@ def gan_facts(config, data: Path, init: Path | None = None) -> dict:
                     f"--init {init}: found networks with {name} {start['config'].get(name)}; "
                     f"expected {facts[name]}; give its preset and options"
                 )
+        check_unseen(start["config"], data, f"--init {init}:")
         images |= set(start["config"]["images"])
         patients |= set(start["config"]["patients"])
         facts["init"] = {"generator": start["generator"], "task": start["config"]["task"]}
@@ -59,7 +60,7 @@ def gan_facts(config, data: Path, init: Path | None = None) -> dict:
 def say_spacing(spacing_mm: float | None) -> None:
     """Whether a pixel is small enough for calcifications."""
     found = f"{spacing_mm:g} mm" if spacing_mm else "native pixels"
-    need = "calcifications of 0.1 to 0.5 mm need pixels of 0.1 mm or less (the paper's native ones)"
+    need = f"calcifications of 0.1 to 0.5 mm need pixels of {GRAINS_MM} mm or less (native ones)"
     if spacing_mm and spacing_mm > GRAINS_MM:
         text = f"WARNING: {need}; these patches have {found}: most grains are a pixel or none"
         click.secho(text, fg="red", err=True)
@@ -154,8 +155,9 @@ def check_unseen(gan: dict, data: Path, what: str) -> None:
 
     gan: its run's configuration. A reduced copy of an archive has other pixels: hence the ids.
     """
-    if gan.get("data") == (config := patchset.patch_config(data))["fingerprint"]:
-        return  # trained on these training patches
+    config = patchset.patch_config(data)
+    if gan.get("data") == config["fingerprint"] and "init" not in gan:
+        return  # trained on these training patches alone
     if not gan.keys() >= {"images", "patients"}:
         raise ValueError(f"{what} does not say which images it was trained on; train it again")
     seen = {"image_uid": set(gan["images"]), "patient_id": set(gan["patients"])}

@@ -10,7 +10,7 @@ import torch
 
 import evaluate as results
 from data import CLASSES
-from evaluate import BASELINE, BLOB, MAIN, STATISTICS
+from evaluate import BASELINE, MAIN, STATISTICS
 from support import figures, files, patchset, provenance, runs
 from support.controls import control_of, lesion_or_image
 from support.sources import SPLITS
@@ -178,12 +178,16 @@ def evaluate_folds(folders: Sequence[Path], out: Path) -> list[dict]:
         every = {name: np.concatenate([table[name] for *_, table in folds]) for name in columns}
         kind, patients, values = every.pop("class"), every.pop("patient"), iter(every.values())
         fold = np.repeat(np.arange(n), [len(table["class"]) for *_, table in folds])
-        scores = {r["regime"]: np.array([next(values) for _ in r["seeds"]]) for r in first["runs"]}
+        order = sorted(first["runs"], key=lambda run: run["regime"])  # as `_read_fold`
+        scores = {r["regime"]: np.array([next(values) for _ in r["seeds"]]) for r in order}
+        scores = {r["regime"]: scores[r["regime"]] for r in first["runs"]}
         metrics = claimed | {"conditions": conditions(kind, patients, scores, "--folds", fold)}
         metrics |= {"controls": [], "runs": first["runs"]}
         metrics["data"] = {key: first["data"][key] for key in first["data"] if key not in OWN}
         sizes = [len(set(patients[fold == k])) for k in range(n)]
-        metrics["folds"] = list(zip([Path(f).name for f in folders], given, sizes, strict=True))
+        metrics["folds"] = list(
+            zip([Path(f).parent.name for f in folders], given, sizes, strict=True)
+        )
         return _write(metrics, kind, scores, out, fold)
 
 
@@ -196,7 +200,7 @@ def _read_fold(folder: Path) -> tuple[dict, list[str], dict[str, np.ndarray]]:
     with files.reading(folder, "evaluate again"):
         metrics, names = files.read_json(folder / "metrics.json"), []
         same = [f"patch set: {k} {v}" for k, v in metrics["data"].items() if k not in OWN]
-        for run in metrics["runs"]:
+        for run in sorted(metrics["runs"], key=lambda run: run["regime"]):
             sets = [(s["task"], s["control"]) for s in run["config"]["synthetic"]]
             facts = {"number of seeds": len(run["seeds"]), "proportion": run["proportion"]}
             facts = run["config"] | facts | {"data": "", "synthetic": sets}
@@ -230,7 +234,7 @@ def figures_4_to_6(
     The paper's 50% regime where it was run, else the first; the first seed of each.
     """
     test, facts, rescued, models = splits["test"], {}, [], regimes[:1]
-    others = [regime for regime in regimes if regime.name not in (BASELINE, BLOB)]
+    others = [r for r in regimes[1:] if r.proportion and not results.is_control(r.name)]
     if others:
         chosen = next((r for r in others if r.name == "50% w/ decay"), others[0])
         malignant = np.flatnonzero(np.char.startswith(test.kind, "malignant"))
@@ -287,7 +291,7 @@ def difference_in_words(row: dict) -> str:
 
 
 def verdict(row: dict, rows: list[dict]) -> str:
-    """In plain words whether a difference to the baseline counts as found.
+    """In plain words whether a regime's difference (`evaluate.compared_with`) counts as found.
 
     Its clustered interval must exclude zero, over seeds too, its p hold for the number of regimes
     (Holm), and the regime be told from the blob control in the same direction, by the same test.
@@ -296,16 +300,21 @@ def verdict(row: dict, rows: list[dict]) -> str:
         return "-"
     if row["p_clustered"] >= results.ALPHA:
         return f"not found (one of {row['detectable']:.3f} would be, with 80% power)"
-    word = "higher" if row["delta"] > 0 else "lower"
-    if row["regime"] == BLOB:
-        return f"{word}, with a featureless bump"
+    word, name = "higher" if row["delta"] > 0 else "lower", row["regime"]
+    word += f" than {row['reference']}" * (row["reference"] != BASELINE)
+    if results.is_control(name) or name.endswith("augmentation"):
+        return (
+            f"{word}, {'with a featureless bump' if 'Blob' in name else 'without synthetic ones'}"
+        )
+    if ", " in name and row["reference"] == BASELINE:
+        return f"{word}, but not found: the augmentation alone was not run"
     if min(r["seeds"] for r in (row, rows[0])) == 1:
         return f"{word} for these models, but not found: train several (--seeds)"
     if row["p_clustered_holm"] >= results.ALPHA:
         p = p_in_words(row["p_clustered_holm"])
         return f"{word}, but not found: p is {p} for the number of regimes (Holm)"
-    if BLOB not in [r["regime"] for r in rows]:
-        return f"{word}, but not found: no blob control was run"
+    if "against_blob" not in row:
+        return f"{word}, but not found: no blob control was run alike"
     blob = row["against_blob"]
     against = f"against the blob control {difference_in_words(blob)}"
     if blob["p_clustered"] >= results.ALPHA or blob["delta"] * row["delta"] < 0:

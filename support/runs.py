@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from support.files import read_json, reading, replace_file, sha256, write_json
 
-CHECKPOINT_FORMAT = "mamgan 2"
+CHECKPOINT_FORMAT = "mamgan 3"
 LOCKS: set[int] = set()  # folder locks of this process, which forked workers must not keep
 LOCK_FILE = ".lock.part"  # where folders cannot be locked
 

@@ -615,7 +615,7 @@ def test_a_run_starts_from_the_networks_of_another_and_inherits_its_images(
 def test_which_spacing_calcifications_need_is_said(spacing, said, capsys):
     provenance.say_spacing(spacing)
     text = capsys.readouterr().err
-    assert text.startswith(said) and "0.1 mm or less" in text and text.count("\n") == 1
+    assert text.startswith(said) and "0.15 mm or less" in text and text.count("\n") == 1
     assert (f"{spacing} mm" if spacing else "native pixels") in text
 
 
