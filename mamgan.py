@@ -99,11 +99,7 @@ def preset_options(presets: dict, texts: dict[str, str]):
         for name, text in reversed(texts.items()):
             values = {preset: getattr(config, name) for preset, config in presets.items()}
             known = next((v for v in values.values() if v is not None), None)
-            shown = (
-                ", ".join(f"{preset} {value or 'none'}" for preset, value in values.items())
-                if known == ""
-                else ", ".join(f"{preset} {value}" for preset, value in values.items())
-            )
+            shown = ", ".join(f"{p} {'none' if v == '' else v}" for p, v in values.items())
             flag = "--" + name.replace("_", "-")
             kind = RANGES.get(name, COUNT if type(known) is int else type(known))
             flag, kind = (f"{flag}/--no-{flag[2:]}", None) if kind is bool else (flag, kind)

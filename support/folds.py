@@ -15,7 +15,7 @@ def deal_folds(findings: list[Finding], config: PrepareConfig) -> list[Finding]:
 
     Patients are dealt into N folds by the seed, stratified as the splits are (`data.deal`), the
     same whatever K: fold K (of 1 to N) is tested, fold K+1 (after N the first) validates, the
-    others train. Raises ValueError: no such fold, patients who have a split.
+    others train; published splits are not used, which is said. Raises ValueError: no such fold.
     """
     if config.fold is None:
         return findings
@@ -23,8 +23,9 @@ def deal_folds(findings: list[Finding], config: PrepareConfig) -> list[Finding]:
     if not 1 <= k <= n or n < 3:
         raise ValueError(f"--fold {config.fold}: expected K/N, fold K (1 to N) of N, 3 or more")
     if given := {row.patient_id for row in findings if row.split}:
-        text = f"--fold {config.fold}: {len(given)} patients have a split, such as {min(given)}"
-        raise ValueError(f"{text}; leave out the manifest's column 'split'")
+        text = f"--fold: the source's own splits of {len(given)} patients are not used"
+        click.echo(text, err=True)
+        findings = [replace(row, split="") for row in findings]
     fold = split_patients(findings, config.seed, config.normals, dict.fromkeys(range(n), 1.0))
     split = {k - 1: "test", k % n: "val"}
     return [replace(row, split=split.get(fold[row.patient_id], "train")) for row in findings]

@@ -595,10 +595,12 @@ def test_a_fold_that_is_none_is_refused(text):
         folds.deal_folds(findings, config)
 
 
-def test_folds_of_a_manifest_with_splits_are_refused():
+def test_folds_deal_published_splits_anew_and_say_so(capsys):
+    plain = cohort({"normal": 9}) + cohort({"benign": 2})
     published = cohort({"normal": 9}) + cohort({"benign": 2}, split="test")
-    with pytest.raises(ValueError, match="2 patients have a split, such as benign0"):
-        folds.deal_folds(published, PrepareConfig(fold="1/5"))
+    config = PrepareConfig(fold="1/5")
+    assert folds.deal_folds(published, config) == folds.deal_folds(plain, config)
+    assert "--fold: the source's own splits of 2 patients are not used" in capsys.readouterr().err
 
 
 def kept_of(findings: list[Finding], share: float | None, **more) -> tuple[set[str], set[str]]:
@@ -977,7 +979,7 @@ def test_normals_come_from_studies_images_or_annotated_images():
         classes = data.image_classes(rows, normals)
         assert {of[0].image_path for of, held in classes if "normal" in held} == expected
     presets = {name: config.normals for name, config in data.PREPARE_PRESETS.items()}
-    assert presets == {"paper": "studies", "cbis": "images", "tiny": "images"}
+    assert presets.pop("paper") == "studies" and set(presets.values()) == {"images"}
 
 
 def test_patients_of_each_class_and_normals_of_women_with_cancer_are_told(patches, source, capsys):

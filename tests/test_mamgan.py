@@ -63,7 +63,7 @@ def test_help_of_every_command_states_defaults(command):
 
 def test_help_states_the_value_of_every_preset():
     text = " ".join(run("train-gan", "--help").output.split())
-    assert "(T1). [paper 1e-05, cbis 0.0002, tiny 0.0002]" in text
+    assert "(T1). [paper 1e-05, cbis 0.0002, cbis-cpu 0.0002, tiny 0.0002]" in text
 
 
 def test_the_torchrun_line_of_the_help_leaves_our_options_to_us():

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -256,6 +257,7 @@ def test_run_folder_explains_itself(finished, patches):
     assert config["complete"] and config["command"] == "train-gan"
     made_of = {"data": patchset.fingerprint(patches), "spacing_mm": 0.33}
     made_of["images"] = sorted(f"patches {k}" for k in range(40))
+    made_of["patients"] = sorted(f"woman {k}" for k in range(40))
     assert config["config"] == dataclasses.asdict(TINY) | made_of
     rows = log_of(finished)
     assert [row["step"] for row in rows] == [*range(7, 60, 7), 60]
@@ -503,10 +505,22 @@ def assert_equal(one: object, other: object) -> None:
         assert one == other
 
 
-def child(config: GanConfig, patches: Path, run: Path, env: dict | None = None) -> None:
+def child(
+    config: GanConfig, patches: Path, run: Path, env: dict | None = None, cut: tuple = ()
+) -> None:
+    """cut: step, signal and seconds after the step's beginning when it comes."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # not so behind a "&"
     os.environ.update(env or {})
     sys.stderr = open(os.devnull, "w")
+    steps = runs.Run.steps
+
+    def steps_with_cut(run, total, by=1):
+        for step in steps(run, total, by):
+            if cut and step == cut[0]:
+                threading.Timer(cut[2], os.kill, (os.getpid(), cut[1])).start()
+            yield step
+
+    runs.Run.steps = steps_with_cut
     try:
         train_gan(config, patches, run, CPU)
     except KeyboardInterrupt:
@@ -531,22 +545,16 @@ def test_killed_at_twenty_moments_over_all_stages_a_run_ends_bitwise_the_same(
     patches, finished, tmp_path
 ):
     rng, run = random.Random(0), tmp_path / "run"
-    targets = sorted(rng.sample(range(50), 22))
-    cut = []
-    for i, target in enumerate(targets):
-        process = processes().Process(target=child, args=(TINY, patches, run))
+    ended = []
+    for i, step in enumerate(sorted(rng.sample(range(55), 22))):  # at half size, in the fade, after
+        kind = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[i % 3]
+        cut = (step, kind, rng.uniform(0, 0.03))
+        process = processes().Process(target=child, args=(TINY, patches, run, None, cut))
         process.start()
-        deadline = time.monotonic() + 60
-        while steps_logged(run) < target - 7 and process.is_alive():
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.05))
-        if process.is_alive():
-            os.kill(process.pid, (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[i % 3])
-            cut.append(steps_logged(run))
         process.join()
-    assert len(cut) >= 20
-    assert {step // 20 for step in cut} >= {0, 1, 2}  # at half size, in the fade, after it
+        ended.append(process.exitcode)
+    assert ended.count(0) <= 2  # those that were done before the signal came
+    assert ended.count(-signal.SIGKILL) >= 7
     train_gan(TINY, patches, run, CPU)
     assert_equal(state_of(run), state_of(finished))
     assert log_of(run) == log_of(finished)
