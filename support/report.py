@@ -308,7 +308,7 @@ def verdict(row: dict, rows: list[dict]) -> str:
         )
     if ", " in name and row["reference"] == BASELINE:
         return f"{word}, but not found: the augmentation alone was not run"
-    if min(r["seeds"] for r in (row, rows[0])) == 1:
+    if min(r["seeds"] for r in rows if r["regime"] in (name, row["reference"])) == 1:
         return f"{word} for these models, but not found: train several (--seeds)"
     if row["p_clustered_holm"] >= results.ALPHA:
         p = p_in_words(row["p_clustered_holm"])

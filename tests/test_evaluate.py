@@ -1320,17 +1320,46 @@ def test_E3_found_needs_holm_and_a_difference_to_the_blob_control(
     delta, p, p_holm, against, expected
 ):
     row = {"regime": "50% w/ decay", "delta": delta, "detectable": 0.03, "seeds": 3}
-    row |= {"p_clustered": p, "p_clustered_holm": p_holm}
+    row |= {"reference": "Baseline", "p_clustered": p, "p_clustered_holm": p_holm}
     rows = [{"regime": "Baseline", "seeds": 3}, row]
     if against:
         delta, p = against
         ends = {"delta_low": delta - 0.02, "delta_high": delta + 0.02}
         row["against_blob"] = {"delta": delta, "p_clustered": p, **ends}
-        rows.append({"regime": "Blob control"})
+        rows.append({"regime": "Blob control", "seeds": 3})
     assert report.verdict(row, rows).startswith(expected)
     if expected.startswith("found"):  # a single training says nothing about the next
         rows[0]["seeds"] = 1
         assert "for these models, but not found" in report.verdict(row, rows)
+
+
+def test_what_augmentation_gives_is_not_put_down_to_synthetic_patches():
+    """Regimes are compared with those augmented alike; augmentation alone is no finding."""
+    rng = np.random.default_rng(4)
+    kind = np.repeat(["normal", "malignant_mass"], 150)
+    who = np.array([f"{k[:3]}{i % 50}" for i, k in enumerate(kind)])
+    lifts = {"Baseline": 0.5, "Classical augmentation": 3.0, "50% w/ decay": 0.5}
+    lifts |= {"50% w/ decay, classical": 3.0, "Blob control": 0.5, "Blob control, classical": 3.0}
+    y = kind != "normal"
+    scores = {n: rng.normal(size=(3, 300)) + lift * y for n, lift in lifts.items()}
+    rows = evaluate.condition_table(kind, who, scores, evaluate.MAIN)["rows"]
+    by = {row["regime"]: row for row in rows}
+    mixed = by["50% w/ decay, classical"]
+    assert mixed["reference"] == "Classical augmentation" and abs(mixed["delta"]) < 0.03
+    assert (
+        by["50% w/ decay"]["reference"] == by["Classical augmentation"]["reference"] == "Baseline"
+    )
+    assert abs(mixed["against_blob"]["delta"]) < 0.03  # the control that was augmented, too
+    alone = by["Classical augmentation"]
+    assert alone["delta"] > 0.2 and alone["p_clustered_holm"] == alone["p_clustered"]
+    texts = {row["regime"]: report.verdict(row, rows) for row in rows}
+    assert texts["Classical augmentation"] == "higher, without synthetic ones"
+    assert not any(text.startswith("found") for text in texts.values())
+    few = {n: s for n, s in scores.items() if n != "Classical augmentation"}
+    rows = evaluate.condition_table(kind, who, few, evaluate.MAIN)["rows"]
+    mixed = next(row for row in rows if row["regime"] == "50% w/ decay, classical")
+    assert mixed["reference"] == "Baseline"
+    assert "the augmentation alone was not run" in report.verdict(mixed, rows)
 
 
 def test_E3_the_report_says_in_one_sentence_whether_synthetic_lesions_help(evaluated):
