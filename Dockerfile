@@ -12,6 +12,7 @@ RUN python3 -m venv /app/venv \
 
 COPY *.py LICENSE /app/
 COPY support /app/support
+COPY weights /app/weights
 RUN /app/venv/bin/python -m compileall -q /app/*.py /app/support
 
 # Any uid works (docker run --user): nothing is written outside the mounted folders and /tmp.

@@ -26,7 +26,7 @@ import data
 import models
 import postprocess
 import train
-from support import files, patchset, provenance, runs
+from support import files, patchset, provenance, publish, runs
 from support import watch as watching
 from train import GAN_PRESETS, GanBatches, GanConfig, growth, train_gan
 
@@ -614,6 +614,24 @@ def test_a_run_starts_from_the_networks_of_another_and_inherits_its_images(
         train_gan(wider, other, tmp_path / "wider", CPU, init=finished)
     with pytest.raises(ValueError, match="no such folder; expected one that train-gan made"):
         train_gan(config, other, tmp_path / "none", CPU, init=tmp_path / "nothing")
+
+
+def test_a_published_run_generates_and_is_a_start(patches, finished, tmp_path):
+    out = tmp_path / "weights"
+    publish.publish(finished, out)
+    assert {p.name for p in out.iterdir()} == {"config.json", "checkpoint.pt", "gan.png"}
+    size = (finished / "checkpoint.pt").stat().st_size
+    assert (out / "checkpoint.pt").stat().st_size < size / 3
+    G, _, name = postprocess.load_generator(out, CPU)
+    whole, *_ = postprocess.load_generator(finished, CPU)
+    assert name == files.read_json(out / "config.json")["generator"]
+    x, z = torch.zeros(1, 1, 64, 64), whole.sample_noise(1, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(G(x, z), whole(x, z), atol=0.01, rtol=0)
+    short = dataclasses.replace(TINY, iters_base=1, iters_fade=0, iters_final=1)
+    train_gan(short, patches, tmp_path / "tuned", CPU, init=out)
+    with pytest.raises(ValueError, match="no such folder"):
+        publish.publish(tmp_path / "nothing", tmp_path / "other")
 
 
 @pytest.mark.parametrize(

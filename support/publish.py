@@ -1,0 +1,41 @@
+"""A run of train-gan stripped to what `synthesize` and `train-gan --init` need, in half precision.
+
+    python -m support.publish RUN OUT
+
+OUT works as a run: --gan OUT, --init OUT. It holds hashes of the training images and the ids of their
+patients, so that a leak is seen wherever it is taken: publish those of public archives only.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from models import generator
+from support import runs
+from support.files import read_json, replace_file, write_json
+
+
+def publish(run: Path, out: Path) -> None:
+    """Raises ValueError when the run is not finished or damaged."""
+    facts = runs.finished(run, "train-gan")
+    with runs.checkpoint(run) as state:
+        weights = {"D": state["D"], "chosen": state["watch"]["chosen"]}
+    half = {
+        name: {k: v.half() if v.is_floating_point() else v for k, v in part.items()}
+        for name, part in weights.items()
+    }
+    out.mkdir(parents=True)
+    kept = {"format": runs.CHECKPOINT_FORMAT, "D": half["D"], "watch": {"chosen": half["chosen"]}}
+    with replace_file(out / "checkpoint.pt") as file:
+        torch.save(kept, file)
+    with replace_file(out / "gan.png") as file:
+        file.write((run / "gan.png").read_bytes())
+    G = generator(facts["config"])
+    G.load_state_dict(half["chosen"])
+    facts = read_json(run / "config.json") | {"generator": runs.weights_hash(G)}
+    write_json(out / "config.json", facts)  # last: the folder is whole
+
+
+if __name__ == "__main__":
+    publish(Path(sys.argv[1]), Path(sys.argv[2]))
