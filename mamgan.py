@@ -342,6 +342,8 @@ def train_cls(patches, run, synthetic, proportion, preset, seeds, seed, device, 
     for k in range(seeds):
         fixed = {"proportion": proportion, "seed": seed + k}
         config = configure(train.CLASSIFIER_PRESETS, preset, options, **fixed)
+        if options["width"] and config.network == "resnet50":
+            raise click.UsageError("--width belongs to --network small")
         folder = run / f"seed-{seed + k}" if seeds > 1 else run
         train.train_classifier(config, patches, folder, synthetic, runs.choose_device(device))
 

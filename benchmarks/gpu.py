@@ -1,4 +1,4 @@
-"""What needs a GPU, prepared so that one lent for a few minutes can be used at once.
+"""What needs a GPU, in one command that a few minutes suffice for.
 
     python benchmarks/gpu.py --data DATA --out OUT       # DATA: mamgan.py prepare --preset cbis
     python benchmarks/gpu.py --dry-run --out OUT         # every part on the CPU, at tiny size

@@ -2,8 +2,8 @@
 
     python -m support.publish RUN OUT
 
-OUT works as a run: --gan OUT, --init OUT. It holds hashes of the training images and the ids of their
-patients, so that a leak is seen wherever it is taken: publish those of public archives only.
+OUT works as a run: --gan OUT, --init OUT. It holds hashes of the training images and the ids of
+their patients, so that a leak is seen wherever it is taken: publish those of public archives only.
 """
 
 import sys
