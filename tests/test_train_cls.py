@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -270,9 +271,18 @@ def test_achieved_synthetic_share_is_logged(finished, patches, sets):
     assert [row["synthetic_share"] for row in log_of(finished)] == pytest.approx(shares)
 
 
-def child(config, patches: Path, run: Path, sets: list[Path], env: dict | None = None) -> None:
-    os.environ |= env or {}
+def child(config, patches: Path, run: Path, sets: list[Path], cut: tuple) -> None:
+    """cut: step, signal and seconds after the step's beginning when it comes."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    steps = runs.Run.steps
+
+    def steps_with_cut(run, total, by=1):
+        for step in steps(run, total, by):
+            if step == cut[0]:
+                threading.Timer(cut[2], os.kill, (os.getpid(), cut[1])).start()
+            yield step
+
+    runs.Run.steps = steps_with_cut
     try:
         train_classifier(config, patches, run, sets, CPU)
     except KeyboardInterrupt:
@@ -280,34 +290,26 @@ def child(config, patches: Path, run: Path, sets: list[Path], env: dict | None =
     os._exit(0)
 
 
-def rows_logged(run: Path) -> int:
-    log = run / "log.jsonl"
-    return len(log.read_text().splitlines()) if log.exists() else 0
-
-
 def test_killed_and_stopped_at_random_moments_a_run_ends_bitwise_the_same(
     finished, patches, sets, tmp_path
 ):
     config, run = dataclasses.replace(TINY, proportion=0.5), tmp_path / "run"
     fork = multiprocessing.get_context("fork")
-    clock, stopped = random.Random(0), 0
-    for rows in range(5):  # after so many looks at the validation set, and a little
-        process = fork.Process(target=child, args=(config, patches, run, sets))
+    clock, ended = random.Random(0), []
+    for step in (1, 4, 6, 11, 16, 19):  # of 25, a look at the validation set every fifth
+        kind = (signal.SIGKILL, signal.SIGTERM)[len(ended) % 2]
+        cut = (step, kind, clock.uniform(0, 0.005))
+        process = fork.Process(target=child, args=(config, patches, run, sets, cut))
         process.start()
-        while process.is_alive() and rows_logged(run) < rows:
-            time.sleep(0.002)
-        time.sleep(clock.uniform(0, 0.03))
-        if process.is_alive():
-            stopped += 1
-            os.kill(process.pid, clock.choice([signal.SIGKILL, signal.SIGTERM]))
         process.join()
-    assert stopped >= 3
+        ended.append(process.exitcode)
+    assert sum(code != 0 for code in ended) >= 3, ended
     train_classifier(config, patches, run, sets, CPU)
     one, other = (torch.load(r / "checkpoint.pt", weights_only=True) for r in (run, finished))
     for state in (one, other):  # the moments stand in a list of dictionaries
         state["moments"] = state["optimizer"]["state"].items()
         state["moments"] = {f"{n} {k}": v for n, s in state["moments"] for k, v in s.items()}
-    for part in ("model", "moments"):
+    for part in ("model", "average", "moments"):
         assert all(torch.equal(v, other[part][k]) for k, v in one[part].items())
     best = one["best"].pop("weights"), other["best"].pop("weights")
     assert all(torch.equal(v, best[1][k]) for k, v in best[0].items())
