@@ -48,7 +48,7 @@ cbis: .venv/stamp
 	  $(foreach p,$(PROPORTIONS),--augmented $(C)/cls-$(p)) --augmented $(C)/cls-blob
 
 # Cross-validation by patient, every regime, then with a quarter and a tenth of the women with cancer:
-# make experiment MANIFEST=... - about 20 hours of one core at `tiny`; interrupted, it goes on.
+# make experiment MANIFEST=... - about 20 hours of one core at `tiny` (estimated); interrupted, it goes on.
 # FOLDS="1 2" and FOLDS="3 4 5" in two terminals share the work; then make experiment-report.
 FOLDS ?= 1 2 3 4 5
 experiment: .venv/stamp

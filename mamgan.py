@@ -80,9 +80,7 @@ RANGES = {  # of the options that override a preset; other whole numbers begin a
     "bits": click.IntRange(2, 16),
     "g_average": SHARE,
     "decay": SHARE,
-    "average": SHARE,
     "gp_noise": click.Choice(["uniform", "std"]),
-    "network": click.Choice(["resnet50", "small"]),
     "augment": click.Choice(["classical"]),
 }
 
@@ -316,9 +314,7 @@ def synthesize(gan, patches, out, number, control, images, at, lesions, strip, d
         "decay": "Of the proportion (C5, Q33).",
         "decay_every": "Patches between decays (C5).",
         "evaluate_every": "Patches between looks at the validation set (C7).",
-        "network": "resnet50 (C1) or small, for the CPU.",
         "width": "Filters of the small network's first stage.",
-        "average": "Decay of the average of the weights that is used; 0 uses the last.",
         "augment": "classical: flips, turns, scale, contrast, brightness drawn for every patch.",
         "include_benign": "Benign patches as negatives (Q36).",
         "bfloat16": "Autocast on a GPU; the CPU always computes in float32.",
@@ -343,7 +339,7 @@ def train_cls(patches, run, synthetic, proportion, preset, seeds, seed, device, 
         fixed = {"proportion": proportion, "seed": seed + k}
         config = configure(train.CLASSIFIER_PRESETS, preset, options, **fixed)
         if options["width"] and config.network == "resnet50":
-            raise click.UsageError("--width belongs to --network small")
+            raise click.UsageError("--width belongs to the small network (presets tiny, cbis-cpu)")
         folder = run / f"seed-{seed + k}" if seeds > 1 else run
         train.train_classifier(config, patches, folder, synthetic, runs.choose_device(device))
 
@@ -390,7 +386,7 @@ def evaluate(patches, baseline, augmented, synthetic, test, folds, out, seed, de
 
 # --- The whole chain on phantoms ---
 
-# Shorter than the preset: three GANs and four classifiers in about ten minutes.
+# Shorter than the preset: three GANs and four classifiers in about eleven minutes.
 DEMO_GAN = ("--iters-base", 200, "--iters-fade", 50, "--iters-final", 450)
 DEMO_GAN += ("--d-base", 16, "--d-center", 2048)
 DEMO_GRAINS = ("--iters-final", 1_000)
@@ -403,7 +399,7 @@ DEMO_PATIENTS = 72
 @option("--out", FOLDER, "Folder for everything.", required=True)
 @seed_option
 def demo(out, seed):
-    """All of it on synthetic phantoms: about ten minutes on two CPU cores.
+    """All of it on synthetic phantoms: about eleven minutes on two CPU cores.
 
     Runs the other commands one after the other and prints each; given again, it goes on.
     """

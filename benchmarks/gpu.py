@@ -7,11 +7,11 @@ Each part runs in a process of its own with its own time limit (PARTS) and rewri
 after each measurement, so that a limit or a crash loses only what is left; OUT/gpu.md shows all
 there is. Given again, parts that ended are skipped; those that failed are run again.
 
-    correctness   CPU against GPU: forward passes, losses, penalty, gradients; resume; out of memory
+    correctness   CPU against GPU: forward passes, losses, penalty, gradients; CUDA graphs; resume;
+                  out of memory
     throughput    the shipped loop at preset paper against the plain one; memory, profile, hours
     classifier    patches a second, share of the time spent waiting for data
     gan           preset cbis, its whole schedule compressed to what fits, then a synthetic set
-    compile       whether CUDA graphs or torch.compile pay for G's update
 """
 
 import contextlib
@@ -40,7 +40,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from benchmarks import bench_gan, bench_memory, check_gpu
 from benchmarks.bench_gan import STAGES, clocked, schedule_seconds, shipped, unsaved
-from benchmarks.bench_generator import generator_update
 from support import phantom, runs
 from support.files import read_json, replace_file
 
@@ -50,7 +49,6 @@ PARTS = {  # time limits in seconds: on a GPU, of the dry run
     "throughput": (150, 90),
     "classifier": (60, 75),
     "gan": (270, 90),
-    "compile": (60, 60),
 }
 RESERVE = (30, 55)  # of the GAN's limit, for starting programs and the synthetic set
 GAN, CLASSIFIER = ("cbis", "tiny"), ("cbis", "tiny")  # presets: on a GPU, of the dry run
@@ -112,6 +110,7 @@ def correctness(part: Part) -> None:
     part.measure("64 px, batch 3", check_gpu.compared, presets["tiny"], 3, device)
     sn = dataclasses.replace(presets["tiny"], sn_d=True)
     part.measure("64 px, spectral norm of D, batch 3", check_gpu.compared, sn, 3, device)
+    part.measure("graphs", check_gpu.graphed, device)
     part.measure("resume", check_gpu.resumed, device)
     part.measure("out of memory", check_gpu.out_of_memory, device, command)
     if not part.dry:  # last: the CPU's side takes long
@@ -254,18 +253,9 @@ def gan(part: Part) -> None:
     part.measure("synthesize", synthesized)
 
 
-# --- compile ---
-
-
-def compile_(part: Part) -> None:
-    presets = ("tiny",) if part.dry else ("paper", "cbis")
-    for compiled in [generator_update(part, preset) for preset in presets][::-1]:
-        compiled()
-
-
 # --- All of it ---
 
-FUNCTIONS = dict(zip(PARTS, (correctness, throughput, classifier, gan, compile_), strict=True))
+FUNCTIONS = dict(zip(PARTS, (correctness, throughput, classifier, gan), strict=True))
 
 
 def dry_data(out: Path) -> Path:

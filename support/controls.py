@@ -173,10 +173,8 @@ def grains(patch: np.ndarray, mm: float) -> tuple[float, ...] | None:
         return None
     at = mm * np.array(ndimage.center_of_mass(labels > 0, labels, range(1, n + 1)))  # (n, 2)
     size = mm * np.sqrt(4 / np.pi * np.bincount(labels.ravel())[1:])
-    contrast, apart = (
-        ndimage.maximum(over, labels, range(1, n + 1)),
-        spatial.distance_matrix(at, at),
-    )
+    contrast = ndimage.maximum(over, labels, range(1, n + 1))
+    apart = spatial.distance_matrix(at, at)
     _, cluster = connected_components(apart <= GRAIN_GAP_MM)
     own = cluster == np.bincount(cluster).argmax()
     extent = apart[np.ix_(own, own)].max()

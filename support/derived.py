@@ -66,10 +66,8 @@ def write_derived_dicom(
         setattr(ds, keyword, None)
     if ds.SOPClassUID != uid.SecondaryCaptureImageStorage:
         ds.AcquisitionContextSequence = []  # as EMPTY
-    if (
-        "LossyImageCompression" not in ds
-        and source.ds.file_meta.TransferSyntaxUID in mammogram.LOSSY
-    ):
+    syntax = source.ds.file_meta.TransferSyntaxUID
+    if "LossyImageCompression" not in ds and syntax in mammogram.LOSSY:
         ds.LossyImageCompression = "01"  # once lossy, always lossy
     ds.SpecificCharacterSet = "ISO_IR 192"
     ds.PatientID = f"SYNTHETIC-{ds.StudyInstanceUID[-12:]}"

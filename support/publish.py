@@ -13,7 +13,7 @@ import torch
 
 from models import generator
 from support import runs
-from support.files import read_json, replace_file, write_json
+from support.files import replace_file, write_json
 
 
 def publish(run: Path, out: Path) -> None:
@@ -33,7 +33,7 @@ def publish(run: Path, out: Path) -> None:
         file.write((run / "gan.png").read_bytes())
     G = generator(facts["config"])
     G.load_state_dict(half["chosen"])
-    facts = read_json(run / "config.json") | {"generator": runs.weights_hash(G)}
+    facts |= {"generator": runs.weights_hash(G)}  # as rounded
     write_json(out / "config.json", facts)  # last: the folder is whole
 
 

@@ -116,9 +116,7 @@ def _lock_file(path: Path) -> Path:
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         process, _, host = path.read_text(encoding="utf-8").partition(" on ")
         if not mine.endswith(f" on {host}") or os.kill(int(process), 0) is None:
-            text = (
-                f"process {process} on {host} is writing there; wait for it, or give another folder"
-            )
+            text = f"process {process} on {host} is writing there; wait or give another folder"
             raise ValueError(f"{path.parent}: {text}; if it is no more, delete {path}")
     path.unlink(missing_ok=True)
     with open(path, "x", encoding="utf-8") as file:
