@@ -367,7 +367,7 @@ class SmallResNet(nn.Module):
         layers = [nn.Conv2d(1, width, kernel_size=7, stride=2, padding=3, bias=False)]
         layers += [nn.BatchNorm2d(width), nn.ReLU()]
         c_in = width
-        for planes, stride in ((width, 1), (2 * width, 2), (4 * width, 2), (8 * width, 2)):
+        for planes, stride in ((width, 2), (2 * width, 2), (4 * width, 2), (8 * width, 1)):
             c_out = planes * Bottleneck.expansion
             shortcut = nn.Conv2d(c_in, c_out, kernel_size=1, stride=stride, bias=False)
             shortcut = nn.Sequential(shortcut, nn.BatchNorm2d(c_out))
