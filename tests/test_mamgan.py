@@ -175,6 +175,13 @@ def test_a_run_folder_made_with_other_options_is_refused_by_name(patches, tmp_pa
     assert mixed.exit_code == 2 and "several --seeds" in mixed.output
 
 
+def test_width_is_refused_where_the_network_is_the_papers(patches, tmp_path):
+    line = ("train-cls", "--data", patches, "--run", tmp_path / "run", "--width", "8")
+    found = run(*line, "--preset", "cbis", "--weights", "none", "--device", "cpu")
+    assert found.exit_code == 2 and "--width belongs to the small network" in found.output
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_patch_set_of_another_size_names_both(patches, tmp_path):
     found = message(run("train-gan", "--task", "mass", "--data", patches, "--run", tmp_path / "r"))
     assert "64 px" in found
