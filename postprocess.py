@@ -154,7 +154,7 @@ def isolate_lesion(
     least = MIN_AREA_FRAC[component] if min_area_frac is None else min_area_frac
     most = 1 if max_area_frac is None else max_area_frac
     if most < least:
-        raise ValueError(f"--max-area {most:g}: below --min-area, which is {least:g}; raise it")
+        raise ValueError(f"--max-area {most:g}: below --min-area {least:g}; raise it or lower that")
     # "Create a binary mask of the channel by applying a threshold of 0.1" (S3; S9 for removal)
     mask = lesion < -threshold if removal else lesion > threshold
     if not mask.any():

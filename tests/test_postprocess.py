@@ -114,7 +114,9 @@ def test_objects_over_the_largest_area_that_is_asked_for_are_discarded(component
 def test_limits_of_area_that_exclude_each_other_are_told_before_anything_is_written(
     made, tmp_path, options, least
 ):
-    said = f"--max-area {options['max_area_frac']}: below --min-area, which is {least}"
+    said = (
+        f"--max-area {options['max_area_frac']}: below --min-area {least}; raise it or lower that"
+    )
     for call in (synthesize_set, synthesize_images):
         with pytest.raises(ValueError, match=said):
             call(made / "mass", made / "data", tmp_path / "out", device="cpu", **options)
