@@ -39,7 +39,7 @@ def test_masked_output_keeps_the_words():
     assert masked("Baseline 0.4 (0.1 to 1e-5)  -  x-ray") == "Baseline # (# to #) # x-ray"
 
 
-@pytest.mark.timeout(1200)  # two minutes of a core of its own
+@pytest.mark.timeout(1800)  # under two minutes of a core of its own
 def test_every_command_of_the_lesson_prints_what_the_document_says(tmp_path):
     for path in (*ROOT.glob("*.py"), ROOT / "support", ROOT / "weights"):
         (tmp_path / path.name).symlink_to(path)
