@@ -16,8 +16,8 @@ COPY weights /app/weights
 RUN /app/venv/bin/python -m compileall -q /app/*.py /app/support
 
 # Any uid works (docker run --user): nothing is written outside the mounted folders and /tmp.
-ENV HOME=/tmp USER=mamgan TORCH_HOME=/tmp/torch MPLCONFIGDIR=/tmp/matplotlib \
-    TORCHINDUCTOR_CACHE_DIR=/tmp/inductor PYTHONUNBUFFERED=1
+# Caches follow HOME, which Apptainer sets to the user's: its /tmp is the host's, shared by all.
+ENV HOME=/tmp PYTHONUNBUFFERED=1
 USER 1000:1000
 WORKDIR /tmp
 ENTRYPOINT ["/app/venv/bin/python", "/app/mamgan.py"]

@@ -27,10 +27,10 @@ from models import BORDER_PX, Generator, generator
 from support import derived, figures, files, patchset, provenance, runs
 
 LESION_THRESHOLD = 0.1  # §3 "applying a threshold of 0.1", S3; no rescaling, Q25
-MIN_AREA_FRAC = 0.10  # §3 "< 10% of the patch area", S5
+MIN_AREA_FRAC = {"largest": 0.10, "cluster": 0.02}  # §3 "< 10% of the patch area", S5; ours, Q27
 DILATE_PX = 5.0  # §3 "Expand the edges of the object by 5px", S6
 SMOOTH_SIGMA = 10.0  # §3 "10px Gaussian smoothing filter", S7; read as sigma, Q29
-CLUSTER_PX, CLUSTER_MIN_AREA_FRAC = 10.0, 0.02  # ours, for calcifications; Q27
+CLUSTER_PX = 10.0  # ours, for calcifications; Q27
 CONNECTIVITY = {4: ndimage.generate_binary_structure(2, 1), 8: np.ones((3, 3), bool)}  # Q26
 ATTEMPTS_PER_SAMPLE = 20  # ours; Q27
 BATCH = 16  # attempts per forward pass (another number may move a last bit) and per part file
@@ -82,11 +82,12 @@ class Synthesizer:
     """Generator, control and post-processing (keywords of isolate_lesion) of one command."""
 
     def __init__(self, gan: Path, device: torch.device | str, control: str, options: dict):
+        isolate_lesion(np.zeros((1, 1)), **options)  # limits that exclude each other are told first
         self.G, self.run, self.hash = load_generator(gan, torch.device(device))
-        self.gan, self.control, self.options = gan, control, options
+        self.gan, self.control, self.options = gan, control, {"component": "largest"} | options
         self.task, self.side = self.run["task"], self.G.patch_size
-        self.config = {"task": self.task, "generator": self.hash, "control": control, **options}
-        grains = self.task == "calcification" and options["component"] == "largest"
+        self.config = {"task": self.task, "generator": self.hash, "control": control} | self.options
+        grains = self.task == "calcification" and self.options["component"] == "largest"
         self.advice = f"{ADVICE}, or give --component cluster" if grains else ADVICE
 
     @torch.inference_mode()
@@ -107,7 +108,8 @@ class Synthesizer:
         if isolated is not None and self.control == "blob":
             lesion = blob(isolated, lesion, self.options["component"], rng)
             # The same steps again; the area was accepted already.
-            isolated = isolate_lesion(lesion, removal, **self.options | {"min_area_frac": 0})
+            any_area = {"min_area_frac": 0, "max_area_frac": 1}
+            isolated = isolate_lesion(lesion, removal, **self.options | any_area)
         return lesion, isolated
 
 
@@ -130,6 +132,7 @@ def isolate_lesion(
     *,
     component: str = "largest",
     min_area_frac: float | None = None,
+    max_area_frac: float | None = None,
     threshold: float = LESION_THRESHOLD,
     connectivity: int = 4,
     dilate_px: float = DILATE_PX,
@@ -142,12 +145,16 @@ def isolate_lesion(
     component: "largest" as the paper, or "cluster": grains, each widened by `cluster_px`, that
         meet are one object. Deviation: Q27.
     min_area_frac: of the patch; None = 0.10, with "cluster" 0.02
+    max_area_frac: ours; None = 1, as the paper: no object is too large
+    Raises ValueError when the second is below the first.
     """
     side = len(lesion)
     assert lesion.shape == (side, side), lesion.shape
     scale = side / 256
-    if min_area_frac is None:
-        min_area_frac = MIN_AREA_FRAC if component == "largest" else CLUSTER_MIN_AREA_FRAC
+    least = MIN_AREA_FRAC[component] if min_area_frac is None else min_area_frac
+    most = 1 if max_area_frac is None else max_area_frac
+    if most < least:
+        raise ValueError(f"--max-area {most:g}: below --min-area {least:g}; raise it or lower that")
     # "Create a binary mask of the channel by applying a threshold of 0.1" (S3; S9 for removal)
     mask = lesion < -threshold if removal else lesion > threshold
     if not mask.any():
@@ -158,15 +165,13 @@ def isolate_lesion(
     areas = np.bincount(labels.ravel())[1:]
     largest = 1 + int(areas.argmax())
     kept, area = labels == largest, int(areas.max())
-    # "Discard the object if it is too small (< 10% of the patch area)" (S5)
-    if area < min_area_frac * side**2:
+    # "Discard the object if it is too small (< 10% of the patch area)" (S5), or if it is too large
+    if not least * side**2 <= area <= most * side**2:
         return None
     # "Expand the edges of the object by 5px" (S6)
     expanded = dilate(kept, dilate_px * scale, dilate_shape)
-    # "Apply a 10px Gaussian smoothing filter to the edge of the object" (S7)
-    weights = ndimage.gaussian_filter(
-        expanded.astype(np.float64), smooth_sigma * scale, mode="reflect", truncate=4.0
-    )
+    # "Apply a 10px Gaussian smoothing filter to the edge of the object" (S7); it ends at 4 sigma
+    weights = ndimage.gaussian_filter(expanded.astype(np.float64), smooth_sigma * scale)
     box = ndimage.find_objects(labels)[largest - 1]
     bbox = (*(edge.start for edge in box), *(edge.stop for edge in box))
     return IsolatedLesion(weights, mask & kept, area, bbox)
@@ -204,7 +209,6 @@ def synthesize_set(
     patch_set: Path,
     out: Path,
     n: int = 5000,  # S10
-    component: str = "largest",
     control: str = "",
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -214,11 +218,11 @@ def synthesize_set(
 
     Attempt a draws source patch and noise from (seed, a) alone; the first n accepted are the set.
     control: "blob" replaces each accepted lesion by a bump, see `blob`
-    options: more keywords of isolate_lesion
+    options: keywords of isolate_lesion
     Raises ValueError: the run does not fit the patch set, a source patient is not in the training
     split, or nothing was accepted.
     """
-    synth = Synthesizer(gan, device, control, {"component": component, **options})
+    synth = Synthesizer(gan, device, control, options)
     prepared = patchset.patch_config(patch_set)
     for key, side in (("patch_size", synth.side), ("spacing_mm", synth.run["spacing_mm"])):
         if prepared[key] != side:
@@ -270,7 +274,7 @@ def generate(
     if not accepted:
         raise NothingAccepted(
             f"--gan {synth.gan}: no lesion accepted in {made} attempts; {empty} had no pixel "
-            f"over the threshold of 0.1, the others too small an object (S5). {synth.advice}"
+            f"over the threshold of 0.1, the others too small or large (S5). {synth.advice}"
         )
     facts = {"attempts": made, "accepted": accepted, "acceptance": accepted / made}
     return facts | {"empty": empty, "short": accepted < n}
@@ -288,10 +292,8 @@ def attempt(
     # "Input the patch into the generator and generate the synthetic patch" (S2)
     lesions = synth.lesions(data.to_float(patches), rngs)
     kept, made, empty = [], 0, 0
-    for k in range(len(attempts)):
-        if len(kept) == wanted:
-            break
-        made += 1
+    while made < len(attempts) and len(kept) < wanted:
+        k, made = made, made + 1
         # "Perform the following steps to post-process the synthetic patch" (S3 to S7)
         lesion, isolated = synth.isolate(lesions[k], rngs[k])
         if isolated is None:

@@ -33,7 +33,7 @@ class Source(NamedTuple):
 
     path: str
     spacing_mm: tuple[float, float] | None
-    boxes: list[tuple[float, ...]]  # of lesions to remove
+    boxes: list[Window]  # of annotated lesions: to remove, or to keep new ones off
 
 
 # --- The command ---
@@ -46,7 +46,6 @@ def synthesize_images(
     at: Sequence[tuple[int, int]] = (),
     lesions: int = 1,
     strip: int = 1,
-    component: str = "largest",
     seed: int = 0,
     device: torch.device | str = "cpu",
     **options: object,
@@ -56,12 +55,13 @@ def synthesize_images(
     paths: mammograms, or manifests (.csv) whose images are meant and whose spacing overrides
     at: centres of patches in stored pixels, a lesion each; or `strip` contiguous patches in a row,
         where none fits in a column (Figure 3). Without either, removal takes every lesion that
-        the manifest marks in an image; else `lesions` random places that satisfy the 90% rule
+        the manifest marks in an image; else `lesions` random places that satisfy the 90% rule.
+        What is added keeps its whole window off every box that the manifest gives
     """
-    synth = Synthesizer(gan, device, "", {"component": component, **options})
     if strip > 1:  # Figure 3 shows a lesion on every patch, so smaller ones are taken too
-        synth.options["min_area_frac"] = options.get("min_area_frac") or STRIP_MIN_AREA_FRAC
-    marked = synth.task == "removal" and not at and strip == lesions == 1
+        options["min_area_frac"] = options.get("min_area_frac") or STRIP_MIN_AREA_FRAC
+    synth = Synthesizer(gan, device, "", options)
+    marked = synth.task != "removal" or (not at and strip == lesions == 1)
     images, parts, failed = _named(paths, marked), out / "parts", []
     places = {"at": at, "lesions": lesions, "strip": strip, "seed": seed}
     config = {"images": {name: source[1:] for name, source in images.items()}}
@@ -129,7 +129,7 @@ def _make(synth: Synthesizer, source: Source, part: Path, name: str, places: dic
     if shares:
         note += f" that covers {shares} of the annotated box"
     elif not places["at"]:
-        note += " at random places"
+        note += " at random places" + f" off {len(source.boxes)} annotated" * bool(source.boxes)
     click.echo(f"{source.path}: {len(placed)} x {category}{note}")
     image = {"id": int(part.stem), "file_name": f"{name}_synthetic.png"}
     image |= {"height": display.shape[0], "width": display.shape[1]}
@@ -169,14 +169,16 @@ def insert_lesions(
 ) -> tuple[np.ndarray, list[dict]]:
     """New display image, equal to the old one wherever a weight is zero, and what was placed.
 
-    boxes: annotated lesions in stored pixels, one after the other; what changes must hold their
-        middle, and `placed` tells what share of each box it covers
+    boxes: annotated lesions in stored pixels. Removal takes them one after the other; what changes
+        must hold their middle, and `placed` tells what share of each it covers. What is added
+        keeps its window off all of them
     Raises ValueError: no place, or no lesion accepted in it.
     """
     shape = window_shape(synth, m.spacing_mm)
     if (np.array(m.display.shape) < shape).any():
         raise ValueError(f"{_px(m.display.shape)}, smaller than a patch of {_px(shape)}")
     tissue, display, placed = data.Tissue.of(m.display), m.display.copy(), []
+    boxes, off = (boxes, []) if synth.task == "removal" else ([], list(map(data.whole_box, boxes)))
     for k in range(len(boxes) or len(at) or lesions):
         for attempt in range(TRIES_PER_LESION * strip):
             _, rng = draw(seed, int(m.image_uid, 16), k, attempt)
@@ -184,16 +186,16 @@ def insert_lesions(
                 shift = rng.uniform(-0.25, 0.25, size=2) * (attempt > 0)
                 corners = [_around(boxes[k], shape, tissue.shape, shift)]
             elif at:
-                corners = [_centred(at[k], shape, tissue)]
+                corners = [_centred(at[k], shape, tissue, off)]
             else:
-                corners = _at_random(tissue, shape, strip, placed, rng)
+                corners = _at_random(tissue, shape, strip, off + [p["window"] for p in placed], rng)
             tried = _try(synth, display, corners, shape, rng)
             if tried and (not boxes or _holds_middle(tried[0].bbox, boxes[k])):
                 break
         else:
             raise ValueError(
                 f"no lesion accepted in {attempt + 1} attempts, the last in the window of "
-                f"{_px(shape)} at row {corners[0][0]}, column {corners[0][1]}: too small (S5) or "
+                f"{_px(shape)} at row {corners[0][0]}, column {corners[0][1]}: too small or large, "
                 "cut by its border" + (" or off the middle of the annotated box" if boxes else "")
             )
         placed += [_place(display, lesion, boxes[k : k + 1]) for lesion in tried]
@@ -214,14 +216,18 @@ def _px(shape: Sequence[int]) -> str:
     return f"{shape[0]} x {shape[1]} px"
 
 
-def _centred(place: Corner, shape: tuple[int, int], tissue: data.Tissue) -> Corner:
-    """Top left corner of the window around `place`, which must lie in the breast."""
+def _centred(place: Corner, shape: tuple[int, int], tissue: data.Tissue, off: list) -> Corner:
+    """Top left corner of the window around `place`, which must lie in the breast, `off` boxes."""
     corner = np.subtract(place, np.array(shape) // 2)
     if (corner < 0).any() or (corner + shape > tissue.shape).any():
         text = f"the patch of {_px(shape)} leaves the image of {_px(tissue.shape)}"
         raise ValueError(f"--at {place[0]} {place[1]}: {text}")
     if not tissue.share(*place, (1, 1)):
         raise ValueError(f"--at {place[0]} {place[1]}: outside the breast")
+    for box in off:
+        if (corner < box[2:]).all() and (corner + shape > box[:2]).all():
+            text = f"the patch of {_px(shape)} meets the annotated box {box}"
+            raise ValueError(f"--at {place[0]} {place[1]}: {text}; give a place beside it")
     return corner.tolist()
 
 
@@ -232,12 +238,12 @@ def _around(box, shape: tuple[int, int], image: tuple[int, int], shift: np.ndarr
 
 
 def _at_random(
-    tissue: data.Tissue, shape: tuple[int, int], strip: int, placed: list[dict], rng
+    tissue: data.Tissue, shape: tuple[int, int], strip: int, off: list[Window], rng
 ) -> list[Corner]:
-    """`strip` windows of 90% tissue each (P6), in a row, else in a column; none overlaps."""
+    """`strip` windows of 90% tissue each (P6), in a row, else in a column; none overlaps `off`."""
     for down, across in ((1, strip), (strip, 1)):
         h, w = down * shape[0], across * shape[1]
-        used = [(a - h + 1, b - w + 1, c, d) for a, b, c, d in (old["window"] for old in placed)]
+        used = [(a - h + 1, b - w + 1, c, d) for a, b, c, d in off]
         for _ in range(STRIP_DRAWS):
             if not (place := tissue.draw(rng, (h, w), forbidden=used)):
                 break
@@ -246,7 +252,7 @@ def _at_random(
             if min(tissue.share(*corner, shape) for corner in corners) >= tissue.min_tissue - 1e-9:
                 return corners
     missing = f"no place for {strip} x {_px(shape)} with 90% tissue"
-    raise ValueError(f"{missing} beside the {len(placed)} lesions there")
+    raise ValueError(f"{missing} beside the {len(off)} lesions there")
 
 
 class Lesion(NamedTuple):

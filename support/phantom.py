@@ -2,10 +2,13 @@
 
 No anatomy is copied from anybody. Lengths are in mm, `shade` is the displayed brightness (0 air,
 1 white), every image is a function of (seed, patient, laterality, view).
+
+    python -m support.phantom OUT PATIENTS
 """
 
 import io
 import itertools
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -393,3 +396,7 @@ def write_image(out: Path, seed: int, number: int, laterality: str, view: str) -
     row, col = ndimage.find_objects(mask)[0]
     box = row.start, col.start, row.stop, col.stop
     return (*about, who.finding, who.pathology, *box, f"{name}_mask.png")
+
+
+if __name__ == "__main__":
+    write_phantoms(Path(sys.argv[1]), int(sys.argv[2]))

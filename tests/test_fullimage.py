@@ -315,6 +315,7 @@ def png(path, shape, value=0):
         ({"strip": 40}, "no place for 40 x .* with 90% tissue beside the 0"),
         ({"lesions": 60}, "no place for 1 x .* with 90% tissue beside the [0-9]+"),
         ({"min_area_frac": 0.99}, "no lesion accepted in 100 attempts"),
+        ({"min_area_frac": 0, "max_area_frac": 0.01}, "no lesion accepted .* too small or large"),
     ],
 )
 def test_bad_places_are_one_clear_message_each(made, phantoms, tmp_path, options, message):
@@ -527,7 +528,56 @@ def test_removal_shifts_the_window_at_the_edge_and_refuses_what_misses_the_middl
     edge = [100, 0, 110, wide]
     manifest = marked(tmp_path / "m.csv", {phantoms[0]: [edge]})
     ((_, reason),) = synthesize_images(made / "unbump", [manifest], tmp_path / "out", device="cpu")
-    assert "column 0: too small (S5) or cut by its border or off the middle of" in reason
+    assert "column 0: too small or large, cut by its border or off the middle of" in reason
+
+
+def overlaps(a, b):
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def test_new_lesions_keep_off_the_lesions_that_the_manifest_marks(made, phantoms, tmp_path, capsys):
+    source = next(p for p in phantoms if p.stem == "P0000_L_CC")
+    row, col = tissue_centre(source)
+    boxes = [box_of((row, col), 25), [row + 60.5, col - 40.2, row + 75.5, col - 20.7]]
+    synth = Synthesizer(made / "native", "cpu", "", {})
+    m = read_mammogram(source)
+
+    def hits(**options):
+        """Whether the windows of some seeds overlap the boxes."""
+        windows = []
+        for seed in range(8):
+            windows += [p["window"] for p in insert_lesions(synth, m, seed=seed, **options)[1]]
+        return [overlaps(window, box) for window in windows for box in boxes]
+
+    for places in ({"lesions": 3}, {"strip": 2}):  # anywhere; contiguous windows
+        assert any(hits(**places)) and not any(hits(**places, boxes=boxes))
+    manifest, out = marked(tmp_path / "m.csv", {source: boxes}), tmp_path / "out"
+    assert synthesize_images(made / "native", [manifest], out, lesions=3, device="cpu") == []
+    found = annotated(out)[source.stem]
+    assert len(found) == 3
+    assert not any(overlaps(a["window"], box) for _, _, a in found for box in boxes)
+    assert "3 x synthetic mass at random places off 2 annotated" in capsys.readouterr().out
+
+
+def test_a_place_on_an_annotated_lesion_is_refused_and_the_box_named(made, phantoms, tmp_path):
+    source = next(p for p in phantoms if p.stem == "P0000_L_CC")
+    row, col = tissue_centre(source)
+    box = box_of((row, col), 10)
+    manifest = marked(tmp_path / "m.csv", {source: [box]})
+    for place, free in (((row, col), False), ((row - 41, col), False), ((row - 42, col), True)):
+        out = tmp_path / f"{place[0]}"
+        failed = synthesize_images(made / "native", [manifest], out, at=[place], device="cpu")
+        if free:
+            assert failed == []
+        else:
+            ((_, reason),) = failed
+            said = f"--at {place[0]} {place[1]}: the patch of 64 x 64 px meets the annotated box "
+            assert reason == f"{said}{tuple(box)}; give a place beside it"
+    with_whole = marked(
+        tmp_path / "all.csv", {source: [[0, 0, *read_mammogram(source).display.shape]]}
+    )
+    ((_, reason),) = synthesize_images(made / "native", [with_whole], tmp_path / "x", device="cpu")
+    assert reason == "no place for 1 x 64 x 64 px with 90% tissue beside the 1 lesions there"
 
 
 def test_removal_without_a_box_says_that_places_are_random(made, phantoms, tmp_path, capsys):

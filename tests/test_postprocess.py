@@ -26,6 +26,7 @@ from postprocess import (
     isolate_lesion,
     synthesize_set,
 )
+from support.fullimage import synthesize_images
 from support.patchset import open_synthetic
 from support.provenance import check_synthetic
 
@@ -88,6 +89,41 @@ def test_S5_objects_under_ten_percent_are_discarded(extra, kept):
     isolated = isolate_lesion(lesion)
     assert (isolated is not None) == kept
     assert not kept or isolated.area == 6554
+
+
+@pytest.mark.parametrize("component", ["largest", "cluster"])
+def test_objects_over_the_largest_area_that_is_asked_for_are_discarded(component):
+    lesion = rectangles((60, 60, 160, 160, 0.5))
+    area = isolate_lesion(lesion, component=component).area
+    assert area == 10_000 if component == "largest" else area > 10_000  # of the joined object
+    for pixels, kept in ((area, True), (area - 1, False)):
+        isolated = isolate_lesion(lesion, component=component, max_area_frac=pixels / 256**2)
+        assert (isolated is not None) == kept
+    whole = rectangles((0, 0, 256, 256, 0.5))
+    assert isolate_lesion(whole, component=component).area == 256**2  # none is too large
+
+
+@pytest.mark.parametrize(
+    ("options", "least"),
+    [
+        ({"max_area_frac": 0.05}, "0.1"),
+        ({"max_area_frac": 0.01, "component": "cluster"}, "0.02"),
+        ({"max_area_frac": 0.3, "min_area_frac": 0.4}, "0.4"),
+    ],
+)
+def test_limits_of_area_that_exclude_each_other_are_told_before_anything_is_written(
+    made, tmp_path, options, least
+):
+    said = (
+        f"--max-area {options['max_area_frac']}: below --min-area {least}; raise it or lower that"
+    )
+    for call in (synthesize_set, synthesize_images):
+        with pytest.raises(ValueError, match=said):
+            call(made / "mass", made / "data", tmp_path / "out", device="cpu", **options)
+    assert not (tmp_path / "out").exists()
+    for lesion in (np.zeros((256, 256)), rectangles((60, 60, 160, 160, 0.5))):
+        with pytest.raises(ValueError, match=said):
+            isolate_lesion(lesion, **options)
 
 
 @pytest.mark.parametrize(("shape", "area"), [("disk", 8241), ("cross", 8221), ("square", 8281)])
@@ -522,6 +558,26 @@ def test_blob_control_has_the_same_number_areas_and_strength(made, tmp_path):
     places = np.array([ndimage.center_of_mass(mask) for mask in blob.mask])
     assert places.std(axis=0).min() > 3  # anywhere
     assert not blob.lesion[:, [0, 1, -1, -2]].any()  # the generator's zero frame
+
+
+@pytest.mark.parametrize("control", ["", "blob"])
+def test_a_set_holds_no_object_over_the_largest_area(made, tmp_path, control):
+    runs = {"all": {}, "some": {"max_area_frac": 0.15}}
+    common = {"n": 20, "control": control, "device": "cpu"}
+    areas = {}
+    for name, options in runs.items():
+        out = tmp_path / name
+        facts = synthesize_set(made / "mass", made / "data", out, **common, **options)
+        assert facts["config"].get("max_area_frac") == options.get("max_area_frac")
+        areas[name] = open_synthetic(out).index["area"].astype(int)
+    assert areas["some"].max() <= 0.15 * 64**2 < areas["all"].max()
+    with pytest.raises(
+        ValueError, match=r"made with other options \(max_area_frac: 0.15 there, 0.3"
+    ):
+        synthesize_set(made / "mass", made / "data", tmp_path / "some", **common, max_area_frac=0.3)
+    with pytest.raises(ValueError, match=r"the others too small or large \(S5\)"):
+        options = {"min_area_frac": 0.999, "max_area_frac": 1.0}
+        synthesize_set(made / "mass", made / "data", tmp_path / "none", **common, **options)
 
 
 def test_blob_control_is_one_smooth_hill():
