@@ -334,7 +334,7 @@ def test_density_changes_no_patch_and_no_name_of_a_patch_set(patches, source, tm
 
 def test_the_stored_manifest_tells_the_image_of_each_patch_and_what_its_woman_has(tmp_path):
     """In all her images, those that gave no patch and those of unknown pathology too."""
-    source, unknown = write_source(tmp_path), {"patient1": "", "patient2": "malignant"}
+    source, unknown = write_source(tmp_path), {"patient3": "", "patient4": "malignant"}
     for n, (patient, pathology) in enumerate(unknown.items()):
         path = tmp_path / f"more {n}.png"
         Image.fromarray(breast(100 + n)).save(path)
