@@ -132,11 +132,10 @@ def clustered_test(
     y, scores_a, scores_b, clusters, level: float = 0.95
 ) -> tuple[float, float, float, float, float, float]:
     """AUC of a, of b, their difference a - b, its interval and two-sided p (Obuchowski 1997)."""
-    folds = by_fold(y, [scores_a, scores_b], clusters)
-    auc_a, auc_b = (_mean_auc(folds, [(1, [row])])[0] for row in (0, 1))
+    ((y, v, _),) = folds = by_fold(y, [scores_a, scores_b], clusters)
     difference, *spread = _mean_auc(folds, [(1, [0]), (-1, [1])])
     low, high, _, p = interval(difference, *spread, level)
-    return auc_a, auc_b, difference, low, high, p
+    return *v[:, y].mean(axis=1).tolist(), difference, low, high, p
 
 
 def mean_roc(y, scores, fold=None) -> np.ndarray:
@@ -347,11 +346,7 @@ STATISTICS = {  # heading: function, names of the value and its ends, or of the 
 
 
 def condition_table(
-    kind: np.ndarray,
-    patients: np.ndarray,
-    scores: dict[str, np.ndarray],
-    condition: str,
-    fold: np.ndarray | None = None,
+    kind: np.ndarray, patients: np.ndarray, scores: dict[str, np.ndarray], condition: str, fold=None
 ) -> dict:
     """Rows of one condition; empty when the test set, or a fold, has too few patients for it.
 
@@ -380,15 +375,14 @@ def condition_table(
             row["against_blob"] = compare(y, ours, scores[control], patients, fold)
         rows.append(row)
     # Controls and augmentation alone are no hypotheses about synthetic patches.
-    others = [
-        r for r in rows[1:] if is_control(r["regime"]) or r["regime"].endswith("augmentation")
-    ]
+    others = [r for r in rows[1:] if is_control(n := r["regime"]) or n.endswith("augmentation")]
     tested = [row for row in rows[1:] if row not in others]
     for key in [key for key in rows[0] if key.startswith("p_")]:
         corrected = holm([row[key] for row in tested])
         for row in rows[1:]:
             row[f"{key}_holm"] = row[key] if row in others else corrected.pop(0)
     size |= {"positives": int(y.sum()), "positive_patients": len(set(patients[y]))}
+    size |= {"negative_patients": len(set(patients[~y]))}
     return {**size, "rows": rows}
 
 

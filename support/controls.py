@@ -1,4 +1,4 @@
-"""Beyond the paper: same-image AUC, detectors, KID, nearest training patches."""
+"""Beyond the paper: same-image AUC, thresholds, calibration, detectors, KID, nearest patches."""
 
 import itertools
 import math
@@ -11,19 +11,22 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import pairwise_distances_argmin_min
 from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 import data
-from evaluate import clustered_ci, interval
+from evaluate import CONDITIONS, MAIN, clustered_ci, interval
 from postprocess import LESION_THRESHOLD
 from support import files
 from support.patchset import Patches, SyntheticSet
 from train import classifier_scores
 
 CONTROL_PATCHES = 1000  # a side, as many as the paper's validation set has of a class (P5)
+SPECIFICITY, BINS = 0.9, 10  # of the threshold; of equal width, of the calibration
 NATIVE_MM = 0.07  # a pixel of detectors for mammography: 0.05 to 0.1
 GRAIN_MM, GRAIN_GAP_MM, GRAIN_NOISE = 1.15, 3.3, 6.0  # see `grains`
+ALIKE = ("precision", "recall", "density", "coverage")  # see `alike`
 GRAINS = ("grains", "size_mm", "contrast", "extent_mm")  # its figures
 
 
@@ -35,20 +38,24 @@ def same_image_auc(y, scores, images, clusters) -> tuple[float, float, float, in
 
     A model that recognises the image, not the lesion, has 0.5 here. Ratio of sums over patients.
     """
-    pairs = {}
+    pairs = []
     for image in np.unique(images):
         at = images == image
         x, z = scores[at & y][:, None], scores[at & ~y][None]
         if x.size and z.size:
-            won = ((x > z) + (x == z) / 2).sum()
-            pairs.setdefault(clusters[at][0], []).append((won, x.size * z.size))
-    if len(pairs) < 2:
-        return None
-    won, number = np.array([np.sum(p, axis=0) for p in pairs.values()]).T
-    auc, i = float(won.sum() / number.sum()), len(pairs)
-    variance = i / (i - 1) * ((won - auc * number) ** 2).sum() / number.sum() ** 2
-    low, high, *_ = interval(auc, float(variance))
-    return auc, max(0.0, low), min(1.0, high), sum(map(len, pairs.values()))
+            pairs.append((((x > z) + (x == z) / 2).sum(), x.size * z.size, clusters[at][0]))
+    won, number, who = zip(*pairs, strict=True) if pairs else ((), (), ())
+    return (*ratio(won, number, who), len(pairs)) if len(set(who)) > 1 else None
+
+
+def ratio(part, whole, patients) -> tuple[float, float, float]:
+    """Sum of part over sum of whole (N,), with its interval over patients, cut at 0 and 1."""
+    _, at = np.unique(patients, return_inverse=True)
+    part, whole = np.bincount(at, part), np.bincount(at, whole)
+    value, i = float(part.sum() / whole.sum()), len(whole)
+    variance = i / (i - 1) * ((part - value * whole) ** 2).sum() / whole.sum() ** 2
+    low, high, *_ = interval(value, float(variance))
+    return value, max(0.0, low), min(1.0, high)
 
 
 def lesion_or_image(kind, patients, images, scores) -> dict[str, tuple | None]:
@@ -64,6 +71,40 @@ def lesion_or_image(kind, patients, images, scores) -> dict[str, tuple | None]:
     enough = min(len(set(who[y])), len(set(who[~y]))) > 1
     auc = (*clustered_ci(y, scores[normal], who), len(set(images[normal]))) if enough else None
     return rows | {"Normal, images with cancer against others": auc}
+
+
+# --- At one threshold, and as probabilities ---
+
+
+def thresholds(scores: np.ndarray) -> list[float]:
+    """Above which a score (K, N) of each seed is called cancer: 90% of normal patches are not."""
+    return np.quantile(scores, SPECIFICITY, axis=1, method="inverted_cdf").tolist()
+
+
+def readings(kind, patients, scores: dict, limits: dict) -> dict[str, dict]:
+    """What each regime's scores (K, N) give on the main condition, mean over seeds; intervals are
+    over patients. limits: thresholds (K, 1) or (K, N), settled on other patches.
+
+    sensitivity, specificity: at these thresholds; brier: squared distance of p(cancer) from 0 or 1;
+    ece: mean distance of p(cancer) from the share of cancers within ten bins; bins: mean p(cancer),
+    share of cancers, patches of all seeds in each.
+    """
+    tested, found = np.isin(kind, sum(CONDITIONS[MAIN], ())), {}
+    y, who, ones = kind[tested] != "normal", patients[tested], np.ones(tested.sum())
+    for name, p in scores.items():
+        above = (p > limits[name])[:, tested].mean(axis=0)
+        p = p[:, tested]
+        at = np.minimum((BINS * p).astype(int), BINS - 1)
+        gaps = [np.bincount(b, s - y, BINS) for b, s in zip(at, p, strict=True)]
+        n, *sums = (np.bincount(at.ravel(), w.ravel(), BINS) for w in (p >= 0, p, p * 0 + y))
+        found[name] = {
+            "sensitivity": ratio(above[y], ones[y], who[y]),
+            "specificity": ratio(1 - above[~y], ones[~y], who[~y]),
+            "brier": ratio(((p - y) ** 2).mean(axis=0), ones, who),
+            "ece": float(np.abs(gaps).sum(axis=1).mean() / len(y)),
+            "bins": [[a / k, b / k, k] for k, a, b in zip(n, *sums, strict=True) if k],
+        }
+    return found
 
 
 # --- Are synthetic patches like real ones? ---
@@ -93,6 +134,25 @@ def kid(x, y, patients_x, patients_y) -> tuple[float, float, float]:
 
     value, *without = (mean(0, 0) + mean(1, 1) - 2 * mean(0, 1)).tolist()
     return value, *interval(value, (len(ids) - 1) * float(np.var(without)))[:2]
+
+
+def apart(x: np.ndarray, k: int = 1) -> np.ndarray:
+    """How far the k-th nearest other one of the features (N, F) lies from each."""
+    return NearestNeighbors(n_neighbors=k).fit(x).kneighbors()[0][:, -1]
+
+
+def alike(real: np.ndarray, fake: np.ndarray, k: int = 5) -> dict[str, float]:
+    """Precision and recall (Kynkaanniemi 2019), density and coverage (Naeem 2020) of `fake` (M, F).
+
+    About each point stands a ball that reaches to its k-th neighbour. Precision: share of fake
+    points in a real ball; density: in how many, over k; recall: share of real points in a fake
+    ball; coverage: share of real balls that hold a fake point.
+    """
+    between = spatial.distance.cdist(real, fake)
+    k = min(k, len(real) - 1, len(fake) - 1)
+    inside, around = between < apart(real, k)[:, None], between < apart(fake, k)
+    found = inside.any(axis=0), around.any(axis=1), inside.sum(axis=0) / k, inside.any(axis=1)
+    return dict(zip(ALIKE, (float(values.mean()) for values in found), strict=True))
 
 
 def detectability(real, fake, patients_real, patients_fake, fit_predict, folds=5) -> tuple:
@@ -157,6 +217,14 @@ def nearest_training(fake, training, held_out) -> tuple[np.ndarray, np.ndarray, 
     return at, distance, summary
 
 
+def duplicates(fake, training, rng: np.random.Generator) -> float:
+    """Share of synthetic patches nearer to another one than the closest 1% of training patches are
+    to each other, among as many of each: the more points, the closer they lie."""
+    n = min(len(fake), len(training))
+    ours, theirs = (apart(x[rng.permutation(len(x))[:n]]) for x in (fake, training))
+    return float((ours < np.percentile(theirs, 1)).mean())
+
+
 def grains(patch: np.ndarray, mm: float) -> tuple[float, ...] | None:
     """Of the largest cluster of bright grains in a patch (S, S) uint16 with pixels of `mm`: their
     number, median diameter in mm and contrast in [-1, 1] units, largest distance in mm.
@@ -219,7 +287,8 @@ def control_of(syn: SyntheticSet, splits: dict[str, Patches], features, device, 
         patches[split] = splits[split].parts.get(kind, ())
         patients[split] = splits[split].column("patient_id")[splits[split].kind == kind]
     if min(len(set(who)) for who in patients.values()) < 3:
-        return control | {"warnings": [f"Not compared: fewer than three patients with {kind}."]}, []
+        control["warnings"].append(f"Not compared: fewer than three patients with {kind}.")
+        return control, []
     n = min(CONTROL_PATCHES, *map(len, patches.values()))
     rng, pixels = np.random.default_rng(seed), {}
     for name in ("train", "val", "synthetic"):
@@ -236,11 +305,13 @@ def control_of(syn: SyntheticSet, splits: dict[str, Patches], features, device, 
         pair = deep["val"], deep[name], patients["val"], patients[name]
         control |= {f"{prefix}linear": detectability(*pair, linear_detector)}
         control |= {f"{prefix}kid": [1000 * v for v in kid(*pair)]}
+        control |= {f"{prefix}{key}": v for key, v in alike(*pair[:2]).items()}
     pair = (side[name] for side in (pixels, patients) for name in ("train", "synthetic"))
     control["network"] = detectability(*pair, network_detector(device, seed), folds=3)
+    deep = {name: features(patches[name]) for name in ("synthetic", "train")}
+    control["duplicates"] = duplicates(*deep.values(), rng)
     if syn.task == "removal":
         return control, []
-    three = (features(patches[name]) for name in ("synthetic", "train", "val"))
-    at, distance, control["nearest"] = nearest_training(*three)
+    at, distance, control["nearest"] = nearest_training(*deep.values(), features(patches["val"]))
     closest = np.argsort(distance, kind="stable")[:3]
     return control, [p for i in closest for p in (syn.combined[i], patches["train"][at[i]])]

@@ -88,24 +88,39 @@ def roc_figure(curves: dict[str, np.ndarray], rows: list[dict]) -> Figure:
     ax = figure.add_subplot(aspect="equal", xlabel="1 - specificity", ylabel="sensitivity")
     for row, colour in zip(rows, itertools.cycle(OTHERS)):
         curve, name = curves[row["regime"]], row["regime"]
-        style = {"color": COLOURS.get(name, colour), "label": f"{name}: {row['auc']:.3f}"}
+        style = {"color": COLOURS.get(name, colour), "label": f"{row['title']}: {row['auc']:.3f}"}
         ax.plot(np.linspace(0, 1, len(curve)), curve, linewidth=1.6, **style)
     ax.legend(loc="lower right", fontsize=9, frameon=False, title="AUC", title_fontsize=9)
     return figure
 
 
+def reliability_figure(rows: list[dict], readings: dict[str, dict]) -> Figure:
+    """Share of cancers against p(cancer) in each bin; the more patches, the larger the point."""
+    figure = Figure(figsize=(6, 6), layout="constrained")
+    ax = figure.add_subplot(aspect="equal", xlabel="mean p(cancer)", ylabel="share of cancers")
+    ax.plot([0, 1], [0, 1], color="#999999", linewidth=0.8)
+    for row, colour in zip(rows, itertools.cycle(OTHERS)):
+        p, share, number = np.array(readings[row["regime"]]["bins"]).T
+        style = {"color": COLOURS.get(row["regime"], colour), "label": row["title"]}
+        ax.plot(p, share, linewidth=1.2, **style)
+        ax.scatter(p, share, s=300 * number / number.sum(), color=style["color"])
+    ax.legend(loc="upper left", fontsize=9, frameon=False)
+    return figure
+
+
 def difference_figure(rows: list[dict]) -> Figure:
-    """Difference to the baseline with its clustered interval; a tick for each seed."""
+    """Difference to its reference with the clustered interval; a tick for each seed."""
     figure = Figure(figsize=(6, 1 + 0.5 * len(rows)), layout="constrained")
-    ax, base = figure.subplots(), rows[0]["auc"]
+    ax, aucs = figure.subplots(), {row["regime"]: row["auc"] for row in rows}
     for i, row in enumerate(rows[1:]):
         colour = COLOURS.get(row["regime"], BLUE)
         ax.plot([row["delta_low"], row["delta_high"]], [i, i], color=colour, linewidth=3)
         ax.plot(row["delta"], i, "o", color=colour, markersize=7)
-        ax.plot(np.array(row["seed_aucs"]) - base, [i - 0.22] * row["seeds"], "|", color=colour)
+        ticks = np.array(row["seed_aucs"]) - aucs[row["reference"]]
+        ax.plot(ticks, [i - 0.22] * row["seeds"], "|", color=colour)
     ax.axvline(0, color="#333333", linewidth=0.8)
-    ax.set_yticks(range(len(rows) - 1), [row["regime"] for row in rows[1:]])
-    ax.set(ylim=(len(rows) - 1.5, -0.5), xlabel=f"difference in AUC to the baseline ({base:.3f})")
+    ax.set_yticks(range(len(rows) - 1), [row["title"] for row in rows[1:]])
+    ax.set(ylim=(len(rows) - 1.5, -0.5), xlabel="difference in AUC")
     ax.spines[["top", "right"]].set_visible(False)
     return figure
 

@@ -8,10 +8,11 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import threading
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -318,10 +319,18 @@ class PatchWriter:
                 return f"no window with enough tissue for {key}"
         return visit["reason"] or "usable; no patch happened to be drawn from it"
 
+    def worst(self) -> dict[str, str]:
+        """Of all that a patient's images show, used or not: malignant, else "" where something is
+        unknown, else benign, or normal."""
+        found = defaultdict(set)
+        for image in self.images:
+            found[image.patient_id] |= {row.pathology for row in image.rows}
+        order = ("malignant", "", "benign", "normal")
+        return {who: next(p for p in order if p in seen) for who, seen in found.items()}
+
     def remarks(self) -> tuple[list[str], dict[str, int]]:
         """What to know of boxes and patients, which it prints; normal patches of ill women."""
-        ill = {i.patient_id for i in self.images if any(r.pathology == "malignant" for r in i.rows)}
-        remarks, cancer = [], {}
+        remarks, cancer, worst = [], {}, self.worst()
         for field, meaning in {"in_air": IN_AIR, "unmasked": UNMASKED}.items():
             found = [index for index in sorted(self.visits) if self.visits[index][field]]
             texts = [f"{self.images[i].name}: {self.visits[i][field]}" for i in found[:10]]
@@ -342,7 +351,7 @@ class PatchWriter:
                 little = f"below {FEW_PATIENTS}, what is measured on them says little."
                 remarks.append(f"{text}; {little}")
             if split != key:
-                cancer[split] = sum(patient in ill for patient in patients)
+                cancer[split] = sum(worst[patient] == "malignant" for patient in patients)
                 text += f", {cancer[split]} of the patches from women with cancer"
             click.echo(text, err=True)
         for key, why in self.skipped.items():
@@ -367,13 +376,17 @@ class PatchWriter:
         excluded = [(im.name, self.reason(i)) for i, im in enumerate(images) if i not in used]
         write_table(out / "excluded.csv", ("image_path", "reason"), excluded)
         write_table(out / "splits.csv", ("patient_id", "split"), sorted(self.splits.items()))
-        findings = []
-        for image in (images[index] for index in sorted(used)):
+        findings, uids = [], []
+        for index in sorted(used):
+            image = images[index]
             names = {"image_path": image.name, "patient_id": image.patient_id, "split": image.split}
             for row in image.rows:
                 mask = row.mask_path and self.hide(row.mask_path)
                 findings.append(replace(row, **names, mask_path=mask))
-        sources.write_manifest(out / "manifest.csv", findings)
+                uids.append(self.visits[index]["uid"])
+        worst = self.worst()
+        told = {"image_uid": uids, "patient_pathology": [worst[r.patient_id] for r in findings]}
+        sources.write_manifest(out / "manifest.csv", findings, **told)
         text = f"{len(used)} of {len(images)} images gave patches"
         click.echo(f"{text}{'; the others: excluded.csv' if excluded else ''}", err=True)
         if not used:
@@ -522,6 +535,19 @@ def split_of(data: Path) -> dict[str, str]:
     """Patient -> split."""
     table = read_table(Path(data) / "splits.csv", ("patient_id", "split"))
     return dict(zip(*(column.tolist() for column in table.values()), strict=True))
+
+
+def flow(data: Path) -> dict:
+    """Images and patients used and left out, and how many why: reasons without names, numbers."""
+    used = read_table(data / "manifest.csv", ("image_path", "patient_id"))
+    images, patients = (len(set(column.tolist())) for column in used.values())
+    reasons = [
+        re.sub(r"'[^']*'|\S+\.\w{3,5}\b|[\d.]+(, [\d.]+)*", "..", reason)
+        for reason in read_table(data / "excluded.csv", ("reason",))["reason"].tolist()
+    ]
+    counted = {"images": images, "images_left_out": len(reasons), "patients": patients}
+    counted["patients_left_out"] = len(split_of(data)) - patients
+    return counted | {"reasons": Counter(reasons).most_common()}
 
 
 class Patches:

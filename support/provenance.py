@@ -124,6 +124,24 @@ def check_external(other: Path, data: Path) -> dict:
     return theirs
 
 
+def check_generators(other: Path, regimes: list, sets: list[SyntheticSet]) -> None:
+    """Raises ValueError unless the generators behind each regime's sets never saw the test split of
+    `other`; what a generator saw stands in its sets alone, so all of them must be at hand."""
+    given = {s.fingerprint for s in sets}
+    for regime in regimes:
+        if absent := [s for s in regime.config["synthetic"] if s["fingerprint"] not in given]:
+            text = f"{regime.name} was trained with a {absent[0]['task']} set that is not given"
+            advice = "give each of its sets with --synthetic, to tell what their generators saw"
+            raise ValueError(f"--test {other}: {text}; {advice}")
+    for syn in sets:
+        check_unseen(_generator(syn), other, f"{syn.path}: its generator", ("test",))
+
+
+def _generator(syn: SyntheticSet) -> dict:
+    with reading(syn.path / "config.json", "synthesize it again"):
+        return dict(read_json(syn.path / "config.json")["gan"])
+
+
 def check_synthetic(syn: SyntheticSet, data: Path) -> None:
     """Raises ValueError unless every sample comes from a training patient of this patch set.
 
@@ -139,9 +157,7 @@ def check_synthetic(syn: SyntheticSet, data: Path) -> None:
         split = patchset.split_of(data).get(patient, "unknown")
         text = f"{len(foreign)} source images are not in train, such as {image} of {patient}"
         raise ValueError(f"{syn.path}: {text} ({split}); {again}")
-    with reading(syn.path / "config.json", again):
-        gan = dict(read_json(syn.path / "config.json")["gan"])
-    check_unseen(gan, data, f"{syn.path}: its generator")
+    check_unseen(_generator(syn), data, f"{syn.path}: its generator")
 
 
 def one_source(a: dict, b: dict) -> bool:
@@ -149,7 +165,7 @@ def one_source(a: dict, b: dict) -> bool:
     return any(a.get(k) == b.get(k) not in (None, "manifest") for k in ("source", "format"))
 
 
-def check_unseen(gan: dict, data: Path, what: str) -> None:
+def check_unseen(gan: dict, data: Path, what: str, splits=SPLITS[1:]) -> None:
     """Raises ValueError when a generator was trained on images that validate or test here, told by
     their pixels, or on such patients where both are of one source.
 
@@ -161,9 +177,9 @@ def check_unseen(gan: dict, data: Path, what: str) -> None:
     if not gan.keys() >= {"images", "patients"}:
         raise ValueError(f"{what} does not say which images it was trained on; train it again")
     seen = {"image_uid": set(gan["images"]), "patient_id": set(gan["patients"])}
-    splits = {key.partition("/")[0] for key in config["held"]} - {"train"}
+    held_splits = {key.partition("/")[0] for key in config["held"]}
     for name in ("image_uid", "patient_id")[: 1 + one_source(config, gan)]:
-        for split in sorted(splits):
+        for split in sorted(held_splits.intersection(splits)):
             held = set(Patches.open(data, split).column(name).tolist())
             if both := sorted(held & seen[name]):
                 found = f"was trained on {len(both)} of split {split}, such as {name} {both[0]}"

@@ -12,8 +12,9 @@ import evaluate as results
 from data import CLASSES
 from evaluate import BASELINE, MAIN, STATISTICS
 from support import figures, files, patchset, provenance, runs
-from support.controls import control_of, lesion_or_image
+from support.controls import control_of, lesion_or_image, readings, thresholds
 from support.sources import SPLITS
+from support.subgroups import FACTS, patch_facts, subgroups
 
 COLUMNS = (  # of table1.csv
     *("regime", "proportion", "seeds", "patients", "patches", "auc", "low", "high"),
@@ -23,7 +24,9 @@ COLUMNS = (  # of table1.csv
 RESULTS = (*(c for c in COLUMNS if c not in ("proportion", "patches", "p_delong")), "folds")
 # of a patch set: what its folds have each for themselves
 OWN = (*("name", "fold", "fingerprint", "held"), *("patients", "normals_with_cancer", "notes"))
-PICTURES = ("difference", "roc", "figure1", "nearest", "gan", "figure4", "figure5", "figure6")
+FEW_TEST = 20  # patients a class; fewer are a warning
+PICTURES = ("difference", "roc", "reliability", "figure1", "nearest", "gan")
+PICTURES += ("figure4", "figure5", "figure6")
 
 
 # --- The whole evaluation ---
@@ -55,22 +58,25 @@ def evaluate(
     claimed = {"data": config["fingerprint"], "regimes": [[r.name, *r.hashes] for r in regimes]}
     claimed |= {"synthetic": [s.fingerprint for s in sets], "seed": seed}
     other = provenance.check_external(Path(test), patch_set) if test else None
-    claimed |= {"test": other["fingerprint"]} if test else {}
+    if test:
+        provenance.check_generators(Path(test), regimes, sets)
+        claimed["test"] = other["fingerprint"]
     stages = sum(len(r.runs) for r in regimes) * (2 if test else 1) + len(sets) + 1
     claim = runs.claim_folder(out, "evaluate", claimed)
     with claim, runs.progress(stages, "evaluate") as advance:
         splits = {s: patchset.Patches.open(patch_set, s) for s in SPLITS}
         who = {split: patches.column("patient_id") for split, patches in splits.items()}
-        kind, patients = splits["test"].kind, who["test"]
-        images = splits["test"].column("image_uid")
-        scores = _score(regimes, splits["test"], out / "scores.csv", device, advance)
+        images, scored = splits["test"].column("image_uid"), (device, advance)
+        kind, patients, scores, facts = _score(regimes, patch_set, out / "scores.csv", *scored)
+        healthy = patchset.Patches.open(patch_set, "val", "normal")
+        limits = {r.name: np.c_[thresholds(results.score(r, healthy, device))] for r in regimes}
         metrics = claimed | {"data": {"name": patch_set.name, **config}}
+        metrics["flow"] = patchset.flow(patch_set)
         metrics["conditions"] = conditions(kind, patients, scores, patch_set)
         if test:
-            tested = patchset.Patches.open(test, "test")
-            found = _score(regimes, tested, out / "scores-external.csv", device, advance)
-            tables = conditions(tested.kind, tested.column("patient_id"), found, test)
-            metrics["external"] = {"name": Path(test).name, "data": other, "conditions": tables}
+            *given, _ = _score(regimes, Path(test), out / "scores-external.csv", *scored)
+            tables = {"conditions": conditions(*given, test), "readings": readings(*given, limits)}
+            metrics["external"] = {"name": Path(test).name, "data": other, **tables}
         metrics["lesion_or_image"] = {
             name: lesion_or_image(kind, patients, images, s) for name, s in scores.items()
         }
@@ -93,23 +99,29 @@ def evaluate(
         }
         names = ("regime", "proportion", "run", "seeds", "weights", "config")
         own = [(r.name, r.proportion, r.folder.name, r.seeds, r.hashes, r.config) for r in regimes]
-        metrics["runs"] = [dict(zip(names, facts, strict=True)) for facts in own]
-        rows = _write(metrics, kind, scores, out)
+        metrics["runs"] = [
+            dict(zip(names, told, strict=True)) | {"thresholds": limits[told[0]].ravel().tolist()}
+            for told in own
+        ]
+        rows = _write(metrics, kind, patients, facts, scores, limits, out)
         advance(1, "report written")
     return rows
 
 
-def _score(regimes, patches, path: Path, device, advance) -> dict[str, np.ndarray]:
-    """p(cancer) (K, N) of each regime, also as a table: a row a patch, a column a training seed."""
-    scores = {}
+def _score(regimes, data: Path, path: Path, device, advance) -> tuple:
+    """Class and patient of the test patches (N,), p(cancer) (K, N) of each regime, `patch_facts`.
+
+    Also as a table: a row a patch, a column a training seed.
+    """
+    patches, told, scores = patchset.Patches.open(data, "test"), patch_facts(data, "test"), {}
     for regime in regimes:
         scores[regime.name] = results.score(regime, patches, device)
         advance(len(regime.runs), f"{regime.name} scored")
     names = [f"{regime.name} seed {seed}" for regime in regimes for seed in regime.seeds]
     found, facts = np.concatenate(list(scores.values())).tolist(), ("patch", "patient_id")
-    rows = zip(*map(patches.column, facts), patches.kind, *found, strict=True)
-    files.write_table(path, ("patch", "patient", "class", *names), rows)
-    return scores
+    rows = zip(*map(patches.column, facts), patches.kind, *told.values(), *found, strict=True)
+    files.write_table(path, ("patch", "patient", "class", *told, *names), rows)
+    return patches.kind, patches.column("patient_id"), scores, told
 
 
 def conditions(kind, patients, scores, where, fold=None) -> dict[str, dict]:
@@ -128,17 +140,26 @@ def conditions(kind, patients, scores, where, fold=None) -> dict[str, dict]:
     return tables
 
 
-def _write(metrics: dict, kind, scores: dict[str, np.ndarray], out: Path, fold=None) -> list[dict]:
-    """Curves, differences, tables and the report; the folder is whole then. Rows of table1.csv."""
-    rows = metrics["conditions"][MAIN]["rows"]
+def _write(metrics: dict, kind, patients, facts, scores, limits, out, fold=None) -> list[dict]:
+    """What evaluations and folds have alike, curves, tables and the report; the folder is whole
+    then. Rows of table1.csv."""
+    unit = "mm" if metrics["data"]["spacing_mm"] else "px"
+    metrics["subgroups"] = subgroups(kind, patients, scores, facts, unit, fold)
+    metrics["readings"] = readings(kind, patients, scores, limits)
+    tested = {name: len(set(patients[kind == name])) for name in CLASSES if name in kind}
+    metrics["few"] = {name: number for name, number in tested.items() if number < FEW_TEST}
+    rows = [
+        row | {"proportion": run["proportion"], "title": title(run)}
+        for row, run in zip(metrics["conditions"][MAIN]["rows"], metrics["runs"], strict=True)
+    ]
     at = np.isin(kind, sum(results.CONDITIONS[MAIN], ()))
     y, fold = kind[at] != "normal", fold if fold is None else fold[at]
     curves = {name: results.mean_roc(y, s[:, at], fold) for name, s in scores.items()}
     figures.save_figure(figures.roc_figure(curves, rows), out / "roc.png")
     if len(rows) > 1:
         figures.save_figure(figures.difference_figure(rows), out / "difference.png")
-    shares = [run["proportion"] for run in metrics["runs"]]
-    rows = [row | {"proportion": p} for row, p in zip(rows, shares, strict=True)]
+    reliable = figures.reliability_figure(rows, metrics["readings"])
+    figures.save_figure(reliable, out / "reliability.png")
     files.write_table(out / "table1.csv", COLUMNS, ([r[name] for name in COLUMNS] for r in rows))
     files.write_json(out / "rows.json", [{name: row[name] for name in RESULTS} for row in rows])
     files.write_json(out / "metrics.json", metrics)
@@ -176,7 +197,8 @@ def evaluate_folds(folders: Sequence[Path], out: Path) -> list[dict]:
     claimed = {"scores": [files.sha256(Path(folder) / "scores.csv") for folder in folders]}
     with runs.claim_folder(out := Path(out), "evaluate", claimed):
         every = {name: np.concatenate([table[name] for *_, table in folds]) for name in columns}
-        kind, patients, values = every.pop("class"), every.pop("patient"), iter(every.values())
+        kind, patients, *told = (every.pop(name) for name in ("class", "patient", *FACTS))
+        facts, values = dict(zip(FACTS, told, strict=True)), iter(every.values())
         fold = np.repeat(np.arange(n), [len(table["class"]) for *_, table in folds])
         order = sorted(first["runs"], key=lambda run: run["regime"])  # as `_read_fold`
         scores = {r["regime"]: np.array([next(values) for _ in r["seeds"]]) for r in order}
@@ -185,10 +207,11 @@ def evaluate_folds(folders: Sequence[Path], out: Path) -> list[dict]:
         metrics |= {"controls": [], "runs": first["runs"]}
         metrics["data"] = {key: first["data"][key] for key in first["data"] if key not in OWN}
         sizes = [len(set(patients[fold == k])) for k in range(n)]
-        metrics["folds"] = list(
-            zip([Path(f).parent.name for f in folders], given, sizes, strict=True)
-        )
-        return _write(metrics, kind, scores, out, fold)
+        names, flows = [Path(f).parent.name for f in folders], [m["flow"] for m, *_ in folds]
+        metrics["folds"] = list(zip(names, given, sizes, flows, strict=True))
+        own = [{r["regime"]: r["thresholds"] for r in m["runs"]} for m, *_ in folds]
+        limits = {name: np.array([limit[name] for limit in own])[fold].T for name in scores}
+        return _write(metrics, kind, patients, facts, scores, limits, out, fold)
 
 
 def _read_fold(folder: Path) -> tuple[dict, list[str], dict[str, np.ndarray]]:
@@ -203,10 +226,11 @@ def _read_fold(folder: Path) -> tuple[dict, list[str], dict[str, np.ndarray]]:
         for run in sorted(metrics["runs"], key=lambda run: run["regime"]):
             sets = [(s["task"], s["control"]) for s in run["config"]["synthetic"]]
             facts = {"number of seeds": len(run["seeds"]), "proportion": run["proportion"]}
+            facts["thresholds"] = len(run["thresholds"])
             facts = run["config"] | facts | {"data": "", "synthetic": sets}
             same += [f"{run['regime']}: {key} {value}" for key, value in facts.items()]
             names += [f"{run['regime']} seed {seed}" for seed in run["seeds"]]
-        table = files.read_table(folder / "scores.csv", ("class", "patient", *names))
+        table = files.read_table(folder / "scores.csv", ("class", "patient", *FACTS, *names))
         values = {column: table.pop(name).astype(float) for column, name in enumerate(names)}
         return metrics, same, table | values
 
@@ -221,13 +245,7 @@ def _keep_pictures(sets: list[patchset.SyntheticSet], k: int, out: Path) -> None
 
 
 def figures_4_to_6(
-    regimes: list[results.Regime],
-    splits,
-    sets,
-    scores: dict[str, np.ndarray],
-    device,
-    seed: int,
-    out: Path,
+    regimes: list[results.Regime], splits, sets, scores, device, seed: int, out: Path
 ) -> dict:
     """t-SNE of the baseline's features (F4); the patches that a regime rescues (F5, F6).
 
@@ -256,22 +274,25 @@ def figures_4_to_6(
     groups, panels = np.repeat(list(points), list(map(len, points.values()))), {}
     for regime in models:
         features = results.pooled_features(regime, device)
-        panels[regime.name] = results.embed(
-            np.concatenate(list(map(features, points.values()))), seed
-        )
+        deep = np.concatenate(list(map(features, points.values())))
+        panels[regime.name] = results.embed(deep, seed)
     alone = groups != "rescued"
     first = {BASELINE: panels[BASELINE][alone]}
-    figures.save_figure(
-        figures.embedding_figure(first, groups[alone], results.EMBEDDED), out / "figure4.png"
-    )
+    figure = figures.embedding_figure(first, groups[alone], results.EMBEDDED)
+    figures.save_figure(figure, out / "figure4.png")
     if len(rescued):
-        figures.save_figure(
-            figures.embedding_figure(panels, groups, results.EMBEDDED), out / "figure5.png"
-        )
+        figure = figures.embedding_figure(panels, groups, results.EMBEDDED)
+        figures.save_figure(figure, out / "figure5.png")
     return facts
 
 
 # --- In words ---
+
+
+def title(run: dict) -> str:
+    """A regime's name, the blob control's with its proportion."""
+    control = results.is_control(run["regime"])
+    return run["regime"] + f" ({100 * run['proportion']:g}%)" * control
 
 
 def in_words(value: Sequence[float | None] | None, form: str = ".3f") -> str:
@@ -303,9 +324,8 @@ def verdict(row: dict, rows: list[dict]) -> str:
     word, name = "higher" if row["delta"] > 0 else "lower", row["regime"]
     word += f" than {row['reference']}" * (row["reference"] != BASELINE)
     if results.is_control(name) or name.endswith("augmentation"):
-        return (
-            f"{word}, {'with a featureless bump' if 'Blob' in name else 'without synthetic ones'}"
-        )
+        bump = "with a featureless bump" if results.is_control(name) else "without synthetic ones"
+        return f"{word}, {bump}"
     if ", " in name and row["reference"] == BASELINE:
         return f"{word}, but not found: the augmentation alone was not run"
     if min(r["seeds"] for r in rows if r["regime"] in (name, row["reference"])) == 1:
@@ -353,6 +373,7 @@ def report(metrics: dict, out: Path) -> str:
     trim |= {"lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
     template = jinja2.Environment(loader=loader, autoescape=True, **trim)
     names = {"metrics": metrics, "main_name": MAIN, "main": main, "statistics": STATISTICS}
+    names["titles"] = {run["regime"]: title(run) for run in metrics["runs"]}
     names |= {"splits": SPLITS, "classes": CLASSES, "conditions": results.CONDITIONS}
     names |= {"better": [n for n, text in verdicts.items() if text.startswith("found: higher")]}
     names |= {"pictures": _pictures(metrics["controls"], out), "verdict": verdict}

@@ -301,6 +301,65 @@ def test_manifest_of_thousands_of_columns_is_read(tmp_path):
     assert len(sources.read_manifest(write_manifest(tmp_path, row, header=HEADER + extra))) == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"), [("a", "a"), (" D ", "d"), ("1", "a"), ("3", "c"), ("", "")]
+)
+def test_manifest_holds_breast_density_in_either_writing(tmp_path, text, expected):
+    path = write_manifest(tmp_path, f"1.png,A,L,CC,,normal,,,,,{text}", header=HEADER + ",density")
+    (row,) = sources.read_manifest(path)
+    assert row.density == expected
+    sources.write_manifest(tmp_path / "again.csv", [row], image_uid=["u"])
+    assert sources.read_manifest(tmp_path / "again.csv") == [row]  # image_uid is passed over
+
+
+def test_another_density_is_an_error(tmp_path):
+    rows = [f"1.png,A,L,CC,,normal,,,,,{text}" for text in ("5", "ab", "dense")]
+    with pytest.raises(ValueError, match=r"line 2: density is '5'; expected empty/a/b/c/d; line 3"):
+        sources.read_manifest(write_manifest(tmp_path, *rows, header=HEADER + ",density"))
+
+
+def test_density_changes_no_patch_and_no_name_of_a_patch_set(patches, source, tmp_path):
+    """Trainings go on with a patch set whose manifest learned densities later."""
+    row = Finding("a", "p", "L", "CC", "", "normal", density="c")
+    assert repr(row) == (  # what `source` of every patch set so far is a hash of
+        "Finding(image_path='a', patient_id='p', laterality='L', view='CC', finding='', "
+        "pathology='normal', bbox=None, mask_path='', spacing_mm=None, split='')"
+    )
+    dense = [dataclasses.replace(row, density="d") for row in source]
+    prepare(dense, tmp_path / "set", SMALL)
+    assert patchset.fingerprint(tmp_path / "set") == patchset.fingerprint(patches)
+    before, after = (digest(folder) for folder in (patches, tmp_path / "set"))
+    assert {name for name in before if before[name] != after[name]} == {"manifest.csv"}
+
+
+def test_the_stored_manifest_tells_the_image_of_each_patch_and_what_its_woman_has(tmp_path):
+    """In all her images, those that gave no patch and those of unknown pathology too."""
+    source, unknown = write_source(tmp_path), {"patient3": "", "patient4": "malignant"}
+    for n, (patient, pathology) in enumerate(unknown.items()):
+        path = tmp_path / f"more {n}.png"
+        Image.fromarray(breast(100 + n)).save(path)
+        source.append(Finding(str(path), patient, "L", "MLO", "mass", pathology))
+    prepare(source, tmp_path / "set", SMALL)
+    columns = ("image_path", "patient_id", "image_uid", "patient_pathology")
+    table = files.read_table(tmp_path / "set" / "manifest.csv", columns)
+    uids = images(tmp_path / "set", source)
+    assert all(uids[u] == p for u, p in zip(table["image_uid"], table["image_path"], strict=True))
+    stored = {
+        uid
+        for path in (tmp_path / "set" / "patches").rglob("*.csv")
+        for uid in files.read_table(path, ("image_uid",))["image_uid"].tolist()
+    }
+    assert stored == set(table["image_uid"].tolist())
+    worst = dict(
+        zip(table["patient_id"].tolist(), table["patient_pathology"].tolist(), strict=True)
+    )
+    kinds = {row.patient_id: row.pathology for row in source if row.bbox}
+    assert len(worst) > 10 and {"benign", "malignant"} <= set(worst.values())
+    for patient, found in worst.items():
+        ill = kinds[patient] == "malignant"
+        assert found == ("malignant" if ill else unknown.get(patient, kinds[patient]))
+
+
 def test_leak_patient_in_two_splits_is_refused(tmp_path):
     rows = ("1.png,A,L,CC,,normal,,,,,train", "2.png,A,L,MLO,,normal,,,,,test")
     with pytest.raises(ValueError, match="patient A in splits test, train"):

@@ -20,7 +20,18 @@ import data
 import evaluate
 import models
 import train
-from support import controls, figures, files, patchset, phantom, provenance, report, runs, sources
+from support import (
+    controls,
+    figures,
+    files,
+    patchset,
+    phantom,
+    provenance,
+    report,
+    runs,
+    sources,
+    subgroups,
+)
 
 Y = [1] * 5 + [0] * 6
 S1 = [0.9, 0.8, 0.7, 0.55, 0.3, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
@@ -538,16 +549,35 @@ def write_data(folder: Path, counts: dict[str, int], patients=12, prefix="", **c
         np.save(folder / "patches" / f"{key}.npy", data.to_uint16(patch))
         who = rng.integers(patients, size=n)
         index[key] = [
-            (i, f"{prefix}{split}{w}-{i % 2}", names[split][w]) for i, w in enumerate(who)
+            (i, f"{prefix}{split}{w}-{i % 2}", names[split][w], 100, 100, 132, 132, "1.000000")
+            for i, w in enumerate(who)
         ]
-        columns = ("patch", "image_uid", "patient_id")
+        columns = ("patch", "image_uid", "patient_id", *sources.BOX, "scale")
         files.write_table(folder / "patches" / f"{key}.csv", columns, index[key])
     rows = [(name, split) for split, members in names.items() for name in members]
     files.write_table(folder / "splits.csv", ("patient_id", "split"), rows)
+    write_tables(folder, index)
     config = {"patch_size": SIDE, "spacing_mm": 0.33, "seed": 0} | config
     facts = {"command": "prepare", "config": config, "counts": counts, "complete": True}
     files.write_json(folder / "config.json", facts)
     return folder
+
+
+def write_tables(folder: Path, index: dict[str, list]) -> None:
+    """manifest.csv: two views a patient, density by the patient's number, a box of 5 px a number,
+    10 at least, for each image that gave lesion patches; excluded.csv."""
+    findings, told = [], {"image_uid": [], "patient_pathology": []}
+    kinds = {(k.split("/")[1], *row[1:3]) for k, rows in index.items() for row in rows}
+    for kind, uid, who in sorted(kinds):
+        pathology, _, finding = kind.partition("_")
+        box = (100, 100, 100 + max(10, 5 * int(who[-2:])), 110) if finding else None
+        about = f"{uid}.dcm", who, "L", ("CC", "MLO")[uid[-1] == "1"], finding, pathology, box
+        findings.append(sources.Finding(*about, density="abcd"[int(who[-2:]) % 4]))
+        told["image_uid"].append(uid)
+        told["patient_pathology"].append("malignant" if int(who[-2:]) % 2 else "benign")
+    sources.write_manifest(folder / "manifest.csv", findings, **told)
+    rows = [(f"x{k}.dcm", f"x{k}.dcm: Rows is {k}; expected 'more'") for k in range(3)]
+    files.write_table(folder / "excluded.csv", ("image_path", "reason"), rows)
 
 
 def write_set(folder: Path, patches: Path, task: str, control: str = "", n: int = 40) -> Path:
@@ -715,7 +745,7 @@ def test_report_is_one_file_without_script(evaluated):
     assert not page.open
     assert "script" not in page.tags and not page.handlers
     sources = [value for tag, name, value in page.attributes if name in ("src", "href")]
-    assert len(sources) == 11 and all(s.startswith("data:image/png;base64,") for s in sources)
+    assert len(sources) == 12 and all(s.startswith("data:image/png;base64,") for s in sources)
     assert "Research only, not for clinical use" in html and "unshown" not in html
     assert "GAN, mass" in html and "g_lr 0.00012" in html  # what the sets were made with
     for said in ("0.846", "1e-4", "p &lt; 1e-8 for 50%"):
@@ -984,7 +1014,7 @@ def test_folds_give_one_table_from_the_scores_of_each(folds, tmp_path):
     assert [(row["folds"], row["seeds"]) for row in kept] == [(3, 2), (3, 2)]
     assert (out / "table1.csv").read_text().splitlines()[2].startswith("50% w/ decay,0.5,2,24,144,")
     names = {"config.json", "difference.png", "metrics.json", "report.html", "roc.png", "rows.json"}
-    assert {path.name for path in out.iterdir()} == names | {"table1.csv"}
+    assert {path.name for path in out.iterdir()} == names | {"table1.csv", "reliability.png"}
     page = Page()
     html = (out / "report.html").read_text()
     page.feed(html)
@@ -1076,7 +1106,7 @@ def test_folds_that_are_none_or_share_patients_are_refused(folds, evaluated, tmp
 def test_external_test_scores_another_patch_set(folds, tmp_path):
     root = folds[0].parent
     other = write_data(tmp_path / "other", FEW, 8, "other-")
-    line = (root / "data", root / "baseline", [root / "aug"], [], tmp_path / "out")
+    line = (root / "data", root / "baseline", [root / "aug"], [root / "mass"], tmp_path / "out")
     rows = report.evaluate(*line, test=other)
     assert rows == report.evaluate(*line[:4], tmp_path / "alone")
     metrics = files.read_json(tmp_path / "out" / "metrics.json")["external"]
@@ -1392,6 +1422,327 @@ def test_lesion_or_image_tells_a_model_of_lesions_from_one_that_recognises_image
     malignant, benign, normal = of_images
     assert malignant[low] < 0.5 < malignant[high] and benign[low] < 0.5 < benign[high]
     assert normal[low] > 0.7
+
+
+# --- Subgroups, thresholds, calibration ---
+
+
+def test_facts_of_patches_come_from_the_manifest(tmp_path):
+    """Two masses in an image: the one that shares most with the window; pixels of 0.1 x 0.2 mm."""
+    folder = write_data(tmp_path / "data", {"test/malignant_mass": 3, "test/normal": 2}, 2)
+    header, *lines = (folder / "patches/test/malignant_mass.csv").read_text().splitlines()
+    assert header == "patch,image_uid,patient_id,row0,col0,row1,col1,scale"
+    window = "1000,1000,1320,1160,1.000000"  # 32 px of 1 mm: a stored pixel is 0.1 x 0.2 mm
+    lines = [f"0,u,P,{window}", f"1,v,Q,{window}", f"2,w,R,{window}"]
+    (folder / "patches/test/malignant_mass.csv").write_text("\n".join([header, *lines]) + "\n")
+    mass = {"finding": "mass", "pathology": "malignant", "laterality": "L"}
+    rows = [
+        sources.Finding(
+            "u.dcm", "P", view="CC", bbox=(1300, 1100, 1500, 1150), density="b", **mass
+        ),
+        sources.Finding("u.dcm", "P", view="CC", bbox=(1000, 1100, 1090, 1150), **mass),
+        sources.Finding("v.dcm", "Q", view="LM", bbox=(900, 1100, 1090, 1110), **mass),
+        sources.Finding("v2.dcm", "Q", view="MLO", bbox=(900, 1100, 1090, 1110), **mass),
+        sources.Finding("x.dcm", "S", "L", "CC", "", "normal"),
+    ]
+    told = {"image_uid": ["u", "u", "v", "v", "x"], "patient_pathology": ["malignant"] * 5}
+    sources.write_manifest(folder / "manifest.csv", rows, **told)
+    facts = files.read_json(folder / "config.json")
+    for spacing, sizes in ((1.0, ["10.0", "19.0", ""]), (None, ["90.0", "190.0", ""])):
+        facts["config"]["spacing_mm"] = spacing
+        files.write_json(folder / "config.json", facts)
+        found = subgroups.patch_facts(folder, "test")
+        at = patchset.Patches.open(folder, "test").kind == "malignant_mass"
+        assert found["size"][at].tolist() == sizes and not any(found["size"][~at])
+    assert found["view"][at].tolist() == ["CC", "", ""]  # one image, two views: unknown
+    assert found["density"][at].tolist() == ["b", "", ""]
+    assert found["patient_pathology"][at].tolist() == ["malignant", "malignant", ""]
+    sources.write_manifest(folder / "manifest.csv", rows)  # as before there were subgroups
+    assert not any("".join(values) for values in subgroups.patch_facts(folder, "test").values())
+
+
+def some_scores(rng, n=240):
+    """Class, patient, scores of two regimes and facts of n patches, 4 a patient."""
+    who = np.array([f"P{i // 4:02d}" for i in range(n)])
+    kind = np.array(["normal", "malignant_mass", "normal", "benign_mass"])[np.arange(n) % 4]
+    kind[::8] = "malignant_mass"
+    scores = {name: rng.random((2, n)) for name in ("Baseline", "50% w/ decay")}
+    facts = {"view": np.array(["CC", "MLO", "LM", "MLO"])[np.arange(n) // 4 % 4]}
+    facts["density"] = np.array(["a", "b", ""])[np.arange(n) // 4 % 3]
+    facts["size"] = np.where(kind == "malignant_mass", rng.integers(5, 40, n).astype(str), "")
+    worst = np.array(["malignant", "benign", "benign", ""])
+    return kind, who, scores, facts | {"patient_pathology": worst[np.arange(n) // 4 % 4]}
+
+
+def test_subgroups_are_the_tables_of_their_patches():
+    kind, who, scores, facts = some_scores(np.random.default_rng(0))
+    found = subgroups.subgroups(kind, who, scores, facts, "mm")
+    size = np.array([float(text or "nan") for text in facts["size"]])
+    a, b = sorted(size[kind == "malignant_mass"])[29::30][:2]
+    normal, ill = kind == "normal", kind == "malignant_mass"
+    expected = {
+        ("Longest side of the lesion", f"up to {a} mm"): normal | (size <= a),
+        ("Longest side of the lesion", f"over {b} mm"): normal | (size > b),
+        ("View", "CC"): facts["view"] == "CC",
+        ("View", "others"): facts["view"] == "LM",
+        ("Breast density", "b"): facts["density"] == "b",
+        ("Normal patches of", "women with a malignant finding"): ill
+        | (facts["patient_pathology"] == "malignant"),
+    }
+    for (what, name), at in expected.items():
+        cut = {regime: values[:, at] for regime, values in scores.items()}
+        table = evaluate.condition_table(kind[at], who[at], cut, evaluate.MAIN)
+        assert found[what][name] == table and table["patients"] > 1, name
+    assert list(found["Breast density"]) == ["a", "b"]
+    assert "women without any finding" not in found["Normal patches of"]
+    thirds = [table["positives"] for table in found["Longest side of the lesion"].values()]
+    assert sum(thirds) == ill.sum() and max(thirds) - min(thirds) < 12  # sizes are tied
+    facts["view"][normal] = "MLO"
+    assert subgroups.subgroups(kind, who, scores, facts, "mm")["View"]["CC"] == {}
+    nothing = {name: np.full(len(kind), "") for name in facts}
+    assert subgroups.subgroups(kind, who, scores, nothing, "mm") == {}
+
+
+def test_ratio_is_the_binomial_one_when_each_patient_has_one_patch():
+    hit = np.array([1, 1, 1, 0, 1, 0, 1, 1, 0, 1.0])
+    value, low, high = controls.ratio(hit, np.ones(10), np.arange(10))
+    half = 1.959964 * math.sqrt(0.7 * 0.3 / 9)
+    assert (value, low, high) == pytest.approx((0.7, 0.7 - half, 0.7 + half), abs=1e-6)
+    wider = controls.ratio(np.tile(hit, 2), np.ones(20), np.tile(np.arange(10), 2))
+    assert wider == pytest.approx((value, low, high))  # copies make no evidence
+    assert controls.ratio([1, 1.0], [1, 1], [0, 1]) == (1, 1, 1)
+
+
+def test_90_percent_of_normal_patches_lie_under_the_threshold_and_ties_do_not():
+    scores = np.array([np.arange(12) / 12, np.repeat([0.2, 0.9], 6)])
+    assert controls.thresholds(scores) == [10 / 12, 0.9]  # 11 of 12, as 10 are fewer than 90%
+    assert ((scores <= np.c_[controls.thresholds(scores)]).mean(axis=1) >= 0.9).all()
+
+
+def test_readings_by_hand():
+    """Thresholds of each seed are given, not found in the test scores; benign patches are none."""
+    kind = np.array(["normal"] * 4 + ["malignant_mass"] * 2 + ["benign_mass"])
+    who = np.array(list("aabbcdd"))
+    p = np.array([[0.1, 0.3, 0.6, 0.7, 0.65, 0.9, 0.5], [0.1, 0.1, 0.1, 0.9, 0.95, 0.2, 0.5]])
+    found = controls.readings(kind, who, {"x": p}, {"x": np.array([[0.62], [0.15]])})["x"]
+    assert found["sensitivity"][0] == pytest.approx((2 + 2) / 4)
+    assert found["specificity"][0] == pytest.approx((3 + 3) / 8)
+    y = np.array([0, 0, 0, 0, 1, 1])
+    assert found["brier"][0] == pytest.approx(((p[:, :6] - y) ** 2).mean())
+    gaps = [0.1 + 0.3 + (0.6 + 0.65 - 1) + 0.7 + 0.1]  # 0.6 and 0.65 share a bin
+    gaps += [0.1 + 0.1 + 0.1 + (0.9 + 0.95 - 1) + 0.8]
+    assert found["ece"] == pytest.approx(sum(gaps) / 2 / 6)
+    assert sum(n for *_, n in found["bins"]) == 12
+    limits = np.array([[0.62] * 4 + [0.99] * 3, [0.15] * 7])  # of two folds
+    found = controls.readings(kind, who, {"x": p}, {"x": limits})["x"]
+    assert found["sensitivity"][0] == pytest.approx((0 + 2) / 4)
+
+
+def test_calibration_error_of_calibrated_and_of_constant_scores():
+    who, share = np.arange(400) // 2, np.repeat([0.25, 0.75], 200)
+    y = np.concatenate([np.arange(200) % 4 == 0, np.arange(200) % 4 > 0])
+    kind = np.where(y, "malignant_mass", "normal")
+    scores = {"calibrated": share[None], "half": np.full((1, 400), 0.5), "sure": y[None] * 1.0}
+    scores["all"] = np.full((1, 400), 1.0)
+    found = controls.readings(kind, who, scores, dict.fromkeys(scores, np.array([[0.5]])))
+    eces = [found[name]["ece"] for name in scores]
+    assert eces == pytest.approx([0, 0, 0, 0.5])
+    briers = [found[name]["brier"][0] for name in scores]
+    assert briers == pytest.approx([0.1875, 0.25, 0, 0.5])
+    assert found["calibrated"]["bins"] == [pytest.approx([v, v, 200]) for v in (0.25, 0.75)]
+    fewer = np.r_[0:200, 200:240]
+    some = {"half": scores["half"][:, fewer]}
+    found = controls.readings(kind[fewer], who[fewer], some, {"half": np.array([[0.5]])})["half"]
+    assert found["ece"] == pytest.approx(0.5 - 80 / 240)
+
+
+def test_thresholds_are_those_of_validation_patches(evaluated):
+    """From the models and the validation set; sensitivity again from scores.csv alone."""
+    world, out, _ = evaluated
+    metrics, cpu = files.read_json(out / "metrics.json"), torch.device("cpu")
+    healthy = patchset.open_patches(world["patch_set"], "val", "normal")
+    for run in metrics["runs"]:
+        names = [f"{run['regime']} seed {seed}" for seed in run["seeds"]]
+        table = files.read_table(out / "scores.csv", ("class", *names))
+        ill = np.char.startswith(table["class"], "malignant")
+        shares = []
+        for seed, limit, name in zip(run["seeds"], run["thresholds"], names, strict=True):
+            folder = world["baseline"].parent / run["run"] / f"seed-{seed}"
+            scores = train.classifier_scores(train.load_classifier(folder, cpu)[0], healthy, cpu)
+            assert np.mean(scores <= limit) >= 0.9 > np.mean(scores < limit)
+            shares.append(np.mean(table[name][ill].astype(float) > limit))
+        found = metrics["readings"][run["regime"]]["sensitivity"]
+        assert found[0] == pytest.approx(np.mean(shares)) and found[1] <= found[0] <= found[2]
+    html = (out / "report.html").read_text()
+    assert "training draws half of its patches from cancers" in html
+    assert "67% of these test patches are malignant" in html  # 80 of 120
+
+
+def test_subgroups_stand_in_metrics_and_report(evaluated):
+    _, out, _ = evaluated
+    found = files.read_json(out / "metrics.json")["subgroups"]
+    assert set(found) == {
+        "Longest side of the lesion",
+        "View",
+        "Normal patches of",
+        "Breast density",
+    }
+    table = files.read_table(out / "scores.csv", ("class", "view", "patient"))
+    at = (table["view"] == "CC") & (table["class"] == "normal")
+    assert found["View"]["CC"]["negative_patients"] == len(set(table["patient"][at]))
+    html = (out / "report.html").read_text()
+    for said in ("women with a malignant finding", ">MLO</th>", "<i>Breast density</i>"):
+        assert said in html
+    assert "Blob control (50%)" in html and "<b>Few test patients:</b> " in html
+    assert "Blob control</" not in html
+    assert "so that what is hard or easy about them cancels" in html.replace("\n", " ")
+
+
+def test_a_patch_set_without_image_uids_has_no_subgroups(tmp_path):
+    kinds = ("normal", "malignant_mass")
+    counts = {f"{split}/{kind}": 30 for split in sources.SPLITS for kind in kinds}
+    patches = write_data(tmp_path / "data", counts, patients=22)
+    rows = sources.csv_rows(patches / "manifest.csv", sources.MANIFEST_COLUMNS)
+    rows = [row.values() for _, row in rows]
+    files.write_table(patches / "manifest.csv", sources.MANIFEST_COLUMNS, rows)
+    run = write_run(tmp_path / "run", patches, 0.5)
+    report.evaluate(patches, run, [], [], tmp_path / "out")
+    assert files.read_json(tmp_path / "out" / "metrics.json")["subgroups"] == {}
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "<code>prepare</code> again with the same options" in html
+
+
+def test_flow_counts_images_patients_and_reasons_without_names(evaluated, tmp_path):
+    world, out, _ = evaluated
+    flow = files.read_json(out / "metrics.json")["flow"]
+    assert flow["images_left_out"] == 3 and flow["reasons"] == [["..: Rows is ..; expected ..", 3]]
+    uids = files.read_table(world["patch_set"] / "manifest.csv", ("image_uid",))["image_uid"]
+    assert flow["images"] == len(set(uids.tolist()))
+    assert flow["patients"] + flow["patients_left_out"] == 36
+    reasons = ["box 1, 2.5, 30, 4 in air, no mirror or swap fits", "no place for test/normal"]
+    reasons += ["box 7, 8, 9, 10 in air, no mirror or swap fits"]
+    data = write_data(tmp_path / "data", {"test/normal": 4}, 2)
+    rows = [(f"{k}.dcm", reason) for k, reason in enumerate(reasons)]
+    files.write_table(data / "excluded.csv", ("image_path", "reason"), rows)
+    expected = [("box .. in air, no mirror or swap fits", 2), ("no place for test/normal", 1)]
+    assert patchset.flow(data)["reasons"] == expected
+    assert "expected .." in (out / "report.html").read_text()
+
+
+def test_a_class_with_few_test_patients_is_a_warning(evaluated):
+    metrics = files.read_json(evaluated[1] / "metrics.json")
+    assert set(metrics["few"]) == {k for k in data.CLASSES if f"test/{k}" in COUNTS}
+    assert all(1 < n <= 12 for n in metrics["few"].values())
+    assert "Few test patients" not in report.report(metrics | {"few": {}}, evaluated[1])
+
+
+# --- More of synthetic sets ---
+
+
+def test_precision_recall_density_coverage_of_identical_and_disjoint_clouds():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 6))
+    same = controls.alike(x, x.copy())
+    assert same == pytest.approx({"precision": 1, "recall": 1, "density": 1, "coverage": 1})
+    assert set(controls.alike(x, x + 50).values()) == {0}
+    one = controls.alike(x, x[:1] + 1e-6 * rng.normal(size=(200, 6)))  # one mode of many
+    assert one["precision"] == 1 and one["recall"] < 0.05 and one["coverage"] < 0.1
+    part = np.concatenate([x[:100], x[:100] + 50])  # half of what is made is good
+    assert controls.alike(x, part)["precision"] == 0.5
+    fresh = controls.alike(x, rng.normal(size=(200, 6)))
+    assert fresh["density"] == pytest.approx(1, abs=0.2) and fresh["coverage"] > 0.9
+
+
+def test_density_by_hand():
+    """On a line, k = 1: balls of 1, 1 and 3 about 0, 1 and 4."""
+    real, fake = np.array([[0.0], [1], [4]]), np.array([[0.5], [1.5], [10]])
+    found = controls.alike(real, fake, k=1)
+    # 0.5 lies in the balls of 0 and 1; 1.5 in those of 1 and 4; balls of 1, 1 and 8.5 about them
+    expected = {"precision": 2 / 3, "density": 4 / 3, "coverage": 1.0, "recall": 1.0}
+    assert found == pytest.approx(expected)
+
+
+def test_duplicates_are_found_within_a_set():
+    rng = np.random.default_rng(0)
+    training, fake = rng.normal(size=(300, 6)), rng.normal(size=(100, 6))
+    assert controls.duplicates(fake, training, rng) < 0.1
+    copies = np.concatenate([fake[:60], fake[:40] + 1e-3])
+    assert controls.duplicates(copies, training, rng) == pytest.approx(0.8, abs=0.05)
+
+
+def test_warnings_of_a_set_stay_when_it_cannot_be_compared(evaluated):
+    world, _, _ = evaluated
+    syn = patchset.open_synthetic(world["synthetic"][0])
+    config = files.read_json(syn.path / "config.json")
+    splits = {s: patchset.Patches.open(world["patch_set"], s) for s in sources.SPLITS}
+    splits["val"] = patchset.Patches.open(world["patch_set"], "val", "normal")
+    with pytest.MonkeyPatch.context() as patch:
+        read = lambda path: config | {"warnings": ["acceptance is low"]}  # noqa: E731
+        patch.setattr(controls.files, "read_json", read)
+        control, _ = controls.control_of(syn, splits, None, torch.device("cpu"), 0)
+    assert control["warnings"][0] == "acceptance is low"
+    assert control["warnings"][1].startswith("Not compared: fewer than three patients")
+
+
+def test_controls_hold_what_they_are_compared_by(evaluated):
+    for control in files.read_json(evaluated[1] / "metrics.json")["controls"]:
+        for name in ("precision", "recall", "density", "coverage"):
+            assert min(control[name], control[f"floor_{name}"]) >= 0
+        assert 0 <= control["duplicates"] <= 1
+    assert "Density (floor)" in (evaluated[1] / "report.html").read_text()
+
+
+# --- Folds and external test, of the same ---
+
+
+def test_folds_pool_subgroups_and_keep_their_thresholds(folds, tmp_path):
+    report.evaluate_folds(folds, tmp_path / "cv")
+    metrics = files.read_json(tmp_path / "cv" / "metrics.json")
+    parts = [files.read_json(fold / "metrics.json") for fold in folds]
+    cc = metrics["subgroups"]["View"]["CC"]
+    alone = [part["subgroups"]["View"]["CC"] for part in parts]
+    assert cc["patients"] == sum(part["patients"] for part in alone)
+    for k in (0, 1):
+        aucs = [part["rows"][k]["auc"] for part in alone]
+        assert cc["rows"][k]["fold_aucs"] == pytest.approx(aucs)
+    tables = [files.read_table(f / "scores.csv", ("class", "size")) for f in folds]
+    sizes = [t["size"][t["class"] == "malignant_mass"].astype(float) for t in tables]
+    cut = np.quantile(np.concatenate(sizes), (1 / 3, 2 / 3), method="inverted_cdf")
+    names = metrics["subgroups"]["Longest side of the lesion"]
+    assert f"up to {cut[0]} mm" in names and f"over {cut[1]} mm" in names
+    for name, found in metrics["readings"].items():
+        for value in ("sensitivity", "specificity"):  # each fold has 24 patches of a class
+            own = [part["readings"][name][value][0] for part in parts]
+            assert found[value][0] == pytest.approx(np.mean(own))
+    html = (tmp_path / "cv" / "report.html").read_text()
+    assert "Images used" in html and "of each fold" in html and "<i>View</i>" in html
+
+
+def test_external_test_needs_sets_whose_generators_never_saw_it(folds, tmp_path):
+    root = folds[0].parent
+    other = write_data(tmp_path / "other", FEW, 8, "other-", source="t")
+    line = (root / "data", root / "baseline", [root / "aug"])
+    with pytest.raises(ValueError, match="50% w/ decay was trained with a mass set that is not gi"):
+        report.evaluate(*line, [], tmp_path / "out", test=other)
+    syn = shutil.copytree(root / "mass", tmp_path / "mass")
+    facts = files.read_json(syn / "config.json")
+    uid = patchset.Patches.open(other, "test").column("image_uid")[0]
+    for seen, source, message in (
+        ({"images": [str(uid)]}, "s", f"trained on 1 of split test, such as image_uid {uid}"),
+        ({"patients": ["other-test-03"]}, "t", "split test, such as patient_id other-test-03"),
+        ({"patients": ["other-test-03"]}, "s", None),  # of another source: another patient
+        ({"images": ["other-val0-0"]}, "s", None),  # validation patches of it test nothing
+    ):
+        gan = facts["gan"] | {"source": source} | seen
+        files.write_json(syn / "config.json", facts | {"gan": gan | {"data": "of a third"}})
+        sets = [patchset.open_synthetic(syn)]
+        regimes = evaluate.open_regimes(*line[1:], patchset.fingerprint(line[0]))
+        regimes[1].config["synthetic"][0]["fingerprint"] = sets[0].fingerprint
+        if message:
+            with pytest.raises(ValueError, match=message):
+                provenance.check_generators(other, regimes, sets)
+        else:
+            provenance.check_generators(other, regimes, sets)
 
 
 if __name__ == "__main__":  # the ten data sets for R, see PROC

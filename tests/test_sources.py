@@ -416,6 +416,7 @@ def test_cbis_four_tables_with_their_own_columns_and_embedded_newlines(tmp_path)
             row = cbis_case(tmp_path, kind=kind, part=part, patient=patient)
             cbis_tables(tmp_path, kind, part, [row])
     findings, notes = read("cbis-ddsm", tmp_path)
+    assert [f.density for f in findings] == ["c"] * 4
     assert {(f.patient_id, f.finding, f.split, f.bbox, f.laterality, f.view) for f in findings} == {
         (f"P_{2 * n + test:05d}", kind, split, (10, 5, 30, 25), "L", "CC")
         for n, kind in enumerate(("mass", "calcification"))
@@ -618,11 +619,20 @@ def vindr(root: Path, *rows: dict, birads: bool = True):
 def test_vindr_box_split_and_patient(tmp_path):
     rows = [vindr_row(tmp_path), vindr_row(tmp_path, study="s2", split="test", laterality="R")]
     findings, _ = vindr(tmp_path, *rows)
+    assert [f.density for f in findings] == ["c", "c"]
     assert [(f.patient_id, f.split, f.laterality, f.view) for f in findings] == [
         ("s1", "", "L", "CC"),
         ("s2", "test", "R", "CC"),
     ]
     assert findings[0].bbox == (10.0, 5.5, 30.25, 25.0) and findings[0].finding == "mass"
+
+
+def test_density_that_a_data_set_does_not_know_is_unknown(tmp_path):
+    findings, _ = vindr(tmp_path, vindr_row(tmp_path, breast_density="none given"))
+    assert [f.density for f in findings] == [""]
+    row = cbis_case(tmp_path / "c") | {"breast_density": "0"}  # as published, of a few
+    cbis_tables(tmp_path / "c", rows=[row])
+    assert [f.density for f in read("cbis-ddsm", tmp_path / "c")[0]] == [""]
 
 
 def test_vindr_several_categories_of_a_box_are_several_findings(tmp_path):

@@ -959,7 +959,7 @@ def bad_manifest(world: World, folder: Path, rng: random.Random) -> list:
     for number, name in enumerate(("a.png", "b.png", "c.png", "d.png")):
         Image.fromarray(breast(number, False)).save(folder / name)
         what = ("mass", "malignant", 60, 30, 90, 60) if number % 2 else ("", "normal", *[""] * 4)
-        rows.append([name, f"p{number}", "L", "CC", *what, "", 0.3, 0.3, "train"])
+        rows.append([name, f"p{number}", "L", "CC", *what, "", 0.3, 0.3, "train", ""])
     path = folder / "m.csv"
     files.write_table(path, (*sources.MANIFEST_COLUMNS, *sources.MANIFEST_OPTIONAL), rows)
     for _ in range(rng.randrange(1, 3)):

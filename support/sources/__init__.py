@@ -33,9 +33,9 @@ from support.sources.vindr import read_vindr
 BOX = ("row0", "col0", "row1", "col1")
 SPACING = ("spacing_row_mm", "spacing_col_mm")
 MANIFEST_COLUMNS = ("image_path", "patient_id", "laterality", "view", "finding", "pathology", *BOX)
-MANIFEST_OPTIONAL = ("mask_path", *SPACING, "split")
+MANIFEST_OPTIONAL = ("mask_path", *SPACING, "split", "density")
 MANIFEST_WORDS = {"laterality": ("L", "R"), "finding": ("", *FINDINGS), "pathology": PATHOLOGIES}
-MANIFEST_WORDS |= {"split": ("", *SPLITS)}
+MANIFEST_WORDS |= {"split": ("", *SPLITS), "density": ("", *"abcd")}
 
 
 def read_manifest(path: Path) -> list[Finding]:
@@ -59,7 +59,8 @@ def read_manifest(path: Path) -> list[Finding]:
 def _finding(row: dict[str, str], folder: Path) -> Finding:
     row = {name: value.strip() for name, value in row.items()}
     row["patient_id"] = plain_id(row["patient_id"])
-    row |= {name: row[name].lower() for name in ("finding", "pathology", "split")}
+    row |= {name: row[name].lower() for name in ("finding", "pathology", "split", "density")}
+    row["density"] = common.DENSITY.get(row["density"], row["density"])
     row |= {name: row[name].upper() for name in ("laterality", "view")}
     for name in ("image_path", "patient_id", "view"):
         if not row[name]:
@@ -83,13 +84,15 @@ def _finding(row: dict[str, str], folder: Path) -> Finding:
     return Finding(**words, **paths, bbox=bbox, spacing_mm=spacing)
 
 
-def write_manifest(path: Path, findings: list[Finding]) -> None:
-    """What `read_manifest` reads."""
+def write_manifest(path: Path, findings: list[Finding], **more: list[str]) -> None:
+    """What `read_manifest` reads; more: further columns, which it passes over."""
     rows = (
-        (*words, *(box or ("",) * 4), mask, *(spacing or ("",) * 2), split)
-        for *words, box, mask, spacing, split in map(astuple, findings)
+        (*words, *(box or ("",) * 4), mask, *(spacing or ("",) * 2), split, density, *told)
+        for (*words, box, mask, spacing, split, density), *told in zip(
+            map(astuple, findings), *more.values(), strict=True
+        )
     )
-    write_table(path, MANIFEST_COLUMNS + MANIFEST_OPTIONAL, rows)
+    write_table(path, (*MANIFEST_COLUMNS, *MANIFEST_OPTIONAL, *more), rows)
 
 
 def check_findings(findings: list[Finding]) -> list[str]:

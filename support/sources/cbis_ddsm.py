@@ -22,6 +22,7 @@ COLUMNS = (
     *("patient_id", "left or right breast", "image view", "abnormality type", "pathology"),
     *("image file path", "cropped image file path", "ROI mask file path"),
 )
+DENSITY = ("breast_density", "breast density")  # of the masses, of the calcifications
 WORDS = {
     "left or right breast": {"LEFT": "L", "RIGHT": "R"},
     "abnormality type": {"mass": "mass", "calcification": "calcification"},
@@ -53,7 +54,7 @@ def read_cbis_ddsm(root: Path, traps: common.Traps) -> list[common.Finding]:
     rows = [
         (where, TABLES[name], row)
         for name, path in sorted(tables.items())
-        for where, row in common.table(path, COLUMNS, traps)
+        for where, row in common.table(path, COLUMNS, traps, optional=DENSITY)
     ]
     tested = {row["patient_id"] for _, split, row in rows if split == "test"}
     both = tested & {row["patient_id"] for _, split, row in rows if split != "test"}
@@ -74,7 +75,8 @@ def read_cbis_ddsm(root: Path, traps: common.Traps) -> list[common.Finding]:
                 side, *words = known
                 image = str(path), row["patient_id"], side, row["image view"]
                 split = "test" if row["patient_id"] in tested else ""
-                finding = common.Finding(*image, *words, split=split)
+                density = common.DENSITY.get("".join(row[name] for name in DENSITY), "")
+                finding = common.Finding(*image, *words, split=split, density=density)
                 films[image[1:]].add(image[0])
                 findings.append(_region(finding, set().union(*regions), traps))
     same = _same_films(films.values(), traps)

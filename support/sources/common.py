@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from support.files import csv_rows
@@ -16,6 +16,7 @@ from support.mammogram import image_size
 SPLITS = ("train", "val", "test")
 FINDINGS = ("mass", "calcification", "distortion", "asymmetry")
 PATHOLOGIES = ("", "normal", "benign", "malignant")  # from best to worst, "" = unknown
+DENSITY = dict(zip("1234abcd", "abcdabcd", strict=True))  # BI-RADS, in either writing
 Box = tuple[float, float, float, float]  # row0, col0, row1, col1, half-open, stored pixels
 Traps = Counter  # sentence -> how often it was met; or (sentence, what): a thing is counted once
 
@@ -41,6 +42,9 @@ class Finding:
     mask_path: str = ""  # absolute
     spacing_mm: tuple[float, float] | None = None  # (row, col); overrides the header
     split: str = ""  # train, val, test; "" = prepare decides
+    # BI-RADS a to d, "" = unknown; hidden from repr, by which `prepare` tells sources apart: no
+    # patch depends on it, so it may be added later
+    density: str = field(default="", repr=False)
 
 
 def damage(traps: Traps, error: object, image_path: str = "") -> None:

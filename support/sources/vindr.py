@@ -30,7 +30,7 @@ def read_vindr(root: Path, traps: common.Traps) -> Iterator[common.Finding]:
     of BI-RADS 3 and above are boxed, so "No Finding" is normal only in a breast of BI-RADS 1.
     """
     table = common.named(common.files(root), root, "finding_annotations.csv")
-    for where, row in common.table(table, COLUMNS, traps):
+    for where, row in common.table(table, COLUMNS, traps, optional=("breast_density",)):
         names = "images", row["study_id"], f"{row['image_id']}.dicom"
         path = common.image(table.parent, names, traps)
         with common.sparing(traps, path):
@@ -40,7 +40,9 @@ def read_vindr(root: Path, traps: common.Traps) -> Iterator[common.Finding]:
 def _row(path: str, row: dict, where: str, traps: common.Traps) -> list[common.Finding]:
     side = common.known({"L": "L", "R": "R"}, row["laterality"], where)
     split = common.known({"training": "", "test": "test"}, row["split"], where)
-    image = common.Finding(path, row["study_id"], side, row["view_position"], split=split)
+    density = common.DENSITY.get(row["breast_density"].lower().removeprefix("density "), "")
+    view = row["view_position"]
+    image = common.Finding(path, row["study_id"], side, view, split=split, density=density)
     text = row["finding_categories"]
     if not re.fullmatch(r"\['[^']+'(, '[^']+')*\]", text):
         raise ValueError(f"{where}: found {text[:80]!r}; expected a list such as ['Mass']")
