@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PAPER = ("data", "models", "train", "postprocess", "evaluate")
 # Meant were 4,700 after the redesign, which ended at 4,769, and 5,300 with everything planned.
-TOTAL, HEART, PAPER_MODULE, MODULE, FUNCTION = 5600, 900, 400, 500, 60
+TOTAL, HEART, PAPER_MODULE, MODULE, FUNCTION = 5750, 900, 400, 500, 60
 NO_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 
