@@ -246,7 +246,7 @@ def train_gan(task, patches, run, init, preset, seed, device, **options):
 @option("--component", click.Choice(["largest", "cluster"]), COMPONENT, default="largest")
 @option("--control", click.Choice(["blob"]), "A featureless bump in place of the lesion.")
 @option("--min-area min_area_frac", SHARE, "Least share (S5).  [largest 0.10, cluster 0.02]")
-@option("--max-area max_area_frac", SHARE, "Largest share, as the paper none.  [1]")
+@option("--max-area max_area_frac", SHARE, "Largest share; the paper sets none.  [1]")
 @option(
     "--expand dilate_px", click.FloatRange(0), "px at 256 px (S6).", default=postprocess.DILATE_PX
 )

@@ -37,7 +37,7 @@ BATCH = 16  # attempts per forward pass (another number may move a last bit) and
 SHOWN = 4  # samples in Figures 1 and 2a
 IMAGES = {"input": "<u2", "combined": "<u2", "lesion": "<i4", "mask": "|b1"}  # of a sample
 FACTS = {"seed": "i8", "source": "i8", "area": "i8", "bbox": "4i8", "strength": "f8"}
-ADVICE = "Train longer"
+ADVICE = "Train longer, or widen --min-area, --max-area"
 
 
 # --- Steps 1 and 2: "Randomly sample a 256x256px patch" ---

@@ -81,21 +81,24 @@ def thresholds(scores: np.ndarray) -> list[float]:
     return np.quantile(scores, SPECIFICITY, axis=1, method="inverted_cdf").tolist()
 
 
-def readings(kind, patients, scores: dict, limits: dict) -> dict[str, dict]:
+def readings(kind, patients, scores: dict, limits: dict, fold=None) -> dict[str, dict]:
     """What each regime's scores (K, N) give on the main condition, mean over seeds; intervals are
     over patients. limits: thresholds (K, 1) or (K, N), settled on other patches.
 
     sensitivity, specificity: at these thresholds; brier: squared distance of p(cancer) from 0 or 1;
     ece: mean distance of p(cancer) from the share of cancers within ten bins; bins: mean p(cancer),
-    share of cancers, patches of all seeds in each.
+    share of cancers, patches of all seeds in each. Folds (N,) have bins of their own for the ece,
+    so that the errors of their models do not cancel; the rest is of all patches together.
     """
     tested, found = np.isin(kind, sum(CONDITIONS[MAIN], ())), {}
+    _, fold = np.unique(np.zeros(len(kind)) if fold is None else fold, return_inverse=True)
     y, who, ones = kind[tested] != "normal", patients[tested], np.ones(tested.sum())
     for name, p in scores.items():
         above = (p > limits[name])[:, tested].mean(axis=0)
         p = p[:, tested]
         at = np.minimum((BINS * p).astype(int), BINS - 1)
-        gaps = [np.bincount(b, s - y, BINS) for b, s in zip(at, p, strict=True)]
+        own = at + BINS * fold[tested]  # bins of each fold
+        gaps = [np.bincount(b, s - y, own.max() + 1) for b, s in zip(own, p, strict=True)]
         n, *sums = (np.bincount(at.ravel(), w.ravel(), BINS) for w in (p >= 0, p, p * 0 + y))
         found[name] = {
             "sensitivity": ratio(above[y], ones[y], who[y]),
@@ -217,12 +220,10 @@ def nearest_training(fake, training, held_out) -> tuple[np.ndarray, np.ndarray, 
     return at, distance, summary
 
 
-def duplicates(fake, training, rng: np.random.Generator) -> float:
-    """Share of synthetic patches nearer to another one than the closest 1% of training patches are
-    to each other, among as many of each: the more points, the closer they lie."""
-    n = min(len(fake), len(training))
-    ours, theirs = (apart(x[rng.permutation(len(x))[:n]]) for x in (fake, training))
-    return float((ours < np.percentile(theirs, 1)).mean())
+def duplicates(fake, training) -> float:
+    """Share of synthetic patches nearer to another one than the closest 1% of as many training
+    patches are to each other: the more points, the closer they lie."""
+    return float((apart(fake) < np.percentile(apart(training), 1)).mean())
 
 
 def grains(patch: np.ndarray, mm: float) -> tuple[float, ...] | None:
@@ -301,17 +302,20 @@ def control_of(syn: SyntheticSet, splits: dict[str, Patches], features, device, 
     deep = {name: features(values) for name, values in pixels.items()}
     scaler = StandardScaler().fit(deep["val"])
     deep = {name: scaler.transform(values) for name, values in deep.items()}
+    # One patch a patient, as many of each: balls must not be those of a single lesion.
+    one = {name: np.unique(who, return_index=True)[1] for name, who in patients.items()}
+    few = {name: deep[name][at[: min(map(len, one.values()))]] for name, at in one.items()}
     for prefix, name in (("", "synthetic"), ("floor_", "train")):
         pair = deep["val"], deep[name], patients["val"], patients[name]
         control |= {f"{prefix}linear": detectability(*pair, linear_detector)}
         control |= {f"{prefix}kid": [1000 * v for v in kid(*pair)]}
-        control |= {f"{prefix}{key}": v for key, v in alike(*pair[:2]).items()}
+        control |= {f"{prefix}{key}": v for key, v in alike(few["val"], few[name]).items()}
     pair = (side[name] for side in (pixels, patients) for name in ("train", "synthetic"))
     control["network"] = detectability(*pair, network_detector(device, seed), folds=3)
-    deep = {name: features(patches[name]) for name in ("synthetic", "train")}
-    control["duplicates"] = duplicates(*deep.values(), rng)
+    control["duplicates"] = duplicates(deep["synthetic"], deep["train"])
     if syn.task == "removal":
         return control, []
-    at, distance, control["nearest"] = nearest_training(*deep.values(), features(patches["val"]))
+    three = (features(patches[name]) for name in ("synthetic", "train", "val"))
+    at, distance, control["nearest"] = nearest_training(*three)
     closest = np.argsort(distance, kind="stable")[:3]
     return control, [p for i in closest for p in (syn.combined[i], patches["train"][at[i]])]

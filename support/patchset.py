@@ -319,6 +319,7 @@ class PatchWriter:
                 return f"no window with enough tissue for {key}"
         return visit["reason"] or "usable; no patch happened to be drawn from it"
 
+    @functools.cached_property
     def worst(self) -> dict[str, str]:
         """Of all that a patient's images show, used or not: malignant, else "" where something is
         unknown, else benign, or normal."""
@@ -330,7 +331,7 @@ class PatchWriter:
 
     def remarks(self) -> tuple[list[str], dict[str, int]]:
         """What to know of boxes and patients, which it prints; normal patches of ill women."""
-        remarks, cancer, worst = [], {}, self.worst()
+        remarks, cancer = [], {}
         for field, meaning in {"in_air": IN_AIR, "unmasked": UNMASKED}.items():
             found = [index for index in sorted(self.visits) if self.visits[index][field]]
             texts = [f"{self.images[i].name}: {self.visits[i][field]}" for i in found[:10]]
@@ -351,7 +352,7 @@ class PatchWriter:
                 little = f"below {FEW_PATIENTS}, what is measured on them says little."
                 remarks.append(f"{text}; {little}")
             if split != key:
-                cancer[split] = sum(worst[patient] == "malignant" for patient in patients)
+                cancer[split] = sum(self.worst[patient] == "malignant" for patient in patients)
                 text += f", {cancer[split]} of the patches from women with cancer"
             click.echo(text, err=True)
         for key, why in self.skipped.items():
@@ -376,16 +377,15 @@ class PatchWriter:
         excluded = [(im.name, self.reason(i)) for i, im in enumerate(images) if i not in used]
         write_table(out / "excluded.csv", ("image_path", "reason"), excluded)
         write_table(out / "splits.csv", ("patient_id", "split"), sorted(self.splits.items()))
-        findings, uids = [], []
+        findings, told = [], {"image_uid": [], "patient_pathology": []}
         for index in sorted(used):
             image = images[index]
             names = {"image_path": image.name, "patient_id": image.patient_id, "split": image.split}
             for row in image.rows:
                 mask = row.mask_path and self.hide(row.mask_path)
                 findings.append(replace(row, **names, mask_path=mask))
-                uids.append(self.visits[index]["uid"])
-        worst = self.worst()
-        told = {"image_uid": uids, "patient_pathology": [worst[r.patient_id] for r in findings]}
+                told["image_uid"].append(self.visits[index]["uid"])
+                told["patient_pathology"].append(self.worst[image.patient_id])
         sources.write_manifest(out / "manifest.csv", findings, **told)
         text = f"{len(used)} of {len(images)} images gave patches"
         click.echo(f"{text}{'; the others: excluded.csv' if excluded else ''}", err=True)
@@ -538,7 +538,7 @@ def split_of(data: Path) -> dict[str, str]:
 
 
 def flow(data: Path) -> dict:
-    """Images and patients used and left out, and how many why: reasons without names, numbers."""
+    """Images and patients used, images left out, how many why: reasons without names, numbers."""
     used = read_table(data / "manifest.csv", ("image_path", "patient_id"))
     images, patients = (len(set(column.tolist())) for column in used.values())
     reasons = [
@@ -546,7 +546,6 @@ def flow(data: Path) -> dict:
         for reason in read_table(data / "excluded.csv", ("reason",))["reason"].tolist()
     ]
     counted = {"images": images, "images_left_out": len(reasons), "patients": patients}
-    counted["patients_left_out"] = len(split_of(data)) - patients
     return counted | {"reasons": Counter(reasons).most_common()}
 
 

@@ -24,7 +24,6 @@ COLUMNS = (  # of table1.csv
 RESULTS = (*(c for c in COLUMNS if c not in ("proportion", "patches", "p_delong")), "folds")
 # of a patch set: what its folds have each for themselves
 OWN = (*("name", "fold", "fingerprint", "held"), *("patients", "normals_with_cancer", "notes"))
-FEW_TEST = 20  # patients a class; fewer are a warning
 PICTURES = ("difference", "roc", "reliability", "figure1", "nearest", "gan")
 PICTURES += ("figure4", "figure5", "figure6")
 
@@ -97,11 +96,10 @@ def evaluate(
             for split, patches in splits.items()
             for name in patches.parts
         }
-        names = ("regime", "proportion", "run", "seeds", "weights", "config")
-        own = [(r.name, r.proportion, r.folder.name, r.seeds, r.hashes, r.config) for r in regimes]
         metrics["runs"] = [
-            dict(zip(names, told, strict=True)) | {"thresholds": limits[told[0]].ravel().tolist()}
-            for told in own
+            {"regime": r.name, "proportion": r.proportion, "run": r.folder.name, "seeds": r.seeds}
+            | {"weights": r.hashes, "config": r.config, "thresholds": limits[r.name][:, 0].tolist()}
+            for r in regimes
         ]
         rows = _write(metrics, kind, patients, facts, scores, limits, out)
         advance(1, "report written")
@@ -145,9 +143,7 @@ def _write(metrics: dict, kind, patients, facts, scores, limits, out, fold=None)
     then. Rows of table1.csv."""
     unit = "mm" if metrics["data"]["spacing_mm"] else "px"
     metrics["subgroups"] = subgroups(kind, patients, scores, facts, unit, fold)
-    metrics["readings"] = readings(kind, patients, scores, limits)
-    tested = {name: len(set(patients[kind == name])) for name in CLASSES if name in kind}
-    metrics["few"] = {name: number for name, number in tested.items() if number < FEW_TEST}
+    metrics["readings"] = readings(kind, patients, scores, limits, fold)
     rows = [
         row | {"proportion": run["proportion"], "title": title(run)}
         for row, run in zip(metrics["conditions"][MAIN]["rows"], metrics["runs"], strict=True)
@@ -226,7 +222,6 @@ def _read_fold(folder: Path) -> tuple[dict, list[str], dict[str, np.ndarray]]:
         for run in sorted(metrics["runs"], key=lambda run: run["regime"]):
             sets = [(s["task"], s["control"]) for s in run["config"]["synthetic"]]
             facts = {"number of seeds": len(run["seeds"]), "proportion": run["proportion"]}
-            facts["thresholds"] = len(run["thresholds"])
             facts = run["config"] | facts | {"data": "", "synthetic": sets}
             same += [f"{run['regime']}: {key} {value}" for key, value in facts.items()]
             names += [f"{run['regime']} seed {seed}" for seed in run["seeds"]]

@@ -67,7 +67,7 @@ def subgroups(kind, patients, scores, facts, unit: str, fold=None) -> dict[str, 
     groups["Breast density"] = {letter: facts["density"] == letter for letter in "abcd"}
     tables = defaultdict(dict)
     for what, parts in groups.items():
-        for name in [name for name, at in parts.items() if at.any()]:
+        for name in [name for name, at in parts.items() if (at & malignant).any()]:
             masked = np.where(parts[name], kind, "")  # every fold must hold the subgroup
             tables[what][name] = condition_table(masked, patients, scores, MAIN, fold)
     return tables

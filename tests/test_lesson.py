@@ -46,7 +46,7 @@ def test_every_command_of_the_lesson_prints_what_the_document_says(tmp_path):
     commands = lesson((ROOT / "docs/LESSON.md").read_text(encoding="utf-8"))
     assert len(commands) >= 16
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PATH": path, "CUDA_VISIBLE_DEVICES": "", "LC_ALL": "C"}
     for command, printed in commands:
         run = subprocess.run(
             command, shell=True, cwd=tmp_path, env=environment, text=True,

@@ -60,7 +60,7 @@ def _finding(row: dict[str, str], folder: Path) -> Finding:
     row = {name: value.strip() for name, value in row.items()}
     row["patient_id"] = plain_id(row["patient_id"])
     row |= {name: row[name].lower() for name in ("finding", "pathology", "split", "density")}
-    row["density"] = common.DENSITY.get(row["density"], row["density"])
+    row["density"] = common.DENSITY.get(plain := row["density"].removesuffix(".0"), plain)
     row |= {name: row[name].upper() for name in ("laterality", "view")}
     for name in ("image_path", "patient_id", "view"):
         if not row[name]:
