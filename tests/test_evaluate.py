@@ -1598,7 +1598,7 @@ def test_subgroups_stand_in_metrics_and_report(evaluated):
     html = (out / "report.html").read_text()
     for said in ("women with a malignant finding", ">MLO</th>", "<i>Breast density</i>"):
         assert said in html
-    assert "Blob control (50%)" in html and "<b>Few test patients:</b> " in html
+    assert "Blob control (50%)" in html and "<b>Few test patients.</b> " in html
     assert "Blob control</" not in html
     assert "so that what is hard or easy about them cancels" in html.replace("\n", " ")
 
