@@ -372,11 +372,11 @@ class SmallResNet(nn.Module):
             shortcut = nn.Conv2d(c_in, c_out, kernel_size=1, stride=stride, bias=False)
             shortcut = nn.Sequential(shortcut, nn.BatchNorm2d(c_out))
             layers, c_in = [*layers, Bottleneck(c_in, planes, stride, shortcut)], c_out
-        self.body, self.fc = nn.Sequential(*layers), nn.Linear(c_in, 2)
+        self.stages, self.fc = nn.Sequential(*layers), nn.Linear(c_in, 2)
 
     def features(self, x: Tensor) -> Tensor:
         """(N, 1, S, S) in [-1, 1] -> (N, 32 * width), the mean over the last S / 16 map."""
-        return self.body(x).mean(dim=(2, 3))
+        return self.stages(x).mean(dim=(2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 1, S, S) in [-1, 1] -> (N, 2) logits."""
