@@ -590,7 +590,7 @@ def test_C1_weights_that_do_not_fit_or_cannot_be_had_are_refused(tmp_path, monke
 
 def test_the_small_classifier_ends_in_four_by_four_at_64_px():
     model, seen = SmallResNet(16), []
-    model.body.register_forward_hook(lambda m, x, out: seen.append(out.shape))
+    model.stages.register_forward_hook(lambda m, x, out: seen.append(out.shape))
     assert model(torch.zeros(2, 1, 64, 64)).shape == (2, 2)
     assert seen == [(2, 512, 4, 4)]
 
