@@ -315,7 +315,7 @@ def synthesize(gan, patches, out, number, control, images, at, lesions, strip, d
         "decay": "Of the proportion (C5, Q33).",
         "decay_every": "Patches between decays (C5).",
         "evaluate_every": "Patches between looks at the validation set (C7).",
-        "width": "Filters of the small network's first stage.",
+        "width": "Filters of the small network's first stage, 8 or more.",
         "augment": "classical: flips, turns, scale, contrast, brightness drawn for every patch.",
         "include_benign": "Benign patches as negatives (Q36).",
         "bfloat16": "Autocast on a GPU; the CPU always computes in float32.",
@@ -341,6 +341,8 @@ def train_cls(patches, run, synthetic, proportion, preset, seeds, seed, device, 
         config = configure(train.CLASSIFIER_PRESETS, preset, options, **fixed)
         if options["width"] and config.network == "resnet50":
             raise click.UsageError("--width belongs to the small network (presets tiny, cbis-cpu)")
+        if config.width < 8:  # oneDNN's AVX2 kernels write past the end of 4 channels (torch 2.14)
+            raise click.UsageError(f"--width {config.width}: expected 8 or more")
         folder = run / f"seed-{seed + k}" if seeds > 1 else run
         train.train_classifier(config, patches, folder, synthetic, runs.choose_device(device))
 

@@ -92,7 +92,7 @@ def test_the_gans_steps_never_wait_and_hold_no_float64(patches, tmp_path, watche
 
 
 def test_the_classifiers_steps_never_wait_and_hold_no_float64(patches, tmp_path, watched):
-    small = {"batch_size": 4, "width": 4, "network": "small", "weights": "none"}
+    small = {"batch_size": 4, "width": 8, "network": "small", "weights": "none"}
     config = ClassifierConfig(samples=20, evaluate_every=NEVER, **small)
     train_classifier(config, patches, tmp_path / "cls", [], CPU)
     assert watched == []

@@ -164,7 +164,7 @@ def test_evaluate_takes_one_patch_set_and_its_baseline_or_folds(line):
 
 def test_a_run_folder_made_with_other_options_is_refused_by_name(patches, tmp_path):
     line = ("train-cls", "--data", patches, "--preset", "tiny", "--run", tmp_path / "run")
-    short = ("--samples", "8", "--batch-size", "4", "--width", "4", "--device", "cpu")
+    short = ("--samples", "8", "--batch-size", "4", "--width", "8", "--device", "cpu")
     assert run(*line, *short).exit_code == 0
     assert "decay: 0.9 there, 0.5 now" in message(run(*line, *short, "--decay", "0.5"))
     assert "complete already" in run(*line, *short).output
@@ -179,6 +179,8 @@ def test_width_is_refused_where_the_network_is_the_papers(patches, tmp_path):
     line = ("train-cls", "--data", patches, "--run", tmp_path / "run", "--width", "8")
     found = run(*line, "--preset", "cbis", "--weights", "none", "--device", "cpu")
     assert found.exit_code == 2 and "--width belongs to the small network" in found.output
+    narrow = run(*line[:-1], "4", "--preset", "tiny", "--device", "cpu")
+    assert narrow.exit_code == 2 and "--width 4: expected 8 or more" in narrow.output
     assert not (tmp_path / "run").exists()
 
 

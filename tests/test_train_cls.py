@@ -31,7 +31,7 @@ TINY = ClassifierConfig(
     evaluate_every=80,
     weights="none",
     network="small",
-    width=4,
+    width=8,
 )
 SIDE = 32
 CODES = {"normal": 1, "malignant_mass": 2, "malignant_calcification": 3, "benign_mass": 4}
@@ -386,7 +386,7 @@ def test_C1_random_weights_are_said_loudly(patches, tmp_path, capsys):
 
 def test_warnings_come_once_whatever_number_of_seeds(patches, tmp_path, capsys):
     line = ["train-cls", "--data", patches, "--run", tmp_path / "run", "--preset", "tiny"]
-    line += ["--seeds", 2, "--samples", 32, "--evaluate-every", 32, "--width", 4, "--device", "cpu"]
+    line += ["--seeds", 2, "--samples", 32, "--evaluate-every", 32, "--width", 8, "--device", "cpu"]
     for _ in range(2):  # each command says it
         mamgan.cli.main([str(part) for part in line], standalone_mode=False)
         assert capsys.readouterr().err.count("WARNING: random first weights") == 1

@@ -252,7 +252,7 @@ HELD |= {f"{split}/{name}": 8 for split in ("val", "test") for name in ("normal"
 COUNTS = [f"--count={key}={n}" for key, n in HELD.items()]
 GAN = "--batch-size 2 --iters-base 2 --iters-fade 1 --iters-final 3 --g-base 2 --g-center 8 "
 GAN += "--d-base 2 --d-center 8 --log-every 2 --save-every 3 --preset tiny --device cpu"
-CLASSIFIER = "--preset tiny --samples 64 --batch-size 8 --width 4 --evaluate-every 16 --device cpu"
+CLASSIFIER = "--preset tiny --samples 64 --batch-size 8 --width 8 --evaluate-every 16 --device cpu"
 MADE = "--device cpu --seed 0"
 COMMANDS = ("patches", "gan", "set", "images", "cls", "report")  # what is killed and starved
 RESUMED = ("gan", "cls", "set")
