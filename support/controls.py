@@ -243,10 +243,10 @@ def grains(patch: np.ndarray, mm: float) -> tuple[float, ...] | None:
     at = mm * np.array(ndimage.center_of_mass(labels > 0, labels, range(1, n + 1)))  # (n, 2)
     size = mm * np.sqrt(4 / np.pi * np.bincount(labels.ravel())[1:])
     contrast = ndimage.maximum(over, labels, range(1, n + 1))
-    apart = spatial.distance_matrix(at, at)
-    _, cluster = connected_components(apart <= GRAIN_GAP_MM)
+    between = spatial.distance_matrix(at, at)
+    _, cluster = connected_components(between <= GRAIN_GAP_MM)
     own = cluster == np.bincount(cluster).argmax()
-    extent = apart[np.ix_(own, own)].max()
+    extent = between[np.ix_(own, own)].max()
     return float(own.sum()), float(np.median(size[own])), float(np.median(contrast[own])), extent
 
 
