@@ -62,6 +62,8 @@ experiment-report: .venv/stamp
 	  $(M) evaluate $(foreach k,1 2 3 4 5,--folds runs/experiment-$(PRESET)/share-$$share/fold-$(k)/report) \
 	    --out runs/experiment-$(PRESET)/share-$$share/report; \
 	done
+	$(V)/python -m support.gain runs/experiment-$(PRESET)/gain.png \
+	  $(foreach share,$(SHARES),runs/experiment-$(PRESET)/share-$(share)/report)
 
 # One fold: GANs of its training patients, synthetic sets, classifiers, report; seeds of its own.
 # Fewer patients (SHARE below 1): without the other doses.

@@ -285,6 +285,11 @@ def is_control(name: str) -> bool:
     return name.startswith(BLOB)
 
 
+def is_hypothesis(name: str) -> bool:
+    """Whether a regime is one about synthetic lesions: no control, nor augmentation alone."""
+    return not (name == BASELINE or is_control(name) or name.endswith("augmentation"))
+
+
 def compared_with(name: str, names: Collection[str]) -> tuple[str, str]:
     """What a regime's difference is to, and its control: those augmented alike, so that what
     augmentation gives is not put down to synthetic patches."""
@@ -371,16 +376,14 @@ def condition_table(
             row |= statistic(y, ours, scores[row["reference"]], patients, fold)
         if name == BASELINE:
             row |= {k: None for k in row if k.startswith(("delta", "p_", "detectable"))}
-        elif control in scores and not is_control(name):
+        elif control in scores and is_hypothesis(name):
             row["against_blob"] = compare(y, ours, scores[control], patients, fold)
         rows.append(row)
-    # Controls and augmentation alone are no hypotheses about synthetic patches.
-    others = [r for r in rows[1:] if is_control(n := r["regime"]) or n.endswith("augmentation")]
-    tested = [row for row in rows[1:] if row not in others]
+    tested = [row for row in rows if is_hypothesis(row["regime"])]
     for key in [key for key in rows[0] if key.startswith("p_")]:
         corrected = holm([row[key] for row in tested])
         for row in rows[1:]:
-            row[f"{key}_holm"] = row[key] if row in others else corrected.pop(0)
+            row[f"{key}_holm"] = corrected.pop(0) if row in tested else row[key]
     size |= {"positives": int(y.sum()), "positive_patients": len(set(patients[y]))}
     size |= {"negative_patients": len(set(patients[~y]))}
     return {**size, "rows": rows}

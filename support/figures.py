@@ -125,6 +125,35 @@ def difference_figure(rows: list[dict]) -> Figure:
     return figure
 
 
+def gain_figure(reports: Sequence[list[dict]]) -> Figure:
+    """AUC, and difference with its clustered interval, over the training patients with cancer.
+
+    reports: rows (`report.RESULTS`) of several evaluations; drawn are the regimes that all have.
+    """
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    tables = [{row["regime"]: row for row in rows} for rows in reports]
+    tables.sort(key=lambda table: table["Baseline"]["train_malignant"])
+    names = [name for name in tables[0] if all(name in table for table in tables)]
+    for k, (name, colour) in enumerate(zip(names, itertools.cycle(OTHERS))):
+        keys = ("train_malignant", "auc", "delta", "delta_low", "delta_high")
+        n, auc, *difference = np.array([[t[name][key] for key in keys] for t in tables], float).T
+        style = {"color": COLOURS.get(name, colour), "label": name, "marker": "o", "markersize": 5}
+        left.plot(n, auc, linewidth=1.4, **style)
+        if name != "Baseline":
+            delta, low, high = difference
+            ends = [delta - low, high - delta]
+            right.errorbar(n * 1.04**k, delta, ends, linewidth=1, capsize=3, **style)
+    right.axhline(0, color="#333333", linewidth=0.8)
+    for ax, label in ((left, "AUC"), (right, "difference in AUC")):
+        ax.set(xscale="log", xlabel="patients with cancer in training", ylabel=label)
+        ax.set_xticks(n, [f"{v:.0f}" for v in n])
+        ax.minorticks_off()
+        ax.spines[["top", "right"]].set_visible(False)
+    left.legend(fontsize=9, frameon=False)
+    return figure
+
+
 # --- Figures 4 and 5 ---
 
 

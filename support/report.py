@@ -22,8 +22,10 @@ COLUMNS = (  # of table1.csv
 )
 # of rows.json, which docs/results/ keeps
 RESULTS = (*(c for c in COLUMNS if c not in ("proportion", "patches", "p_delong")), "folds")
+RESULTS += ("train_malignant",)
 # of a patch set: what its folds have each for themselves
 OWN = (*("name", "fold", "fingerprint", "held"), *("patients", "normals_with_cancer", "notes"))
+OWN += ("train_malignant",)
 PICTURES = ("difference", "roc", "reliability", "figure1", "nearest", "gan")
 PICTURES += ("figure4", "figure5", "figure6")
 
@@ -96,6 +98,8 @@ def evaluate(
             for split, patches in splits.items()
             for name in patches.parts
         }
+        ill = np.char.startswith(splits["train"].kind, "malignant")
+        metrics["data"]["train_malignant"] = len(set(who["train"][ill]))
         metrics["runs"] = [
             {"regime": r.name, "proportion": r.proportion, "run": r.folder.name, "seeds": r.seeds}
             | {"weights": r.hashes, "config": r.config, "thresholds": limits[r.name][:, 0].tolist()}
@@ -144,8 +148,9 @@ def _write(metrics: dict, kind, patients, facts, scores, limits, out, fold=None)
     unit = "mm" if metrics["data"]["spacing_mm"] else "px"
     metrics["subgroups"] = subgroups(kind, patients, scores, facts, unit, fold)
     metrics["readings"] = readings(kind, patients, scores, limits, fold)
+    told = {"train_malignant": metrics["data"]["train_malignant"]}
     rows = [
-        row | {"proportion": run["proportion"], "title": title(run)}
+        row | told | {"proportion": run["proportion"], "title": title(run)}
         for row, run in zip(metrics["conditions"][MAIN]["rows"], metrics["runs"], strict=True)
     ]
     at = np.isin(kind, sum(results.CONDITIONS[MAIN], ()))
@@ -203,8 +208,10 @@ def evaluate_folds(folders: Sequence[Path], out: Path) -> list[dict]:
         metrics |= {"controls": [], "runs": first["runs"]}
         metrics["data"] = {key: first["data"][key] for key in first["data"] if key not in OWN}
         sizes = [len(set(patients[fold == k])) for k in range(n)]
-        names, flows = [Path(f).parent.name for f in folders], [m["flow"] for m, *_ in folds]
-        metrics["folds"] = list(zip(names, given, sizes, flows, strict=True))
+        ill, flows = zip(*(m["own"] for m, *_ in folds), strict=True)
+        metrics["data"]["train_malignant"] = float(np.mean(ill))
+        names = [Path(f).parent.name for f in folders]
+        metrics["folds"] = list(zip(names, given, sizes, ill, flows, strict=True))
         own = [{r["regime"]: r["thresholds"] for r in m["runs"]} for m, *_ in folds]
         limits = {name: np.array([limit[name] for limit in own])[fold].T for name in scores}
         return _write(metrics, kind, patients, facts, scores, limits, out, fold)
@@ -218,6 +225,7 @@ def _read_fold(folder: Path) -> tuple[dict, list[str], dict[str, np.ndarray]]:
     runs.finished(folder, "evaluate")
     with files.reading(folder, "evaluate again"):
         metrics, names = files.read_json(folder / "metrics.json"), []
+        metrics["own"] = metrics["data"]["train_malignant"], metrics["flow"]
         same = [f"patch set: {k} {v}" for k, v in metrics["data"].items() if k not in OWN]
         for run in sorted(metrics["runs"], key=lambda run: run["regime"]):
             sets = [(s["task"], s["control"]) for s in run["config"]["synthetic"]]
@@ -318,7 +326,7 @@ def verdict(row: dict, rows: list[dict]) -> str:
         return f"not found (one of {row['detectable']:.3f} would be, with 80% power)"
     word, name = "higher" if row["delta"] > 0 else "lower", row["regime"]
     word += f" than {row['reference']}" * (row["reference"] != BASELINE)
-    if results.is_control(name) or name.endswith("augmentation"):
+    if not results.is_hypothesis(name):
         bump = "with a featureless bump" if results.is_control(name) else "without synthetic ones"
         return f"{word}, {bump}"
     if ", " in name and row["reference"] == BASELINE:

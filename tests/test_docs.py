@@ -71,6 +71,7 @@ SHOWN = {  # how a heading ends: its cells
     "p clustered": lambda row: report.p_in_words(row["p_clustered"]),
     "detectable": lambda row: report.in_words((row["detectable"],)),
     **{name: lambda row, name=name: str(row[name]) for name in ("patients", "seeds", "folds")},
+    "train": lambda row: f"{row['train_malignant']:.0f}",
 }
 
 
@@ -113,10 +114,10 @@ def test_marked_tables_quote_the_results(document):
 QUOTED = """Some words.
 
 <!-- results: cv -->
-| regime | paper: AUC | masses: AUC (95% CI) | difference | p clustered | detectable | folds |
-|---|---|---|---|---|---|---|
-| Baseline | 0.829 | 0.750 (0.700 to 0.800) | | - | | 5 |
-| 50% w/ decay | 0.846 | 0.762 (0.710 to 0.814) | +0.012 (-0.010 to +0.034) | 0.281 | 0.031 | 5 |
+| regime | paper: AUC | mass: AUC (95% CI) | difference | p clustered | detectable | folds | train |
+|---|---|---|---|---|---|---|---|
+| Baseline | 0.829 | 0.750 (0.700 to 0.800) | | - | | 5 | 20 |
+| 50% w/ decay | 0.8 | 0.762 (0.710 to 0.814) | +0.012 (-0.010 to +0.034) | 0.281 | 0.031 | 5 | 20 |
 
 | regime | not marked |
 |---|---|
@@ -129,13 +130,14 @@ QUOTED = """Some words.
     [
         ("", "", None),
         ("0.829", "0.830", None),  # the paper's
-        ("0.750 (0.700", "0.751 (0.700", "cv: Baseline, masses: AUC (95% CI): '0.751 (0.700 to"),
+        ("0.750 (0.700", "0.751 (0.700", "cv: Baseline, mass: AUC (95% CI): '0.751 (0.700 to"),
         ("to 0.814)", "to 0.815)", "the result is '0.762 (0.710 to 0.814)'"),
         ("+0.012", "0.012", "the result is '+0.012 (-0.010 to +0.034)'"),
         ("0.281", "0.28", "p clustered: '0.28', the result is '0.281'"),
         ("| 0.031", "| ", "detectable: '', the result is '0.031'"),
         ("| | - |", "| +0.001 | - |", "Baseline, difference: '+0.001', the result is '-'"),
         ("0.031 | 5 |", "0.031 | 4 |", "50% w/ decay, folds: '4', the result is '5'"),
+        ("| 5 | 20", "| 5 | 21", "Baseline, train: '21', the result is '20'"),
         (
             "| 50% w/ decay",
             "| 50%",
@@ -147,9 +149,10 @@ QUOTED = """Some words.
 )
 def test_a_table_that_misquotes_a_result_is_told(tmp_path, old, new, problem):
     names = ("regime", "auc", "low", "high", "delta", "delta_low", "delta_high", "p_clustered")
-    names += ("detectable", "patients", "seeds", "folds")
-    baseline = ("Baseline", 0.75, 0.7, 0.8, None, None, None, None, None, 300, 3, 5)
-    other = ("50% w/ decay", 0.7621, 0.71, 0.8139, 0.0121, -0.01, 0.0342, 0.2811, 0.0312, 300, 3, 5)
+    names += ("detectable", "patients", "seeds", "folds", "train_malignant")
+    end = (300, 3, 5, 20.4)
+    baseline = ("Baseline", 0.75, 0.7, 0.8, None, None, None, None, None, *end)
+    other = ("50% w/ decay", 0.7621, 0.71, 0.8139, 0.0121, -0.01, 0.0342, 0.2811, 0.0312, *end)
     rows = [dict(zip(names, row, strict=True)) for row in (baseline, other)]
     assert set(names) == set(report.RESULTS)
     (tmp_path / "cv.json").write_text(json.dumps(rows))

@@ -24,6 +24,7 @@ from support import (
     controls,
     figures,
     files,
+    gain,
     patchset,
     phantom,
     provenance,
@@ -971,7 +972,7 @@ def test_rows_json_holds_what_documents_quote(evaluated):
     _, out, rows = evaluated
     kept = json.loads((out / "rows.json").read_text())
     names = {"regime", "patients", "auc", "low", "high", "delta", "delta_low", "delta_high"}
-    names |= {"p_clustered", "detectable", "seeds", "folds"}
+    names |= {"p_clustered", "detectable", "seeds", "folds", "train_malignant"}
     assert [set(row) for row in kept] == [names] * 4
     assert kept == [{name: row[name] for name in row if name in names} for row in rows]
     assert kept[0]["folds"] == 1
@@ -1011,7 +1012,7 @@ def test_folds_give_one_table_from_the_scores_of_each(folds, tmp_path):
     assert rows[1]["delta"] == pytest.approx(np.mean([main[1]["delta"] for main in mains]))
     assert rows[1]["detectable"] < min(main[1]["detectable"] for main in mains)
     kept = json.loads((out / "rows.json").read_text())
-    assert [(row["folds"], row["seeds"]) for row in kept] == [(3, 2), (3, 2)]
+    assert [(row["folds"], row["seeds"], row["train_malignant"]) for row in kept] == [(3, 2, 7)] * 2
     assert (out / "table1.csv").read_text().splitlines()[2].startswith("50% w/ decay,0.5,2,24,144,")
     names = {"config.json", "difference.png", "metrics.json", "report.html", "roc.png", "rows.json"}
     assert {path.name for path in out.iterdir()} == names | {"table1.csv", "reliability.png"}
@@ -1053,6 +1054,10 @@ def changed(fold: Path, folder: Path, change) -> Path:
         (lambda m: m["data"].update(fold="1/3"), "found 1/3, 2/3, 1/3; expected each K/N"),
         (lambda m: m["data"].update(fold="3/5"), "found 1/3, 2/3, 3/5; expected each K/N"),
         (lambda m: m["data"].pop("fold"), "found 1/3, 2/3, None; expected each"),
+        (
+            lambda m: m["data"].pop("train_malignant"),
+            "damaged .KeyError: 'train_mali.*evaluate again",
+        ),
         (lambda m: m.pop("runs"), "damaged .KeyError: 'runs'.*evaluate again"),
         (lambda m: m["runs"][0].pop("config"), "damaged .KeyError: 'config'"),
     ],
@@ -1062,6 +1067,25 @@ def test_folds_that_differ_are_named(folds, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         report.evaluate_folds([*folds[:2], third], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_gain_over_patients_is_drawn_for_the_regimes_of_all_reports(folds, tmp_path):
+    few, many = (json.loads((folds[0] / "rows.json").read_text()) for _ in range(2))
+    for row in few:
+        row |= {"train_malignant": 2, "auc": row["auc"] / 2}
+    few.append(few[1] | {"regime": "Blob control"})  # run with few patients alone
+    left, right = figures.gain_figure([many, few]).axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in left.lines}
+    assert set(lines) == {"Baseline", "50% w/ decay"}
+    aucs = {row["regime"]: row["auc"] for row in many}
+    assert lines["50% w/ decay"] == [[2, aucs["50% w/ decay"] / 2], [7, aucs["50% w/ decay"]]]
+    (bars,) = right.containers
+    ((_, low), (_, high)), _ = bars[2][0].get_segments()
+    assert (low, high) == pytest.approx((many[1]["delta_low"], many[1]["delta_high"]))
+    gain.gain(tmp_path / "gain.png", folds[:2])
+    assert (tmp_path / "gain.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no such folder"):
+        gain.gain(tmp_path / "gain.png", [tmp_path / "none"])
 
 
 def test_folds_may_have_seeds_of_their_own(folds, tmp_path):
@@ -1381,6 +1405,7 @@ def test_what_augmentation_gives_is_not_put_down_to_synthetic_patches():
     )
     assert abs(mixed["against_blob"]["delta"]) < 0.03  # the control that was augmented, too
     alone = by["Classical augmentation"]
+    assert "against_blob" not in alone  # its control would be one without augmentation
     assert alone["delta"] > 0.2 and alone["p_clustered_holm"] == alone["p_clustered"]
     texts = {row["regime"]: report.verdict(row, rows) for row in rows}
     assert texts["Classical augmentation"] == "higher, without synthetic ones"
