@@ -340,7 +340,7 @@ class PatchWriter:
         if unlimited := sum(visit["unlimited"] for visit in self.visits.values()):
             text = f"--bits {self.config.bits}: without effect on {unlimited} of {len(self.visits)}"
             remarks.append(f"{text} images, which have a window, a LUT or fewer bits.")
-        dark = [visit["dark"] for visit in self.visits.values() if visit["dark"]]
+        dark = [tuple(visit["dark"]) for visit in self.visits.values() if visit["dark"]]
         for used in sorted(set(dark)):
             text = f"{dark.count(used)} of {len(self.visits)} images: each uses {_depth(*used)}"
             remarks.append(f"{text}, too dark or too bright; try --bits {max(dark)[0]}")
@@ -427,8 +427,7 @@ def _read_journal(path: Path) -> list[dict]:
     whole = path.read_bytes().rpartition(b"\n")
     os.truncate(path, len(whole[0] + whole[1]))
     with reading(path, "delete the folder and prepare again"):
-        visits = [json.loads(line) for line in whole[0].splitlines()]
-        return [visit | {"dark": visit["dark"] and tuple(visit["dark"])} for visit in visits]
+        return [json.loads(line) for line in whole[0].splitlines()]
 
 
 @contextlib.contextmanager
@@ -476,7 +475,8 @@ def contact_sheet(images: list[SourceImage], config: PrepareConfig, out: Path, n
     figure = Figure((4 * across, 4.6 * down), layout="constrained")
     for place, image in enumerate(images, start=1):
         decoded, first = DecodedImage(image, config), image.rows[0]
-        shown = windows[decoded.uid][:12]
+        cut = windows[decoded.uid]
+        shown = cut[:12]
         for row in image.rows:
             colour = colours.get(f"{row.pathology}_{row.finding}", "white")
             shown += [(colour, 2, row.bbox)] if row.bbox else []
@@ -488,9 +488,7 @@ def contact_sheet(images: list[SourceImage], config: PrepareConfig, out: Path, n
         for colour, line, (row0, col0, row1, col1) in shown:
             corners = [col0, col1, col1, col0, col0], [row0, row0, row1, row1, row0]
             axes.plot(*corners, color=colour, linewidth=line)
-        title = (
-            f"{image.split} {first.laterality} {first.view}: {len(windows[decoded.uid])} patches"
-        )
+        title = f"{image.split} {first.laterality} {first.view}: {len(cut)} patches"
         axes.set_title(f"{image.name[-48:]}\n{title}", fontsize=7)
     legend = {"breast mask": "lime", **colours, "other findings": "white"}
     lines = [Line2D([], [], color=colour, label=name) for name, colour in legend.items()]
@@ -520,15 +518,6 @@ def fingerprint(data: Path) -> str:
     data = Path(data)
     config = json.dumps(read_json(data / "config.json").get("config"), sort_keys=True)
     return sha256(config.encode(), data / "splits.csv", *sorted(data.glob("patches/*/*.csv")))
-
-
-def open_patches(data: Path, split: str, name: str) -> np.ndarray:
-    """(N, S, S) uint16 memory map of one class. Raises ValueError when it is missing or damaged."""
-    config, key = patch_config(data), f"{split}/{name}"
-    if key not in config["held"]:
-        raise ValueError(f"{data}: holds no {key}; found {', '.join(sorted(config['held']))}")
-    shape = (config["held"][key], config["patch_size"], config["patch_size"])
-    return open_array(Path(data) / "patches" / f"{key}.npy", shape, np.uint16)
 
 
 def split_of(data: Path) -> dict[str, str]:
@@ -561,11 +550,18 @@ class Patches:
 
     @classmethod
     def open(cls, data: Path, split: str, name: str = "") -> "Patches":
-        """One class of a split, or all whose names begin alike. Raises ValueError without any."""
-        held = patch_config(data)["held"]
-        names = [c for c in CLASSES if c.startswith(name) and f"{split}/{c}" in held]
-        parts = {c: open_patches(data, split, c) for c in names or [name]}
-        return cls(parts, Path(data) / "patches" / split)
+        """One class of a split, or all whose names begin alike.
+
+        Raises ValueError when there is none, or its file is missing or damaged.
+        """
+        config, folder, parts = patch_config(data), Path(data) / "patches" / split, {}
+        held, side = config["held"], config["patch_size"]
+        for kind in [c for c in CLASSES if c.startswith(name) and f"{split}/{c}" in held]:
+            shape = (held[f"{split}/{kind}"], side, side)
+            parts[kind] = open_array(folder / f"{kind}.npy", shape, np.uint16)
+        if not parts:
+            raise ValueError(f"{data}: holds no {split}/{name}; found {', '.join(sorted(held))}")
+        return cls(parts, folder)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -593,7 +589,7 @@ class Patches:
 
 @dataclass(frozen=True, eq=False)
 class SyntheticSet:
-    """A finished synthetic set; arrays are memory maps (N, S, S)."""
+    """A finished synthetic set, as far as classifiers and controls use it."""
 
     path: Path
     task: str  # mass, calcification, removal
@@ -604,10 +600,8 @@ class SyntheticSet:
     fingerprint: str
     data_fingerprint: str  # of the patch set its sources are from
     generator: str  # hash of the weights
-    input: np.ndarray  # uint16
-    combined: np.ndarray  # uint16
-    lesion: np.ndarray  # int32, combined - input
-    mask: np.ndarray  # bool, the object before expansion
+    gan: dict  # configuration of the generator's run
+    combined: np.ndarray  # (N, S, S) uint16, a memory map
     index: dict[str, np.ndarray]
 
 
@@ -616,12 +610,11 @@ def open_synthetic(path: Path) -> SyntheticSet:
     path = Path(path)
     facts, index = finished(path, "synthesize"), read_table(path / "index.csv", SYNTHETIC_COLUMNS)
     with reading(path / "config.json", "run synthesize again"):
-        config, short = facts["config"], facts["short"]
+        config = facts["config"]
         values = {name: config[name] for name in ("task", "control", "generator")}
-        values |= {"data_fingerprint": config["data"], "requested": config["n"], "short": short}
+        values |= {"data_fingerprint": config["data"], "requested": config["n"]}
+        values |= {"short": facts["short"], "gan": facts["gan"]}
         shape = (len(index["sample"]), config["patch_size"], config["patch_size"])
-    types = {"input": np.uint16, "combined": np.uint16, "lesion": np.int32, "mask": np.bool_}
     values |= {"path": path, "index": index, "label": 0 if values["task"] == "removal" else 1}
     values["fingerprint"] = sha256(json.dumps(facts, sort_keys=True).encode(), path / "index.csv")
-    arrays = {name: open_array(path / f"{name}.npy", shape, t) for name, t in types.items()}
-    return SyntheticSet(**values, **arrays)
+    return SyntheticSet(**values, combined=open_array(path / "combined.npy", shape, np.uint16))

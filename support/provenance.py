@@ -7,7 +7,7 @@ import click
 
 from data import TASKS
 from support import patchset, runs
-from support.files import read_json, reading, sha256
+from support.files import sha256
 from support.patchset import Patches, SyntheticSet
 from support.sources import SPLITS
 
@@ -134,12 +134,7 @@ def check_generators(other: Path, regimes: list, sets: list[SyntheticSet]) -> No
             advice = "give each of its sets with --synthetic, to tell what their generators saw"
             raise ValueError(f"--test {other}: {text}; {advice}")
     for syn in sets:
-        check_unseen(_generator(syn), other, f"{syn.path}: its generator", ("test",))
-
-
-def _generator(syn: SyntheticSet) -> dict:
-    with reading(syn.path / "config.json", "synthesize it again"):
-        return dict(read_json(syn.path / "config.json")["gan"])
+        check_unseen(syn.gan, other, f"{syn.path}: its generator", ("test",))
 
 
 def check_synthetic(syn: SyntheticSet, data: Path) -> None:
@@ -157,7 +152,7 @@ def check_synthetic(syn: SyntheticSet, data: Path) -> None:
         split = patchset.split_of(data).get(patient, "unknown")
         text = f"{len(foreign)} source images are not in train, such as {image} of {patient}"
         raise ValueError(f"{syn.path}: {text} ({split}); {again}")
-    check_unseen(_generator(syn), data, f"{syn.path}: its generator")
+    check_unseen(syn.gan, data, f"{syn.path}: its generator")
 
 
 def one_source(a: dict, b: dict) -> bool:

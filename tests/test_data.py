@@ -105,6 +105,10 @@ def index(patches: Path, key: str) -> list[dict[str, str]]:
     return [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
 
 
+def array_of(patches: Path, split: str, name: str) -> np.ndarray:
+    return patchset.Patches.open(patches, split, name).parts[name]
+
+
 def window(row: dict[str, str]) -> tuple[int, ...]:
     return tuple(int(row[name]) for name in ("row0", "col0", "row1", "col1"))
 
@@ -765,7 +769,7 @@ def test_P4_P5_P9_paper_preset_has_the_papers_quantities():
 
 def test_patch_set_is_complete_and_names_every_image(patches, source):
     for key, count in COUNTS.items():
-        array = patchset.open_patches(patches, *key.split("/"))
+        array = array_of(patches, *key.split("/"))
         assert array.shape == (count, 32, 32) and array.dtype == np.uint16
         assert len(index(patches, key)) == count
         assert len(np.unique(np.array(array).reshape(count, -1), axis=0)) == count
@@ -805,7 +809,7 @@ def test_P8_Q23_lesion_pixel_stays_inside_and_the_box_follows_the_patch(patches,
     """The lesion is the only white: where it is in the patch, the index's box must be."""
     seen = set()
     for key in COUNTS:
-        array = patchset.open_patches(patches, *key.split("/"))
+        array = array_of(patches, *key.split("/"))
         for row, patch in zip(index(patches, key), array, strict=True):
             white = patch > 60_000
             if key.endswith("normal"):
@@ -1102,7 +1106,7 @@ def test_Q19_spacing_resamples_anisotropic_pixels(tmp_path):
     prepare([finding], tmp_path / "set", config)
     for row, patch in zip(
         index(tmp_path / "set", "test/malignant_mass"),
-        patchset.open_patches(tmp_path / "set", "test", "malignant_mass"),
+        array_of(tmp_path / "set", "test", "malignant_mass"),
         strict=True,
     ):
         row0, col0, row1, col1 = window(row)
@@ -1138,7 +1142,7 @@ def test_native_dicom_patches_agree_with_an_independent_reading(tmp_path):
     for split in ("train", "test"):
         for row, patch in zip(
             index(tmp_path / "set", f"{split}/normal"),
-            patchset.open_patches(tmp_path / "set", split, "normal"),
+            array_of(tmp_path / "set", split, "normal"),
             strict=True,
         ):
             row0, col0, row1, col1 = window(row)
@@ -1222,7 +1226,7 @@ def test_a_journal_that_a_kill_cut_off_is_gone_on_with(patches, source, tmp_path
     lines = (out / "work/visits.jsonl").read_bytes()
     (out / "work/visits.jsonl").write_bytes(lines[:-40])
     with pytest.raises(ValueError, match="not finished"):
-        patchset.open_patches(out, "train", "normal")
+        array_of(out, "train", "normal")
     prepare(source, out, SMALL)
     assert digest(out) == digest(patches)
 
@@ -1455,7 +1459,7 @@ def test_unusable_images_are_excluded_and_their_patches_drawn_elsewhere(source, 
     excluded = files.read_table(tmp_path / "set" / "excluded.csv", ("image_path", "reason"))
     reasons = dict(zip(excluded["image_path"].tolist(), excluded["reason"].tolist(), strict=True))
     assert "PNG" in reasons[str(bad)] and "no breast" in reasons[str(tmp_path / "black.png")]
-    assert len(patchset.open_patches(tmp_path / "set", "train", "normal")) == 60
+    assert len(array_of(tmp_path / "set", "train", "normal")) == 60
 
 
 @pytest.mark.parametrize("bits", [14, 10])
@@ -1653,7 +1657,7 @@ def test_damaged_patch_set_is_one_message(patches, tmp_path, damage, text):
     shutil.copytree(patches, tmp_path / "copy")
     damage(tmp_path / "copy")
     with pytest.raises(ValueError, match=text):
-        patchset.open_patches(tmp_path / "copy", "train", "normal")
+        array_of(tmp_path / "copy", "train", "normal")
 
 
 def open_bracket(array: Path) -> None:
@@ -1667,7 +1671,7 @@ def edit(folder: Path, **facts: object) -> None:
 
 def test_a_class_that_is_missing_is_named(patches):
     with pytest.raises(ValueError, match=r"holds no val/benign_mass; found .*val/normal"):
-        patchset.open_patches(patches, "val", "benign_mass")
+        array_of(patches, "val", "benign_mass")
 
 
 def write_synthetic(folder: Path, patches: Path, **changes: object) -> Path:
@@ -1691,7 +1695,7 @@ def write_synthetic(folder: Path, patches: Path, **changes: object) -> Path:
 def test_S1_S9_synthetic_set_is_read_and_belongs_to_its_patch_set(patches, tmp_path):
     syn = patchset.open_synthetic(write_synthetic(tmp_path / "a", patches))
     assert (syn.task, syn.control, syn.label, syn.requested, syn.short) == ("mass", "", 1, 2, False)
-    assert syn.lesion.dtype == np.int32 and syn.mask.dtype == bool and len(syn.combined) == 2
+    assert syn.combined.dtype == np.uint16 and len(syn.combined) == 2
     provenance.check_synthetic(syn, patches)
 
 
@@ -1721,7 +1725,7 @@ def test_leak_synthetic_sample_of_a_test_patient_is_refused(patches, tmp_path):
     [
         (lambda p: edit(p, complete=False), "run the same synthesize command again"),
         (lambda p: edit(p, config={}), "damaged"),
-        (lambda p: os.truncate(p / "lesion.npy", 200), "damaged"),
+        (lambda p: os.truncate(p / "combined.npy", 200), "damaged"),
         (lambda p: (p / "index.csv").write_text("a,b\n"), "column 'sample' is missing"),
     ],
 )

@@ -710,8 +710,8 @@ def test_table_is_what_the_models_score(evaluated):
     """The row of a regime from its checkpoints, by the public functions alone."""
     world, _, rows = evaluated
     kinds = ("normal", "malignant_mass", "malignant_calcification")
-    patches = np.concatenate([patchset.open_patches(world["patch_set"], "test", k) for k in kinds])
     folder = world["patch_set"] / "patches" / "test"
+    patches = np.concatenate([np.load(folder / f"{k}.npy") for k in kinds])
     who = [files.read_table(folder / f"{k}.csv", ("patient_id",))["patient_id"] for k in kinds]
     y = np.arange(len(patches)) >= len(who[0])
     scores = {}
@@ -1590,7 +1590,7 @@ def test_thresholds_are_those_of_validation_patches(evaluated):
     """From the models and the validation set; sensitivity again from scores.csv alone."""
     world, out, _ = evaluated
     metrics, cpu = files.read_json(out / "metrics.json"), torch.device("cpu")
-    healthy = patchset.open_patches(world["patch_set"], "val", "normal")
+    healthy = np.load(world["patch_set"] / "patches/val/normal.npy")
     for run in metrics["runs"]:
         names = [f"{run['regime']} seed {seed}" for seed in run["seeds"]]
         table = files.read_table(out / "scores.csv", ("class", *names))

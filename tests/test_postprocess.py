@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -256,6 +257,11 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
+def arrays(folder):
+    names = ("input", "combined", "lesion", "mask")
+    return SimpleNamespace(**{name: np.load(folder / f"{name}.npy") for name in names})
+
+
 def contents(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -263,29 +269,31 @@ def contents(folder):
 def test_S10_set_holds_what_the_design_says(made, tmp_path):
     facts = synthesize_set(made / "mass", made / "data", tmp_path / "out", n=20, device="cpu")
     syn = open_synthetic(tmp_path / "out")
+    made_of = arrays(tmp_path / "out")
+    assert (made_of.lesion.dtype, made_of.mask.dtype) == (np.int32, bool)
     check_synthetic(syn, made / "data")
     assert (len(syn.combined), syn.label, syn.requested, syn.short) == (20, 1, 20, False)
-    assert np.array_equal(syn.input.astype(np.int32) + syn.lesion, syn.combined)
+    assert np.array_equal(made_of.input.astype(np.int32) + made_of.lesion, syn.combined)
     sources = np.load(made / "data/patches/train/normal.npy")
     for k, row in enumerate(rows_of(tmp_path / "out/index.csv")):
         assert int(row["sample"]) == k and row["patient_id"] in ("a", "b")
-        assert np.array_equal(syn.input[k], sources[int(row["source_patch"])])
+        assert np.array_equal(made_of.input[k], sources[int(row["source_patch"])])
         # the made-up generator adds relu(input + 0.3) inside its frame of 2 px
-        lesion = np.maximum(syn.input[k] / 32767.5 - 0.7, 0).astype(np.float32)[::2, ::2]
+        lesion = np.maximum(made_of.input[k] / 32767.5 - 0.7, 0).astype(np.float32)[::2, ::2]
         lesion = lesion.repeat(2, 0).repeat(2, 1)
         lesion[[0, 1, -1, -2]] = lesion[:, [0, 1, -1, -2]] = 0
         isolated = isolate_lesion(lesion)
-        assert np.array_equal(syn.mask[k], isolated.mask)
+        assert np.array_equal(made_of.mask[k], isolated.mask)
         assert int(row["area"]) == isolated.area == isolated.mask.sum()
         assert (
             tuple(int(row[f"bbox_{e}"]) for e in ("row0", "col0", "row1", "col1")) == isolated.bbox
         )
-        combined = add_lesion(syn.input[k], lesion, isolated)  # up to the last bit of float32
+        combined = add_lesion(made_of.input[k], lesion, isolated)  # up to the last bit of float32
         assert np.abs(syn.combined[k].astype(int) - combined).max() <= 1
-        assert not syn.lesion[k][isolated.weights == 0].any()
+        assert not made_of.lesion[k][isolated.weights == 0].any()
         runs = {"size": [64, 64], "counts": list(map(int, row["mask_rle"].split()))}
         decoded = coco_mask.decode(coco_mask.frPyObjects(runs, 64, 64))
-        assert np.array_equal(decoded.astype(bool), syn.mask[k])
+        assert np.array_equal(decoded.astype(bool), made_of.mask[k])
     assert facts["acceptance"] == 20 / facts["attempts"]
     assert sum(facts["area_histogram"]) == 20 and facts["strength"] > 0.1
     assert facts["patients"] == ["a", "b"]
@@ -297,14 +305,14 @@ def test_S10_set_holds_what_the_design_says(made, tmp_path):
 def test_S9_removal_uses_both_lesion_types_and_darkens(made, tmp_path):
     synthesize_set(made / "removal", made / "data", tmp_path / "out", n=30, device="cpu")
     syn = open_synthetic(tmp_path / "out")
+    made_of = arrays(tmp_path / "out")
     rows = rows_of(tmp_path / "out/index.csv")
     assert {row["source_class"] for row in rows} == {"malignant_mass", "malignant_calcification"}
     for k, row in enumerate(rows):
         source = np.load(made / f"data/patches/train/{row['source_class']}.npy")
-        assert np.array_equal(syn.input[k], source[int(row["source_patch"])])
-    assert (
-        syn.label == 0 and (syn.lesion <= 0).all() and (syn.lesion.min(axis=(1, 2)) < -1000).all()
-    )
+        assert np.array_equal(made_of.input[k], source[int(row["source_patch"])])
+    assert syn.label == 0 and (made_of.lesion <= 0).all()
+    assert (made_of.lesion.min(axis=(1, 2)) < -1000).all()
 
 
 def test_the_same_command_gives_the_same_bytes_and_another_seed_does_not(made, tmp_path):
@@ -388,7 +396,7 @@ def test_Q27_cluster_sets_keep_the_joined_area_and_the_thresholded_mask(made, tm
     args = {"n": 20, "component": "cluster", "control": control, "device": "cpu"}
     synthesize_set(made / "mass", made / "data", tmp_path / "out", **args)
     syn = open_synthetic(tmp_path / "out")
-    for k, mask in enumerate(syn.mask):
+    for k, mask in enumerate(arrays(tmp_path / "out").mask):
         joined = ndimage.distance_transform_edt(~mask) <= 2.5  # 10 px at 64 / 256
         box = [int(syn.index[f"bbox_{edge}"][k]) for edge in ("row0", "col0", "row1", "col1")]
         rows, cols = np.flatnonzero(joined.any(1)), np.flatnonzero(joined.any(0))
@@ -542,22 +550,23 @@ def test_blob_control_has_the_same_number_areas_and_strength(made, tmp_path):
             device="cpu",
         )  # fmt: skip
     lesion, blob = open_synthetic(tmp_path / "out"), open_synthetic(tmp_path / "outblob")
-    assert (lesion.control, blob.control, len(blob.mask)) == ("", "blob", 40)
-    assert np.array_equal(lesion.input, blob.input)  # the same inputs, one by one
+    assert (lesion.control, blob.control, len(blob.combined)) == ("", "blob", 40)
+    made_of, bumps = arrays(tmp_path / "out"), arrays(tmp_path / "outblob")
+    assert np.array_equal(made_of.input, bumps.input)  # the same inputs, one by one
     assert np.array_equal(lesion.index["area"], blob.index["area"])  # and the same areas
-    assert np.array_equal(blob.mask.sum(axis=(1, 2)), blob.index["area"].astype(int))
+    assert np.array_equal(bumps.mask.sum(axis=(1, 2)), blob.index["area"].astype(int))
     strength = [
         np.array([float(r["strength"]) for r in rows_of(tmp_path / f"out{c}/index.csv")])
         for c in ("", "blob")
     ]
     assert np.abs(strength[0] - strength[1]).max() < 0.02
-    assert np.array_equal(blob.input.astype(np.int32) + blob.lesion, blob.combined)
-    for mask in blob.mask:  # a disc, as far as the zero frame lets it be one
+    assert np.array_equal(bumps.input.astype(np.int32) + bumps.lesion, blob.combined)
+    for mask in bumps.mask:  # a disc, as far as the zero frame lets it be one
         rows, cols = mask.any(1).sum(), mask.any(0).sum()
         assert mask.sum() == pytest.approx(np.pi / 4 * rows * cols, rel=0.1)
-    places = np.array([ndimage.center_of_mass(mask) for mask in blob.mask])
+    places = np.array([ndimage.center_of_mass(mask) for mask in bumps.mask])
     assert places.std(axis=0).min() > 3  # anywhere
-    assert not blob.lesion[:, [0, 1, -1, -2]].any()  # the generator's zero frame
+    assert not bumps.lesion[:, [0, 1, -1, -2]].any()  # the generator's zero frame
 
 
 @pytest.mark.parametrize("control", ["", "blob"])
@@ -608,7 +617,7 @@ def test_blob_control_of_clusters_matches_the_joined_area(area):
 def test_F1_F2_figures_hold_the_patches_at_full_resolution(made, tmp_path):
     """A patch of 64 px is drawn with pixels of 4 x 4, between gaps of 6 and lines of 28."""
     synthesize_set(made / "mass", made / "data", tmp_path / "out", n=5, device="cpu")
-    syn = open_synthetic(tmp_path / "out")
+    drew = arrays(tmp_path / "out")
     one = np.asarray(Image.open(tmp_path / "out/figure1.png").convert("L"))
     two = np.asarray(Image.open(tmp_path / "out/figure2a.png").convert("L"))
 
@@ -616,7 +625,7 @@ def test_F1_F2_figures_hold_the_patches_at_full_resolution(made, tmp_path):
         return picture[top : top + 256, left : left + 256]
 
     for k in range(4):
-        before, after = (np.kron(a[k] >> 8, np.ones((4, 4))) for a in (syn.input, syn.combined))
+        before, after = (np.kron(x[k] >> 8, np.ones((4, 4))) for x in (drew.input, drew.combined))
         assert np.array_equal(drawn(one, 28, 6 + 2 * k * 262), before)
         assert np.array_equal(drawn(one, 28, 6 + (2 * k + 1) * 262), after)
         assert np.array_equal(drawn(two, 6, 28 + k * 262), before)

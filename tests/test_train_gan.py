@@ -215,7 +215,7 @@ def test_G14_Q14_classes_of_each_task(patches):
         assert data.TASKS[task] == names
         for name, pool in zip(names, batches.pools, strict=True):
             kinds = (name,) if name in data.CLASSES else (f"{name}_mass", f"{name}_calcification")
-            stored = [patchset.open_patches(patches, "train", kind) for kind in kinds]
+            stored = [patchset.Patches.open(patches, "train", kind).parts[kind] for kind in kinds]
             assert tuple(pool.parts) == kinds and len(pool) == 40 * len(kinds)
             assert all(map(np.array_equal, pool.parts.values(), stored))
 
@@ -243,7 +243,7 @@ def test_L2_Q10_sub_batches_are_equal_disjoint_and_fresh(patches):
 
 def test_real_patches_are_what_the_patch_set_holds(patches):
     batches = GanBatches(TINY, patches, alone())
-    stored = patchset.open_patches(patches, "train", "malignant_mass")
+    stored = patchset.Patches.open(patches, "train", "malignant_mass")
     real = batches.at(0, 64).real
     numbers = [int(n) for n in data.to_uint16(real[:, 0, 0, 0].numpy()) - 1_000]
     np.testing.assert_array_equal(real[:, 0].numpy(), data.to_float(stored[numbers]))
