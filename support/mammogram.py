@@ -22,6 +22,7 @@ import numpy as np
 import pydicom
 from PIL import Image
 from pydicom import Dataset, encaps, uid
+from pydicom.misc import is_dicom
 from pydicom.pixels import pixel_array
 from pydicom.sr.codedict import codes
 
@@ -123,14 +124,12 @@ class NotUsable(ValueError):
 
 @dataclass(eq=False)
 class Mammogram:
-    """`windowing` and `spacing_source` say in words what was used."""
+    """`spacing_source` and the text of the table say in words what was used."""
 
-    path: Path
     stored: np.ndarray  # (H, W) uint8, uint16, int8 or int16
     display: np.ndarray = field(repr=False)  # (H, W) float32 in [-1, 1], air low
     spacing_mm: tuple[float, float] | None
     spacing_source: str
-    windowing: str
     ds: Dataset | None  # KEYWORDS and file_meta only; None when the file is no DICOM
     table: "DisplayTable" = field(repr=False)
 
@@ -176,7 +175,7 @@ class Mammogram:
             display[at] = np.interp(table.values, (0, 2**bits - 1), np.sign(ends - ends[::-1]))
             text = f"{table.text}; --bits {bits}"
             self.table = DisplayTable(table.values, display, text, bits)
-            self.display, self.windowing = self.table.apply(self.stored), text
+            self.display = self.table.apply(self.stored)
 
     def restore(self, display: np.ndarray) -> np.ndarray:
         """New stored integers for new display values: the inverse of the display pipeline.
@@ -199,8 +198,7 @@ def read_mammogram(path: Path, bits: int | None = None) -> Mammogram:
     cannot be opened.
     """
     with open(path, "rb") as file:
-        read = _read_dicom if _is_dicom(file) else _read_raster
-        mammogram = read(Path(path), file)
+        mammogram = _read_dicom(path, file) if is_dicom(path) else _read_raster(file)
     if bits:
         mammogram.limit_bits(bits)
     return mammogram
@@ -210,17 +208,11 @@ def read_mammogram(path: Path, bits: int | None = None) -> Mammogram:
 def image_size(path: str) -> tuple[int, int] | None:
     """(rows, columns) by the header alone; None when read_mammogram would not read it either."""
     with contextlib.suppress(NotUsable, OSError), open(path, "rb") as file, _reading("damaged"):
-        if _is_dicom(file):
+        if is_dicom(path):
             ds = read_header(path, file, ("Rows", "Columns"))
             return int(ds.Rows), int(ds.Columns)
         with Image.open(file, formats=RASTERS) as image:
             return image.height, image.width
-
-
-def _is_dicom(file: BinaryIO) -> bool:
-    head = file.read(132)
-    file.seek(0)
-    return head[128:] == b"DICM"
 
 
 @contextlib.contextmanager
@@ -269,7 +261,7 @@ def _read_dicom(path: Path, file: BinaryIO) -> Mammogram:
         _check_size(file, ds.Rows, ds.Columns)
         spacing, table = _spacing(ds), dicom_table(ds)
     stored = _read_pixels(ds, file)
-    return Mammogram(path, stored, table.apply(stored), *spacing, table.text, ds, table)
+    return Mammogram(stored, table.apply(stored), *spacing, ds, table)
 
 
 def read_header(path: Path, file: BinaryIO, keywords: tuple[str, ...] = KEYWORDS) -> Dataset:
@@ -631,7 +623,7 @@ def lut_words(ds: Dataset, item: Dataset) -> np.ndarray:
 # --- Other images ---
 
 
-def _read_raster(path: Path, file: BinaryIO) -> Mammogram:
+def _read_raster(file: BinaryIO) -> Mammogram:
     """8- or 16-bit greyscale PNG, PGM, TIFF or JPEG; the bounds are those of the bit depth."""
     with _reading("image is damaged"):
         try:
@@ -653,7 +645,7 @@ def _read_raster(path: Path, file: BinaryIO) -> Mammogram:
     if white_is_zero and wide:  # Pillow has inverted 8-bit ones already
         display, text = -display, f"{text}; inverted"
     table = DisplayTable(levels, display.astype(np.float32), text, 8 * stored.itemsize)
-    return Mammogram(path, stored, table.apply(stored), None, "", text, None, table)
+    return Mammogram(stored, table.apply(stored), None, "", None, table)
 
 
 # --- Masks of lesions ---
@@ -665,7 +657,7 @@ def read_mask(path: Path) -> np.ndarray:
     Raises NotUsable for a damaged or another file, OSError when it cannot be opened.
     """
     with open(path, "rb") as file, _reading("damaged or no image", quote=False):
-        if _is_dicom(file):
+        if is_dicom(path):
             return _read_dicom(path, file).stored
         with Image.open(file, formats=(*RASTERS, "BMP", "GIF")) as image:
             _check_size(file, image.height, image.width)

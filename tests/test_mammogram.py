@@ -143,7 +143,7 @@ def test_Q19_the_first_of_several_windows_is_used_and_recorded(tmp_path):
     )
     found = read_mammogram(path)
     assert found.display[0].tolist() == [-0.5, 0.5]
-    assert found.windowing == "window 4 4 LINEAR_EXACT, 1 of 2"
+    assert found.table.text == "window 4 4 LINEAR_EXACT, 1 of 2"
 
 
 def test_Q19_the_first_VOI_LUT_comes_before_a_window(tmp_path):
@@ -157,7 +157,7 @@ def test_Q19_the_first_VOI_LUT_comes_before_a_window(tmp_path):
     )
     found = read_mammogram(path)
     assert found.display[0].tolist() == [-1, -1, -1, 1, 1, 1]
-    assert found.windowing == "VOI LUT 1 of 2"
+    assert found.table.text == "VOI LUT 1 of 2"
 
 
 def test_Q19_without_window_the_bounds_are_those_of_the_bit_depth(tmp_path):
@@ -228,7 +228,7 @@ def test_Q19_a_LUT_with_an_overstated_depth_shows_what_its_entries_hold(tmp_path
         found = read_mammogram(path)
         expected = [-1, 2 * (top // 3) / top - 1, 2 * (top - 20) / top - 1]
         assert found.display[0].tolist() == pytest.approx(expected, abs=1e-6)
-        assert found.windowing == "VOI LUT 1 of 1" + (
+        assert found.table.text == "VOI LUT 1 of 1" + (
             f" ({used} of its {said} bits used)" if used < said else ""
         )
     window = {} if used == 16 else {"WindowCenter": top / 2, "WindowWidth": top}
@@ -261,7 +261,7 @@ def test_Q19_bits_maps_what_a_16_bit_file_uses(tmp_path, kind):
     found = read_mammogram(path, 12)
     sign = -1 if kind in ("MONOCHROME1", "falling") else 1
     assert found.display == pytest.approx(sign * (dark(12) * 2 / 4095 - 1), abs=1e-6)
-    assert found.dark is None and "--bits 12" in found.windowing
+    assert found.dark is None and "--bits 12" in found.table.text
     assert (found.restore(found.display) == found.stored).all()
     assert found.image_uid == read_mammogram(path).image_uid
 
@@ -443,7 +443,7 @@ def against_dcmtk(path, tmp_path) -> float:
     """Largest difference to dcmtk's 16-bit rendering, in parts of 65536."""
     found = read_mammogram(path)
     tool = DCMTK.get(found.ds.file_meta.TransferSyntaxUID, "dcm2pnm")
-    voi = {"VOI": ["+Wl", "1"], "win": ["+Wi", "1"]}.get(found.windowing[:3], [])
+    voi = {"VOI": ["+Wl", "1"], "win": ["+Wi", "1"]}.get(found.table.text[:3], [])
     subprocess.run([tool, *voi, "+on2", path, tmp_path / "x.png"], check=True, capture_output=True)
     theirs = np.asarray(Image.open(tmp_path / "x.png")).astype(np.float64)
     return float(np.abs(np.rint((found.display + 1.0) * 32767.5) - theirs).max())
@@ -1124,7 +1124,7 @@ def test_F7_a_derived_file_shows_the_new_pixels_as_the_source_would(tmp_path, dt
     new = derive(m, tmp_path / "new.dcm", stored=pixels[::-1].copy())
     assert np.array_equal(new.stored, pixels[::-1]) and new.stored.dtype == dtype
     assert np.array_equal(new.display, m.display[::-1]) and len(np.unique(m.display)) == 6
-    assert (new.windowing, new.spacing_mm) == (m.windowing, m.spacing_mm)
+    assert (new.table.text, new.spacing_mm) == (m.table.text, m.spacing_mm)
 
 
 SECRET = "Zyxwv"  # in every text attribute that the format allows, eight letters or fewer
@@ -1261,7 +1261,7 @@ def test_the_native_mammograms_are_read_at_full_size_with_air_low():
     for path in files:
         m = read_mammogram(path)
         assert m.stored.dtype == np.uint16 and min(m.stored.shape) > 2500
-        assert m.windowing == "no window, bit depth 0 to 65535" and m.dark is None
+        assert m.table.text == "no window, bit depth 0 to 65535" and m.dark is None
         assert m.display.dtype == np.float32 and abs(m.display).max() <= 1
         assert np.quantile(m.display, 0.2) < -0.9  # a good part of each film is air
 
