@@ -22,6 +22,7 @@ import torch
 import data
 import postprocess
 import train
+from postprocess import DILATE_PX, SMOOTH_SIGMA
 from support import fullimage, patchset, phantom, report, runs, sources
 
 # --- Command line: one clear message and exit code 1 for bad data, 2 for wrong usage ---
@@ -73,10 +74,11 @@ NORMALS = (
 BIRADS = "VinDr-Mammo, INbreast: BI-RADS 4 to 6 stand for malignant, 2 and 3 for benign."
 FORMATS = click.Choice(["manifest", *sources.READERS])
 COUNT, SHARE = click.IntRange(1), click.FloatRange(0, 1)
+LENGTH, POSITIVE = click.FloatRange(0), click.FloatRange(0, min_open=True)
 RANGES = {  # of the options that override a preset; other whole numbers begin at 1
     **dict.fromkeys(("iters_base", "iters_fade", "iters_final", "noise_cells"), click.IntRange(0)),
-    **dict.fromkeys(("g_lr", "d_lr", "learning_rate"), click.FloatRange(0, min_open=True)),
-    "spacing_mm": click.FloatRange(0),
+    **dict.fromkeys(("g_lr", "d_lr", "learning_rate"), POSITIVE),
+    "spacing_mm": LENGTH,
     "bits": click.IntRange(2, 16),
     "g_average": SHARE,
     "decay": SHARE,
@@ -236,30 +238,17 @@ def train_gan(task, patches, run, init, preset, seed, device, **options):
 
 @cli.command()
 @option("--gan", FOLDER, "Run of train-gan.", required=True)
-@option(
-    "--data patches",
-    FOLDER,
-    "Patch set of the GAN's side and spacing that holds nothing of its training in val or test.",
-)
+@option("--data patches", FOLDER, "Patch set of prepare, of the GAN's side and spacing.")
 @option("--out", FOLDER, "Synthetic set, or folder of full images.", required=True)
 @option("-n number", COUNT, "Samples to write (S10).  [5000]")
 @option("--component", click.Choice(["largest", "cluster"]), COMPONENT, default="largest")
 @option("--control", click.Choice(["blob"]), "A featureless bump in place of the lesion.")
 @option("--min-area min_area_frac", SHARE, "Least share (S5).  [largest 0.10, cluster 0.02]")
 @option("--max-area max_area_frac", SHARE, "Largest share; the paper sets none.  [1]")
-@option(
-    "--expand dilate_px", click.FloatRange(0), "px at 256 px (S6).", default=postprocess.DILATE_PX
-)
-@option(
-    "--smoothing smooth_sigma",
-    click.FloatRange(0, min_open=True),
-    "Sigma of the Gaussian, px at 256 px (S7, Q29).",
-    default=postprocess.SMOOTH_SIGMA,
-)
+@option("--expand dilate_px", LENGTH, "px at 256 px (S6).", default=DILATE_PX)
+@option("--smoothing smooth_sigma", POSITIVE, "Sigma, px at 256 px (S7).", default=SMOOTH_SIGMA)
 @option("--image images", FOLDER, "Full mammogram or manifest. Repeat.", multiple=True)
-@option(
-    "--at", int, "Patch centre in stored pixels. Repeat.", nargs=2, multiple=True, metavar="ROW COL"
-)
+@option("--at", int, "Patch centre, stored px. Repeat.", nargs=2, multiple=True, metavar="ROW COL")
 @option("--lesions", COUNT, "Lesions at random places.", default=1)
 @option("--strip", COUNT, "So many contiguous patches in a row (Figure 3).", default=1)
 @seed_option
@@ -267,8 +256,9 @@ def train_gan(task, patches, run, init, preset, seed, device, **options):
 def synthesize(gan, patches, out, number, control, images, at, lesions, strip, device, **options):
     """Trained GAN -> synthetic set (S1 to S10), or lesions in full mammograms (F3, F7).
 
-    With --data a synthetic set; with --image full mammograms with boxes and masks. A removal GAN
-    takes out the lesions whose boxes a manifest gives (else --at, or random places).
+    With --data a synthetic set, from a patch set that holds nothing of the GAN's training in
+    validation or test; with --image full mammograms with boxes and masks. A removal GAN takes out
+    the lesions whose boxes a manifest gives (else --at, or random places).
     """
     if bool(images) == bool(patches):
         raise click.UsageError("give --data for a synthetic set or --image for full mammograms")
@@ -300,11 +290,7 @@ def synthesize(gan, patches, out, number, control, images, at, lesions, strip, d
 @option("--data patches", FOLDER, "Patch set of prepare.", required=True)
 @option("--run", FOLDER, "Run folder to write.", required=True)
 @option("--synthetic", FOLDER, "Synthetic set to mix in. Repeat.", multiple=True)
-@option(
-    "--proportion",
-    SHARE,
-    "Initial share of synthetic patches (C5, C6).  [0.5 with --synthetic, else 0]",
-)
+@option("--proportion", SHARE, "Initial synthetic share (C5).  [0.5 with --synthetic, else 0]")
 @preset_options(
     train.CLASSIFIER_PRESETS,
     {
