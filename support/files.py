@@ -96,8 +96,6 @@ def csv_rows(
                 count = "is there twice" if name in header else "is missing"
                 found = ", ".join(header[:20])[:300]
                 raise ValueError(f"column {name!r} {count}; found {found!r}")
-        at = {name: header.index(name) for name in (*columns, *optional) if name in header}
-        absent = dict.fromkeys(optional, "")
         for row in filter(None, reader):
             if len(row) != len(header):
                 count = f"{len(row)} fields; expected {len(header)}, as its header"
@@ -105,7 +103,8 @@ def csv_rows(
                     raise ValueError(f"line {reader.line_num} has {count}")
                 damaged(f"{path} line {reader.line_num} has {count}")
             else:
-                yield reader.line_num, absent | {name: row[i] for name, i in at.items()}
+                told = dict(zip(header, row, strict=True))
+                yield reader.line_num, {n: told.get(n, "") for n in (*columns, *optional)}
 
 
 def numbers(row: dict, names: Sequence[str], where: str = "") -> tuple[float, ...]:

@@ -6,6 +6,7 @@ OUT works as a run: --gan OUT, --init OUT. It holds hashes of the training image
 their patients, so that a leak is seen wherever it is taken: publish those of public archives only.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,26 +14,23 @@ import torch
 
 from models import generator
 from support import runs
-from support.files import replace_file, write_json
+from support.files import write_json
 
 
 def publish(run: Path, out: Path) -> None:
     """Raises ValueError when the run is not finished or damaged."""
     facts = runs.finished(run, "train-gan")
     with runs.checkpoint(run) as state:
-        weights = {"D": state["D"], "chosen": state["watch"]["chosen"]}
-    half = {
-        name: {k: v.half() if v.is_floating_point() else v for k, v in part.items()}
-        for name, part in weights.items()
-    }
+        D, chosen = (
+            {k: v.half() if v.is_floating_point() else v for k, v in part.items()}
+            for part in (state["D"], state["watch"]["chosen"])
+        )
     out.mkdir(parents=True)
-    kept = {"format": runs.CHECKPOINT_FORMAT, "D": half["D"], "watch": {"chosen": half["chosen"]}}
-    with replace_file(out / "checkpoint.pt") as file:
-        torch.save(kept, file)
-    with replace_file(out / "gan.png") as file:
-        file.write((run / "gan.png").read_bytes())
+    kept = {"format": runs.CHECKPOINT_FORMAT, "D": D, "watch": {"chosen": chosen}}
+    torch.save(kept, out / "checkpoint.pt")
+    shutil.copyfile(run / "gan.png", out / "gan.png")
     G = generator(facts["config"])
-    G.load_state_dict(half["chosen"])
+    G.load_state_dict(chosen)
     facts |= {"generator": runs.weights_hash(G)}  # as rounded
     write_json(out / "config.json", facts)  # last: the folder is whole
 

@@ -14,7 +14,6 @@ import re
 import signal
 import socket
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -139,12 +138,8 @@ def _check_options(out: Path, existing: dict, wanted: dict) -> None:
     with reading(out / "config.json"):
         differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     if differing:
-
-        def short(value: object) -> str:
-            return textwrap.shorten(repr(value), 80, placeholder=" ...")
-
         text = "; ".join(
-            f"{key}: {short(old.get(key))} there, {short(new.get(key))} now" for key in differing
+            f"{key}: {old.get(key)!r:.80} there, {new.get(key)!r:.80} now" for key in differing
         )
         text = re.sub(r"'\w{64}' there, '\w{64}' now", "another one there", text)  # hashes
         advice = "give the same options to go on, or another folder"
@@ -161,9 +156,8 @@ def finished(path: Path, command: str) -> dict:
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder; expected one that {command} made")
     existing = read_json(path / "config.json")
-    if (other := existing.get("command")) != command or not isinstance(
-        existing.get("config"), dict
-    ):
+    other, config = existing.get("command"), existing.get("config")
+    if other != command or not isinstance(config, dict):
         raise ValueError(f"{path}: made by {other!r}; expected a folder made by {command!r}")
     if existing.get("complete") is not True:
         raise ValueError(f"{path}: not finished; run the same {command} command again")

@@ -133,16 +133,13 @@ class Watch:
     def signs_of_failure(self, row: dict) -> list[str]:
         """Signs of failure that last, in words; said when they are new. Before the last stage is
         reached each of them is usual."""
-        share, flat = row["lesion_share"], 0.1 * abs(row["lesion_mean"])
+        share, right = row["lesion_share"], min(row["real_right"], row["fake_right"])
+        same = row["spread_x"] < 0.1 * abs(row["lesion_mean"]) or row["dead_units"] > 0.8
         signs = {
-            "D wins outright; lower --d-lr or raise --g-lr": (
-                min(row["real_right"], row["fake_right"]) > 0.98
-            ),
+            "D wins outright; lower --d-lr or raise --g-lr": right > 0.98,
             "the lesions vanish; train longer, raise --g-lr or lower --d-lr": share < 0.002,
             "the lesions cover the patch; lower --g-lr or raise --d-lr": share > 0.7,
-            "the lesions ignore their input; lower --g-lr or start again with another --seed": (
-                row["spread_x"] < flat or row["dead_units"] > 0.8
-            ),
+            "the lesions ignore their input; lower --g-lr or start again with another --seed": same,
             # What a removal leaves hangs on the tissue around: it rightly varies little.
             IGNORED: row["spread_z"] < row["spread_x"] / 5 and not self.removal,
         }
