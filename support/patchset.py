@@ -613,7 +613,7 @@ def open_synthetic(path: Path) -> SyntheticSet:
         config = facts["config"]
         values = {name: config[name] for name in ("task", "control", "generator")}
         values |= {"data_fingerprint": config["data"], "requested": config["n"]}
-        values |= {"short": facts["short"], "gan": facts["gan"]}
+        values |= {"short": facts["short"], "gan": dict(facts["gan"])}
         shape = (len(index["sample"]), config["patch_size"], config["patch_size"])
     values |= {"path": path, "index": index, "label": 0 if values["task"] == "removal" else 1}
     values["fingerprint"] = sha256(json.dumps(facts, sort_keys=True).encode(), path / "index.csv")

@@ -1725,6 +1725,7 @@ def test_leak_synthetic_sample_of_a_test_patient_is_refused(patches, tmp_path):
     [
         (lambda p: edit(p, complete=False), "run the same synthesize command again"),
         (lambda p: edit(p, config={}), "damaged"),
+        (lambda p: edit(p, gan=None), "damaged"),
         (lambda p: os.truncate(p / "combined.npy", 200), "damaged"),
         (lambda p: (p / "index.csv").write_text("a,b\n"), "column 'sample' is missing"),
     ],
