@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from pydicom import Dataset, FileDataset, uid
 from pydicom.dataset import FileMetaDataset
 from pydicom.sr.codedict import Code, codes
@@ -115,11 +116,13 @@ def _copy_lut(source: Dataset, item: Dataset) -> Dataset:
     return copy
 
 
-def write_png16(path: Path, display: np.ndarray) -> None:
-    """(H, W) uint16 as a PNG."""
+def write_png16(path: Path, display: np.ndarray, comment: str) -> None:
+    """(H, W) uint16 as a PNG that says what it is."""
     assert display.dtype == np.uint16
+    said = PngInfo()
+    said.add_text("Comment", comment)
     with files.replace_file(path) as file:
-        Image.fromarray(display).save(file, format="PNG")
+        Image.fromarray(display).save(file, format="PNG", pnginfo=said)
 
 
 def rle(mask: np.ndarray) -> dict:

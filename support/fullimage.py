@@ -110,6 +110,7 @@ def _make(synth: Synthesizer, source: Source, part: Path, name: str, places: dic
         return re.sub(
             r"^(--bits \d+): (.*); give.*", r"\2; the generator's patches were read with \1", why
         )
+    made = f"{category} by contextual GAN {synth.hash[:16]}; research only"
     try:
         stored = m.restore(display)
     except ValueError as error:
@@ -117,10 +118,9 @@ def _make(synth: Synthesizer, source: Source, part: Path, name: str, places: dic
     else:
         display = m.table.apply(stored)  # what a viewer makes of it
         if m.ds is not None:
-            made = f"{category} by contextual GAN {synth.hash[:16]}; research only"
             seed = f"{places['seed']} {synth.hash}"
             derived.write_derived_dicom(m, stored, out / f"{name}_synthetic.dcm", made, seed)
-    derived.write_png16(out / f"{name}_synthetic.png", data.to_uint16(display))
+    derived.write_png16(out / f"{name}_synthetic.png", data.to_uint16(display), made)
     shown = (m.display, display), placed, m.spacing_mm
     figures.save_figure(before_after(*shown), out / f"{name}_before_after.png")
     if places["strip"] > 1:

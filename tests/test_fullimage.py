@@ -98,7 +98,11 @@ def test_F7_lesions_are_bright_where_the_masks_are_and_nothing_is_inverted(inser
         assert (after - before).min() > -0.01
         for _, mask, _ in annotated(out)[name]:
             assert (after - before)[mask].mean() > 0.05
-        png = np.asarray(Image.open(out / f"{name}_synthetic.png"))
+        picture = Image.open(out / f"{name}_synthetic.png")
+        assert re.fullmatch(
+            r"\w.* by contextual GAN \w{16}; research only", picture.text["Comment"]
+        )
+        png = np.asarray(picture)
         assert png.dtype == np.uint16 and np.array_equal(png, to_uint16(after))
 
 

@@ -236,7 +236,7 @@ def test_file_names_with_spaces_quotes_newlines_and_leading_dashes_work(tmp_path
     folder.mkdir()
     display, _, _ = phantom.render(0, 0, "L", "CC")
     name = '-P1 "ä";\nCC.png'
-    write_png16(folder / name, (np.clip(display, 0, 1) * 65535).astype(np.uint16))
+    write_png16(folder / name, (np.clip(display, 0, 1) * 65535).astype(np.uint16), "phantom")
     with open(folder / "manifest.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(sources.MANIFEST_COLUMNS)

@@ -1220,11 +1220,12 @@ def test_F7_dciodvfy_finds_nothing_in_a_derived_file_that_its_source_does_not_ha
         assert errors(tmp_path / "new.dcm") <= errors(source), source.name
 
 
-def test_write_png16_and_the_file_has_nothing_but_pixels(tmp_path):
+def test_write_png16_and_the_file_has_nothing_but_pixels_and_what_it_is(tmp_path):
     array = np.array([[0, 1, 65535], [256, 255, 4]], np.uint16)
-    write_png16(tmp_path / "x.png", array)
+    write_png16(tmp_path / "x.png", array, "synthetic")
     with Image.open(tmp_path / "x.png") as image:
-        assert np.array_equal(np.asarray(image), array) and image.info == {}
+        assert np.array_equal(np.asarray(image), array)
+        assert image.info == {"Comment": "synthetic"}
 
 
 def test_F7_pycocotools_reads_boxes_and_masks(tmp_path):
