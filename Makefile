@@ -47,8 +47,9 @@ cbis: .venv/stamp
 	  --synthetic $(C)/blob-mass --synthetic $(C)/blob-removal --out $(C)/report --device $(DEVICE) \
 	  $(foreach p,$(PROPORTIONS),--augmented $(C)/cls-$(p)) --augmented $(C)/cls-blob
 
-# Cross-validation by patient, every regime, then with a quarter and a tenth of the women with cancer:
-# make experiment MANIFEST=... - about 12 hours of one core at `tiny` (estimated); interrupted, it goes on.
+# Cross-validation by patient, every regime, then with a quarter and a tenth of the women with cancer,
+# and the gain over their number (gain.png): make experiment MANIFEST=... - about 12 hours of one core
+# at `tiny` (the sum of its measured parts); interrupted, it goes on.
 # FOLDS="1 2" and FOLDS="3 4 5" in two terminals share the work; then make experiment-report.
 FOLDS ?= 1 2 3 4 5
 SHARES ?= 1 0.25 0.10

@@ -210,9 +210,7 @@ class SourceImage:
     classes: dict[str, tuple[Finding, ...]]  # "split/class": lesions, or boxes to keep away from
 
 
-def image_classes(
-    findings: list[Finding], normals: str
-) -> Iterator[tuple[tuple[Finding, ...], dict[str, tuple[Finding, ...]]]]:
+def image_classes(findings: list[Finding], normals: str) -> Iterator[tuple[tuple, dict]]:
     """Each image's rows, and the findings that each of its classes is cut from, by path.
 
     normals: "studies", of women without any finding, as the paper; "images", of any image without

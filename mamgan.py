@@ -246,7 +246,7 @@ def train_gan(task, patches, run, init, preset, seed, device, **options):
 @option("--min-area min_area_frac", SHARE, "Least share (S5).  [largest 0.10, cluster 0.02]")
 @option("--max-area max_area_frac", SHARE, "Largest share; the paper sets none.  [1]")
 @option("--expand dilate_px", LENGTH, "px at 256 px (S6).", default=DILATE_PX)
-@option("--smoothing smooth_sigma", POSITIVE, "Sigma, px at 256 px (S7).", default=SMOOTH_SIGMA)
+@option("--smoothing smooth_sigma", POSITIVE, "Sigma, px at 256 px (Q29).", default=SMOOTH_SIGMA)
 @option("--image images", FOLDER, "Full mammogram or manifest. Repeat.", multiple=True)
 @option("--at", int, "Patch centre, stored px. Repeat.", nargs=2, multiple=True, metavar="ROW COL")
 @option("--lesions", COUNT, "Lesions at random places.", default=1)
@@ -290,7 +290,7 @@ def synthesize(gan, patches, out, number, control, images, at, lesions, strip, d
 @option("--data patches", FOLDER, "Patch set of prepare.", required=True)
 @option("--run", FOLDER, "Run folder to write.", required=True)
 @option("--synthetic", FOLDER, "Synthetic set to mix in. Repeat.", multiple=True)
-@option("--proportion", SHARE, "Initial synthetic share (C5).  [0.5 with --synthetic, else 0]")
+@option("--proportion", SHARE, "Initial synthetic share (C6).  [0.5 with --synthetic, else 0]")
 @preset_options(
     train.CLASSIFIER_PRESETS,
     {
@@ -381,7 +381,6 @@ DEMO_GAN += ("--d-base", 16, "--d-center", 2048)
 DEMO_GRAINS = ("--iters-final", 1_000)
 DEMO_CLASSIFIER = ("--samples", 10_000, "--decay-every", 100, "--evaluate-every", 1_000)
 DEMO_SAMPLES = 300  # synthetic patches a set
-DEMO_PATIENTS = 72
 
 
 @cli.command()
@@ -399,7 +398,7 @@ def demo(out, seed):
         cli.commands[line[0]].main(line[1:], standalone_mode=False)
 
     click.secho("Phantoms: synthetic mammograms as DICOM files", bold=True)
-    manifest = phantom.write_phantoms(out / "phantoms", patients=DEMO_PATIENTS, seed=seed)
+    manifest = phantom.write_phantoms(out / "phantoms", seed=seed)
     patches = out / "patches"
     common = ("--preset", "tiny", "--seed", seed)
     call("prepare", manifest, "--out", patches, "--qc", 12, *common)

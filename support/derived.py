@@ -27,6 +27,7 @@ def write_derived_dicom(
     Built from NUMBERS, WORDS, CODES and LUTs of the source and nothing else; its UIDs only appear
     hashed. New UIDs follow from `seed` and the source: the same call writes the same bytes.
     """
+    assert source.ds is not None
     assert (stored.shape, stored.dtype) == (source.stored.shape, source.stored.dtype)
     ds = FileDataset("", {}, preamble=bytes(128), file_meta=FileMetaDataset())
     for keyword in source.ds.dir():  # what is empty stays empty: some must be there

@@ -137,19 +137,20 @@ def gain_figure(reports: Sequence[list[dict]]) -> Figure:
     names = [name for name in tables[0] if all(name in table for table in tables)]
     for k, (name, colour) in enumerate(zip(names, itertools.cycle(OTHERS))):
         keys = ("train_malignant", "auc", "delta", "delta_low", "delta_high")
-        n, auc, *difference = np.array([[t[name][key] for key in keys] for t in tables], float).T
+        n, auc, delta, low, high = np.array(
+            [[t[name][key] for key in keys] for t in tables], float
+        ).T
         style = {"color": COLOURS.get(name, colour), "label": name, "marker": "o", "markersize": 5}
         left.plot(n, auc, linewidth=1.4, **style)
         if name != "Baseline":
-            delta, low, high = difference
-            ends = [delta - low, high - delta]
-            right.errorbar(n * 1.04**k, delta, ends, linewidth=1, capsize=3, **style)
+            aside = n * 1.03 ** (k - len(names) / 2)
+            right.errorbar(aside, delta, [delta - low, high - delta], capsize=3, **style)
     right.axhline(0, color="#333333", linewidth=0.8)
-    for ax, label in ((left, "AUC"), (right, "difference in AUC")):
+    against = "difference to the baseline; with augmentation, to that alone"
+    for ax, label in ((left, "AUC"), (right, against)):
         ax.set(xscale="log", xlabel="patients with cancer in training", ylabel=label)
         ax.set_xticks(n, [f"{v:.0f}" for v in n])
         ax.minorticks_off()
-        ax.spines[["top", "right"]].set_visible(False)
     left.legend(fontsize=9, frameon=False)
     return figure
 

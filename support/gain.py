@@ -14,14 +14,20 @@ from support import figures, files, runs
 
 
 def gain(out: Path, folders: list[Path]) -> None:
-    """Raises ValueError: a folder that `evaluate` did not finish, or that is damaged."""
+    """Raises ValueError: a folder that `evaluate` did not finish, or that is damaged or old."""
     reports = []
     for folder in folders:
         runs.finished(folder, "evaluate")
         with files.reading(folder / "rows.json", "evaluate again"):
             reports.append(json.loads((folder / "rows.json").read_text(encoding="utf-8")))
+            assert "train_malignant" in reports[-1][0], "of an older version"
     figures.save_figure(figures.gain_figure(reports), out)
 
 
 if __name__ == "__main__":
-    gain(Path(sys.argv[1]), list(map(Path, sys.argv[2:])))
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    try:
+        gain(Path(sys.argv[1]), list(map(Path, sys.argv[2:])))
+    except (ValueError, OSError) as error:
+        sys.exit(f"Error: {error}")

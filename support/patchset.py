@@ -424,10 +424,9 @@ def _read_journal(path: Path) -> list[dict]:
     """The visits of earlier runs; a last line that a kill cut off is taken away."""
     if not path.exists():
         return []
-    whole = path.read_bytes().rpartition(b"\n")
-    os.truncate(path, len(whole[0] + whole[1]))
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     with reading(path, "delete the folder and prepare again"):
-        return [json.loads(line) for line in whole[0].splitlines()]
+        return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 @contextlib.contextmanager

@@ -208,9 +208,9 @@ def evaluate_folds(folders: Sequence[Path], out: Path) -> list[dict]:
         metrics |= {"controls": [], "runs": first["runs"]}
         metrics["data"] = {key: first["data"][key] for key in first["data"] if key not in OWN}
         sizes = [len(set(patients[fold == k])) for k in range(n)]
-        ill, flows = zip(*(m["own"] for m, *_ in folds), strict=True)
+        ill = [m["data"]["train_malignant"] for m, *_ in folds]
         metrics["data"]["train_malignant"] = float(np.mean(ill))
-        names = [Path(f).parent.name for f in folders]
+        names, flows = [Path(f).parent.name for f in folders], [m["flow"] for m, *_ in folds]
         metrics["folds"] = list(zip(names, given, sizes, ill, flows, strict=True))
         own = [{r["regime"]: r["thresholds"] for r in m["runs"]} for m, *_ in folds]
         limits = {name: np.array([limit[name] for limit in own])[fold].T for name in scores}
@@ -225,7 +225,7 @@ def _read_fold(folder: Path) -> tuple[dict, list[str], dict[str, np.ndarray]]:
     runs.finished(folder, "evaluate")
     with files.reading(folder, "evaluate again"):
         metrics, names = files.read_json(folder / "metrics.json"), []
-        metrics["own"] = metrics["data"]["train_malignant"], metrics["flow"]
+        assert "train_malignant" in metrics["data"], "of an older version"
         same = [f"patch set: {k} {v}" for k, v in metrics["data"].items() if k not in OWN]
         for run in sorted(metrics["runs"], key=lambda run: run["regime"]):
             sets = [(s["task"], s["control"]) for s in run["config"]["synthetic"]]

@@ -14,6 +14,7 @@ import re
 import signal
 import socket
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -138,9 +139,9 @@ def _check_options(out: Path, existing: dict, wanted: dict) -> None:
     with reading(out / "config.json"):
         differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     if differing:
-        text = "; ".join(
-            f"{key}: {old.get(key)!r:.80} there, {new.get(key)!r:.80} now" for key in differing
-        )
+        short = functools.partial(textwrap.shorten, width=80, placeholder=" ...")
+        values = ((key, *(short(repr(side.get(key))) for side in (old, new))) for key in differing)
+        text = "; ".join(f"{key}: {there} there, {now} now" for key, there, now in values)
         text = re.sub(r"'\w{64}' there, '\w{64}' now", "another one there", text)  # hashes
         advice = "give the same options to go on, or another folder"
         raise ValueError(f"{out}: made with other options ({text}); {advice}")
@@ -481,8 +482,7 @@ class Run:
 def read_log(run: Path, step: float = math.inf) -> list[dict]:
     """The rows of `run/log.jsonl` up to `step`. Raises ValueError when one is damaged."""
     path = run / "log.jsonl"
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    lines = [line for line in lines if line.endswith("\n")]  # the last one may be cut by a kill
     with reading(path, "delete the run and train again"):
-        rows = [json.loads(line) for line in lines]
+        whole = path.read_bytes().rpartition(b"\n")[0]  # the last row may be cut by a kill
+        rows = [json.loads(line) for line in whole.splitlines()]
         return [row for row in rows if row["step"] <= step]

@@ -1013,6 +1013,8 @@ def test_folds_give_one_table_from_the_scores_of_each(folds, tmp_path):
     assert rows[1]["detectable"] < min(main[1]["detectable"] for main in mains)
     kept = json.loads((out / "rows.json").read_text())
     assert [(row["folds"], row["seeds"], row["train_malignant"]) for row in kept] == [(3, 2, 7)] * 2
+    who = patchset.Patches.open(folds[0].parent / "data", "train", "malignant").column("patient_id")
+    assert len(set(who)) == 7
     assert (out / "table1.csv").read_text().splitlines()[2].startswith("50% w/ decay,0.5,2,24,144,")
     names = {"config.json", "difference.png", "metrics.json", "report.html", "roc.png", "rows.json"}
     assert {path.name for path in out.iterdir()} == names | {"table1.csv", "reliability.png"}
@@ -1056,7 +1058,7 @@ def changed(fold: Path, folder: Path, change) -> Path:
         (lambda m: m["data"].pop("fold"), "found 1/3, 2/3, None; expected each"),
         (
             lambda m: m["data"].pop("train_malignant"),
-            "damaged .KeyError: 'train_mali.*evaluate again",
+            "damaged .*of an older version.; evaluate again",
         ),
         (lambda m: m.pop("runs"), "damaged .KeyError: 'runs'.*evaluate again"),
         (lambda m: m["runs"][0].pop("config"), "damaged .KeyError: 'config'"),
@@ -1082,10 +1084,16 @@ def test_the_gain_over_patients_is_drawn_for_the_regimes_of_all_reports(folds, t
     (bars,) = right.containers
     ((_, low), (_, high)), _ = bars[2][0].get_segments()
     assert (low, high) == pytest.approx((many[1]["delta_low"], many[1]["delta_high"]))
+    points = right.lines[0].get_xdata() / lines["50% w/ decay"][0][0]
+    assert points == pytest.approx([1, 3.5], rel=0.1)  # moved aside, not to other numbers
     gain.gain(tmp_path / "gain.png", folds[:2])
     assert (tmp_path / "gain.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="no such folder"):
         gain.gain(tmp_path / "gain.png", [tmp_path / "none"])
+    old = shutil.copytree(folds[0], tmp_path / "old")
+    (old / "rows.json").write_text('[{"regime": "Baseline"}]')
+    with pytest.raises(ValueError, match=r"rows.json: damaged .*of an older version"):
+        gain.gain(tmp_path / "gain.png", [old])
 
 
 def test_folds_may_have_seeds_of_their_own(folds, tmp_path):
@@ -1098,6 +1106,14 @@ def test_folds_may_have_seeds_of_their_own(folds, tmp_path):
     (third / "scores.csv").write_text(text.replace("seed ", "seed 1"))
     rows = report.evaluate_folds([*folds[:2], third], tmp_path / "out")
     assert rows == report.evaluate_folds(folds, tmp_path / "same")
+
+
+def test_folds_say_how_many_patients_with_cancer_train(folds, tmp_path):
+    more = changed(folds[2], tmp_path / "3/out", lambda m: m["data"].update(train_malignant=13))
+    rows = report.evaluate_folds([*folds[:2], more], tmp_path / "out")
+    assert {row["train_malignant"] for row in rows} == {9}
+    html = (tmp_path / "out/report.html").read_text()
+    assert [html.count(f'"With cancer in training"><span>{n}<') for n in (7, 13)] == [2, 1]
 
 
 def test_folds_that_are_none_or_share_patients_are_refused(folds, evaluated, tmp_path):

@@ -583,9 +583,8 @@ def pickled(world: World, scratch: Path, result: Findings) -> None:
     for name, kind in (("cls", "normal"), ("gan", "benign_mass"), ("set", "normal")):
         line = swapped(world.line(name, out), world.at("patches"), patches)
         cases.append((patches / f"patches/train/{kind}.npy", npy, line))
-    for name in ("input", "combined", "mask"):
-        line = swapped(world.line("cls50", out), world.at("set"), made)
-        cases.append((made / f"{name}.npy", npy, line))
+    line = swapped(world.line("cls50", out), world.at("set"), made)
+    cases.append((made / "combined.npy", npy, line))
     for content in (*saved, npz, pickle.dumps(attack)):
         line = swapped(world.line("set", out), world.at("bump"), bump)
         cases.append((bump / "checkpoint.pt", content, line))
