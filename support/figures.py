@@ -146,8 +146,8 @@ def gain_figure(reports: Sequence[list[dict]]) -> Figure:
             aside = n * 1.03 ** (k - len(names) / 2)
             right.errorbar(aside, delta, [delta - low, high - delta], capsize=3, **style)
     right.axhline(0, color="#333333", linewidth=0.8)
-    against = "difference to the baseline; with augmentation, to that alone"
-    for ax, label in ((left, "AUC"), (right, against)):
+    right.set_title("to the baseline; with augmentation, to that alone", fontsize=10)
+    for ax, label in ((left, "AUC"), (right, "difference in AUC")):
         ax.set(xscale="log", xlabel="patients with cancer in training", ylabel=label)
         ax.set_xticks(n, [f"{v:.0f}" for v in n])
         ax.minorticks_off()
