@@ -20,9 +20,8 @@ import click
 import torch
 
 import data
-import postprocess
 import train
-from postprocess import DILATE_PX, SMOOTH_SIGMA
+from postprocess import DILATE_PX, SMOOTH_SIGMA, NothingAccepted, synthesize_set
 from support import fullimage, patchset, phantom, report, runs, sources
 
 # --- Command line: one clear message and exit code 1 for bad data, 2 for wrong usage ---
@@ -271,7 +270,7 @@ def synthesize(gan, patches, out, number, control, images, at, lesions, strip, d
         raise click.UsageError("--at, --lesions, --strip: give one of them")
     device = runs.choose_device(device)
     if patches:
-        postprocess.synthesize_set(
+        synthesize_set(
             gan, patches, out, n=number or 5000, control=control or "", device=device, **options
         )
         return
@@ -416,7 +415,7 @@ def demo(out, seed):
             try:
                 call(*line, *(["--control", control] if control else []))
                 made += ["--synthetic", folder]
-            except postprocess.NothingAccepted as error:  # the others are mixed in without it
+            except NothingAccepted as error:  # the others are mixed in without it
                 click.secho(str(error), fg="red", err=True)
     train_cls = ("train-cls", "--data", patches, *common, *DEMO_CLASSIFIER, "--run")
     call(*train_cls, out / "cls-baseline")

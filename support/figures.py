@@ -136,10 +136,8 @@ def gain_figure(reports: Sequence[list[dict]]) -> Figure:
     tables.sort(key=lambda table: table["Baseline"]["train_malignant"])
     names = [name for name in tables[0] if all(name in table for table in tables)]
     for k, (name, colour) in enumerate(zip(names, itertools.cycle(OTHERS))):
-        keys = ("train_malignant", "auc", "delta", "delta_low", "delta_high")
-        n, auc, delta, low, high = np.array(
-            [[t[name][key] for key in keys] for t in tables], float
-        ).T
+        cells = ("train_malignant", "auc", "delta", "delta_low", "delta_high")
+        n, auc, delta, low, high = np.array([[t[name][c] for c in cells] for t in tables], float).T
         style = {"color": COLOURS.get(name, colour), "label": name, "marker": "o", "markersize": 5}
         left.plot(n, auc, linewidth=1.4, **style)
         if name != "Baseline":

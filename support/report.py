@@ -21,8 +21,7 @@ COLUMNS = (  # of table1.csv
     *("delta", "delta_low", "delta_high", "p_delong", "p_clustered", "detectable"),
 )
 # of rows.json, which docs/results/ keeps
-RESULTS = (*(c for c in COLUMNS if c not in ("proportion", "patches", "p_delong")), "folds")
-RESULTS += ("train_malignant",)
+RESULTS = {*COLUMNS, "folds", "train_malignant"} - {"proportion", "patches", "p_delong"}
 # of a patch set: what its folds have each for themselves
 OWN = (*("name", "fold", "fingerprint", "held"), *("patients", "normals_with_cancer", "notes"))
 OWN += ("train_malignant",)

@@ -12,9 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PAPER = ("data", "models", "train", "postprocess", "evaluate")
 # Meant were 4,700 after the redesign, which ended at 4,769, and 5,300 with everything planned; what
-# the report says of subgroups, thresholds, calibration and likeness took 150, the curve over the
-# number of patients 10.
-TOTAL, HEART, PAPER_MODULE, MODULE, FUNCTION = 5760, 900, 400, 500, 60
+# the report says of subgroups, thresholds, calibration and likeness took the last 150.
+TOTAL, HEART, PAPER_MODULE, MODULE, FUNCTION = 5750, 900, 400, 500, 60
 NO_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 
